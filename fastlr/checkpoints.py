@@ -1,0 +1,194 @@
+"""State dicts and files: what an optimizer knows, as a flat dict of arrays."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .groups import Groups
+
+if TYPE_CHECKING:
+    from .optimizer import Optimizer
+
+_FORMAT = 1
+_DESCRIPTION = "fastlr"
+
+
+def _key(prefix: str, path: str) -> str:
+    return f"{prefix}.{path}" if path else prefix
+
+
+def _describe(opt: Optimizer) -> dict[str, Any]:
+    """What must agree between the optimizer that wrote a state and the one that reads it."""
+    return {
+        "format": _FORMAT,
+        "rule": opt._source.name,
+        "states": [opt._states.get(s, s) for s in opt._data],
+        "dtype": opt._dtype.name,
+        "population": opt._models,
+        "leaves": {path: list(shape) for path, shape in zip(opt._structure.paths, opt._shapes, strict=True)},
+    }
+
+
+def collect(opt: Optimizer, params: bool) -> dict[str, np.ndarray]:
+    """The state of an optimizer, as copies."""
+    t, clock = opt._counters_of_leaves()
+    description = {**_describe(opt), "steps": opt.steps, "groups": opt._hyper.export()}
+    out = {
+        _DESCRIPTION: np.frombuffer(json.dumps(description).encode(), np.uint8).copy(),
+        "step": t.copy(),
+        "clock": clock.copy(),
+    }
+    for name, data in zip(description["states"], opt._data.values(), strict=True):
+        for path, start, size, shape in zip(opt._structure.paths, opt._starts, opt._sizes, opt._shapes, strict=True):
+            out[_key(name, path)] = data[start : start + size].reshape(shape).copy()
+    if params:
+        for path, leaf in zip(opt._structure.paths, opt._leaves, strict=True):
+            out[_key("params", path)] = leaf.copy()
+    return out
+
+
+def apply(opt: Optimizer, state: Mapping[str, np.ndarray]) -> None:
+    """Check a state against an optimizer, whole, and then take it over.
+
+    Raises:
+        ValueError: if it does not fit; then nothing is changed.
+    """
+    try:
+        saved = json.loads(bytes(np.asarray(state[_DESCRIPTION], np.uint8)))
+        groups = {pattern: dict(values) for pattern, values in saved["groups"].items()}
+        own = groups.pop("")
+        steps = int(saved["steps"])
+    except (KeyError, ValueError, TypeError, AttributeError):
+        raise ValueError("this is not the state of a fastlr optimizer: it has no readable description.") from None
+    for what, here in _describe(opt).items():
+        if saved.get(what) != here:
+            raise ValueError(_difference(what, saved.get(what), here))
+    shape = opt._rows.shape
+    wanted: dict[str, tuple[tuple[int, ...], Any]] = {"step": (shape, np.int64), "clock": (shape, np.int64)}
+    prefixes = list(saved["states"])
+    with_params = any(_key("params", path) in state for path in opt._structure.paths)
+    for prefix in prefixes + ["params"] * with_params:
+        for path, leaf_shape in zip(opt._structure.paths, opt._shapes, strict=True):
+            wanted[_key(prefix, path)] = (leaf_shape, opt._dtype)
+    arrays = {}
+    for key, (expected, dtype) in wanted.items():
+        if key not in state:
+            raise ValueError(f"the state has no {key!r}; it is incomplete.")
+        arrays[key] = array = np.asarray(state[key])
+        if array.shape != expected or array.dtype != dtype:
+            raise ValueError(f"{key!r} in the state is {array.dtype} {array.shape}, expected {np.dtype(dtype)} {expected}.")
+    frozen = own.pop("frozen")
+    hyper = Groups(_as_given(own), {p: _as_given(v) for p, v in groups.items()}, opt._structure.paths, opt._models, opt._spelling)
+    hyper.defaults.frozen = frozen
+
+    opt._put(_hyper=hyper)
+    opt._put(**opt._rows_for(arrays["step"], arrays["clock"], steps))
+    for prefix, data in zip(prefixes, opt._data.values(), strict=True):
+        for path, start, size in zip(opt._structure.paths, opt._starts, opt._sizes, strict=True):
+            data[start : start + size] = arrays[_key(prefix, path)].reshape(-1)
+    if with_params:
+        for path, leaf in zip(opt._structure.paths, opt._leaves, strict=True):
+            leaf[...] = arrays[_key("params", path)]
+
+
+def _as_given(values: dict[str, Any]) -> dict[str, Any]:
+    """Lists from JSON as the tuples and arrays that they were."""
+
+    def one(value: Any) -> Any:
+        if not isinstance(value, list):
+            return value
+        return tuple(one(v) for v in value)
+
+    return {name: one(value) for name, value in values.items()}
+
+
+def _difference(what: str, saved: Any, here: Any) -> str:
+    if what == "format":
+        return f"the state has format {saved!r}, this fastlr reads format {here}."
+    if what == "leaves" and isinstance(saved, dict):
+        paths = [p for p in {**saved, **here} if saved.get(p) != here.get(p)]
+        path = paths[0] if paths else next(iter(here))
+        return (
+            f"the state is of other parameters: {path!r} has shape {saved.get(path)} there and {here.get(path)} here. "
+            "Build the optimizer over the same parameters, or use rebuild to go on with others."
+        )
+    return f"the state is of another optimizer: its {what} is {saved!r}, this one's is {here!r}."
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.numpy
+    except ImportError:
+        raise ImportError("a .safetensors file needs the package safetensors: pip install safetensors.") from None
+    return safetensors.numpy
+
+
+def _suffix(path: Path) -> str:
+    if path.suffix not in (".npz", ".safetensors"):
+        raise ValueError(f"{str(path)!r} must end in .npz or .safetensors.")
+    return path.suffix
+
+
+def write(state: Mapping[str, np.ndarray], path: str | os.PathLike[str]) -> None:
+    """Write a state beside its place, flush it to the disk, then rename it."""
+    path = Path(path)
+    save = _safetensors().save if _suffix(path) == ".safetensors" else None
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            if save is None:
+                np.savez(file, **state)  # type: ignore[arg-type]
+            else:
+                file.write(save(dict(state)))
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    if os.name == "posix":  # the rename itself is in the folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """Read a file that `write` wrote, whole.
+
+    Raises:
+        ValueError: if it is cut short or something else.
+    """
+    path = Path(path)
+    if _suffix(path) == ".safetensors":
+        module = _safetensors()
+        data = path.read_bytes()
+        try:
+            return dict(module.load(data))
+        except Exception as error:  # safetensors' own error type has no common base
+            raise ValueError(f"{str(path)!r} is cut short or not a .safetensors file: {error}.") from None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {key: file[key] for key in file.files}
+    except (zipfile.BadZipFile, ValueError, EOFError, OSError, AttributeError) as error:
+        if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
+            raise
+        raise ValueError(f"{str(path)!r} is cut short or not a file written by fastlr: {error}.") from None

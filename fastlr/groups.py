@@ -1,0 +1,159 @@
+"""Hyperparameters: defaults, what groups of leaves override, and the table that a step reads."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from . import checks
+
+__all__ = ["Group", "Groups"]
+
+
+class Group:
+    """The hyperparameters of the leaves that match a pattern; read and set as attributes, between any two steps.
+
+    Reading what the group does not override gives the optimizer's own value.
+
+    Attributes:
+        pattern: the `fnmatch` pattern, or "" for the optimizer's own values.
+        paths: the leaves that match it.
+    """
+
+    pattern: str
+    paths: tuple[str, ...]
+
+    def __init__(self, owner: Groups, pattern: str, paths: Sequence[str]) -> None:
+        object.__setattr__(self, "_owner", owner)
+        object.__setattr__(self, "_values", {})
+        object.__setattr__(self, "pattern", pattern)
+        object.__setattr__(self, "paths", tuple(paths))
+
+    def __getattr__(self, name: str) -> Any:
+        """A hyperparameter."""
+        if name in self._values:
+            return self._values[name]
+        if name in self._owner.defaults._values:
+            return self._owner.defaults._values[name]
+        raise AttributeError(f"group {self.pattern!r} has no {name!r}; it has {', '.join(self._owner.names)}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a hyperparameter; the next step uses it."""
+        self._owner.set(self, name, value)
+
+    def __repr__(self) -> str:
+        """The pattern and what it overrides."""
+        values = ", ".join(f"{k}={v!r}" for k, v in self._values.items())
+        return f"Group({self.pattern!r}: {values or 'nothing overridden'})"
+
+
+class Groups(Mapping[str, Group]):
+    """The groups of an optimizer by pattern, in order; later ones win.
+
+    Args:
+        values: the optimizer's own hyperparameters, already checked; their names are those that exist.
+        overrides: pattern to hyperparameters.
+        paths: the leaves.
+        population: number of models, or None.
+        spelling: hyperparameters of the API that are several in the rule, such as betas: (beta1, beta2).
+
+    Attributes:
+        names: the hyperparameters that exist.
+        changed: those that were set since somebody last emptied it.
+        configuration: for each leaf, the index of its configuration: leaves that match the same patterns share one.
+
+    Raises:
+        TypeError: if a hyperparameter is unknown or of the wrong kind.
+        ValueError: if a value is outside its range, or a pattern matches nothing.
+    """
+
+    def __init__(
+        self,
+        values: Mapping[str, Any],
+        overrides: Mapping[str, Mapping[str, Any]] | None,
+        paths: Sequence[str],
+        population: int | None,
+        spelling: Mapping[str, tuple[str, ...]],
+    ) -> None:
+        self._population = population
+        self._spelling = spelling
+        self.changed: set[str] = set()
+        self.names = (*values, "frozen")
+        self.defaults = Group(self, "", paths)
+        self.defaults._values.update(values, frozen=False)
+        self._groups: dict[str, Group] = {}
+        for pattern, override in (overrides or {}).items():
+            matched = [p for p in paths if fnmatchcase(p, pattern)]
+            if not matched:
+                close = difflib.get_close_matches(pattern, paths, n=1) or list(paths[:5])
+                raise ValueError(f"groups: the pattern {pattern!r} matches no parameter. There are {', '.join(close)}, ...")
+            if not isinstance(override, Mapping):
+                raise TypeError(f"groups[{pattern!r}] must be a dict of hyperparameters, got {override!r}.")
+            group = self._groups[pattern] = Group(self, pattern, matched)
+            for name, value in override.items():
+                self.set(group, name, value)
+        members = {p: set(g.paths) for p, g in self._groups.items()}
+        matches = [tuple(p for p, m in members.items() if path in m) for path in paths]
+        self._configurations = list(dict.fromkeys(matches))
+        index = {c: k for k, c in enumerate(self._configurations)}
+        self.configuration = np.array([index[m] for m in matches], np.int64)
+
+    def __getitem__(self, pattern: str) -> Group:
+        """The group of a pattern."""
+        return self._groups[pattern]
+
+    def __iter__(self) -> Iterator[str]:
+        """The patterns."""
+        return iter(self._groups)
+
+    def __len__(self) -> int:
+        """Number of patterns."""
+        return len(self._groups)
+
+    def set(self, group: Group, name: str, value: Any) -> None:
+        """Check and set one hyperparameter of a group."""
+        where = f"groups[{group.pattern!r}]: " if group.pattern else ""
+        checks.choices(f"{where}hyperparameter", [name], self.names)
+        like = self.defaults._values[name]
+        group._values[name] = checks.hyperparameter(name, value, like, self._population, where)
+        self.changed.add(name)
+
+    def _resolved(self, configuration: tuple[str, ...]) -> dict[str, Any]:
+        values = dict(self.defaults._values)
+        for pattern in configuration:
+            values.update(self._groups[pattern]._values)
+        return values
+
+    def uniforms(self) -> list[dict[str, Any]]:
+        """For each configuration, the values under the rule's names."""
+        out = []
+        for configuration in self._configurations:
+            values = self._resolved(configuration)
+            out.append({n: v for k, value in values.items() for n, v in self._spelled(k, value)})
+        return out
+
+    def _spelled(self, name: str, value: Any) -> list[tuple[str, Any]]:
+        if name in self._spelling:
+            return list(zip(self._spelling[name], value, strict=True))
+        return [(name, value)]
+
+    @property
+    def lr(self) -> Mapping[str, Any]:
+        """The learning rate of the optimizer, under "", and of each group."""
+        return MappingProxyType({"": self.defaults.lr, **{p: g.lr for p, g in self._groups.items()}})
+
+    def export(self) -> dict[str, dict[str, Any]]:
+        """What each group sets, as plain numbers and lists; `""` stands for the optimizer."""
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return [plain(v) for v in value]
+            return value.tolist() if isinstance(value, np.ndarray) else value
+
+        groups = {"": self.defaults, **self._groups}
+        return {p: {k: plain(v) for k, v in g._values.items()} for p, g in groups.items()}

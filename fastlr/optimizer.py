@@ -1,0 +1,650 @@
+"""The optimizer behind every rule: parameters in, one compiled step, state out."""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import operator
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple, TypedDict
+
+import numpy as np
+
+from . import checkpoints, checks, threads as _threads
+from .buffers import Alloc, FlatBuffer, allocate
+from .groups import Group, Groups
+from .kernels import cpu, reference, rules
+from .kernels.cpu import CLOCK, CLOCK_STEP, T_STEP, Kernel, T
+from .kernels.staging import Before, Rule, Staged
+from .plans import Plan
+from .trees import Structure, is_container, leaves_with_paths
+
+__all__ = ["Optimizer", "StepInfo", "StepOptions", "warmup"]
+
+_BACKENDS: dict[str, Callable[[Staged, str], Kernel]] = {"numba": cpu.build, "numpy": reference.build}
+_BEFORE = Before(rules.step_options)
+_is = operator.is_
+
+# Gradients that are the same arrays as in the step before need no new check. Keeping hold of larger ones than this
+# would cost their memory, and checking them costs nothing beside updating them.
+_REMEMBERED_BYTES = 4 << 20
+
+
+@functools.cache
+def _kernel(staged: Staged, dtype: str, backend: str) -> Kernel:
+    return _BACKENDS[backend](staged, dtype)
+
+
+class StepOptions(TypedDict, total=False):
+    """What every optimizer takes; see `Optimizer`."""
+
+    weight_decay: Any
+    decoupled_weight_decay: bool
+    maximize: bool
+    groups: Mapping[str, Mapping[str, Any]] | None
+    threads: int | None
+    alloc: Alloc | None
+    backend: str
+
+
+class StepInfo(NamedTuple):
+    """What a step did; immutable.
+
+    Attributes:
+        step: number of the step, from 1.
+        lr: the learning rate used; an array `(population,)` if it differs between models.
+        lrs: the learning rate of each group by pattern, and under "" that of all other leaves.
+    """
+
+    step: int
+    lr: Any
+    lrs: MappingProxyType[str, Any]
+
+    def asdict(self) -> dict[str, Any]:
+        """Flat names and values for a logger: "step", "lr" and "lr/<pattern>" for each group."""
+        return {"step": self.step, "lr": self.lr, **{f"lr/{p}": lr for p, lr in self.lrs.items() if p}}
+
+
+class Optimizer:
+    """Updates parameters in place by a rule.
+
+    The classes in `fastlr.optimizers` are this class with a rule and its defaults. With a rule of your own:
+    `fastlr.Optimizer(params, my_rule, lr=1e-3)`; its states start at zero and its hyperparameters are keywords.
+
+    One step is, for each element: maximize (`g = -g`), weight decay, the rule. All leaves, groups and models are one
+    launch. The result is the same bit for bit for any number of threads, for separate arrays or a flat buffer, and
+    with `backend="numpy"`, if the rule is exact (`opt.rule.exact`).
+
+    Args:
+        params: what to update, in place: a tree of arrays (nested dicts, lists, tuples, named tuples, dataclasses and
+            None), a `FlatBuffer`, or one array. The arrays are C-contiguous, writable, not overlapping, all float32 or
+            all float64.
+        rule: a rule made by `fastlr.rule`.
+        lr: learning rate, >= 0; as every numeric hyperparameter an array `(population,)` if the parameters are a
+            population.
+        weight_decay: >= 0. Default 0.
+        decoupled_weight_decay: False: L2, `g + weight_decay * p` goes into the rule. True: the rule starts from
+            `p - lr * weight_decay * p`.
+        maximize: ascend instead of descend: `g = -g` before anything else.
+        groups: pattern to hyperparameters, such as `{"*.bias": {"weight_decay": 0.0}, "embed": {"frozen": True}}`.
+            Patterns are `fnmatch` patterns on paths, case-sensitive; all that match apply in order, the later wins.
+        threads: how many threads a step may use; default `fastlr.get_num_threads()`.
+        alloc: `alloc(nbytes)` returns the memory for every buffer the optimizer makes.
+        backend: "numba", or "numpy" for the reference: slow, compiles nothing, same bits.
+        hyperparameters: those of the rule.
+
+    Raises:
+        TypeError: if a parameter or a hyperparameter is of the wrong kind.
+        ValueError: if one is outside its range or does not fit.
+
+    Example:
+        >>> import numpy as np, fastlr
+        >>> @fastlr.rule
+        ... def signed(p, g, m, *, lr, beta=0.9):
+        ...     m = beta * m + (1 - beta) * g
+        ...     return p - lr * (1.0 if m > 0 else -1.0), m
+        >>> w = np.ones(3)
+        >>> opt = fastlr.Optimizer(w, signed, lr=0.5)
+        >>> opt.step(np.array([1.0, -1.0, 2.0])).step
+        1
+        >>> w
+        array([0.5, 1.5, 0.5])
+    """
+
+    _rule: ClassVar[Rule]
+    _states: ClassVar[Mapping[str, str]] = {}  # the rule's letter -> the name in the API
+    _spelling: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+
+    lr: float | np.ndarray
+    weight_decay: float | np.ndarray
+    decoupled_weight_decay: bool
+    maximize: bool
+
+    def __init__(
+        self,
+        params: Any,
+        rule: Rule | None = None,
+        *,
+        lr: Any,
+        weight_decay: Any = 0.0,
+        decoupled_weight_decay: bool = False,
+        maximize: bool = False,
+        groups: Mapping[str, Mapping[str, Any]] | None = None,
+        threads: int | None = None,
+        alloc: Alloc | None = None,
+        backend: str = "numba",
+        **hyperparameters: Any,
+    ) -> None:
+        rule = rule if rule is not None else getattr(self, "_rule", None)
+        if not isinstance(rule, Rule):
+            raise TypeError(f"rule must be made by fastlr.rule, got {rule!r}.")
+        if threads is not None:
+            threads = checks.count("threads", threads)
+        checks.choices("backend", [backend], _BACKENDS)
+        self._put(_source=rule, _backend=backend, _threads=threads, _alloc=alloc, _lock=threading.RLock())
+        self._attach(params)
+
+        spelled = {n: k for k, names in self._spelling.items() for n in names}
+        known = {spelled.get(n, n): rule.defaults.get(n) for n in rule.hyperparameters}
+        known.update(lr=lr, weight_decay=weight_decay, decoupled_weight_decay=decoupled_weight_decay, maximize=maximize)
+        checks.choices("hyperparameter", hyperparameters, known)
+        known.update(hyperparameters)
+        missing = [n for n, v in known.items() if v is None]
+        if missing:
+            raise TypeError(f"rule {rule.name!r} needs a value for {', '.join(missing)}.")
+        values = {n: checks.hyperparameter(n, v, v, self._models) for n, v in known.items()}
+        self._put(_hyper=Groups(values, groups, self._structure.paths, self._models, self._spelling))
+        flags = {n for n, v in values.items() if isinstance(v, bool)}
+        switches = {spelled.get(n, n) for n in rule.switches | _BEFORE.switches}
+        self._put(_structural=flags | switches, _own=None, _scratch=None, _epoch=_threads.epoch)
+        self._put(_data={s: self._allocate_state(k, s) for k, s in enumerate(self._stage().states)})
+        zeros = np.zeros((len(self._leaves), self._models or 1), np.int64)
+        self._put(**self._rows_for(zeros, zeros, steps=0))
+
+    # Set-up
+
+    def _put(self, **attributes: Any) -> None:
+        """Set attributes of the object itself, all at once; plain assignment is for hyperparameters."""
+        self.__dict__.update(attributes)
+
+    def _attach(self, params: Any) -> None:
+        """Check the parameters and remember where they are."""
+        if isinstance(params, FlatBuffer):
+            structure, tree, models = params._structure, params.unflatten(), params.population
+        else:
+            structure, tree, models = Structure(params), params, None
+        leaves = [leaf for _, leaf in leaves_with_paths(tree)]
+        dtype = np.dtype(checks.parameters(structure.paths, leaves))
+        sizes = [leaf.size for leaf in leaves]
+        self._put(
+            params=params,
+            _structure=structure,
+            _models=models,
+            _leaves=leaves,
+            _shapes=[leaf.shape for leaf in leaves],
+            _sizes=sizes,
+            _dtype=dtype,
+            _starts=np.cumsum([0, *sizes])[:-1],
+            _is_array=isinstance(params, np.ndarray),
+            _is_flat=isinstance(params, np.ndarray | FlatBuffer),
+        )
+
+    def _initial(self, letter: str) -> float:
+        """The value at which a state starts; for subclasses."""
+        return 0.0
+
+    def _allocate_state(self, place: int, letter: str) -> np.ndarray:
+        data = allocate(sum(self._sizes), self._dtype, 2 + place, self._alloc)
+        if self._initial(letter):
+            data.fill(self._initial(letter))
+        return data
+
+    def _check_settings(self, uniforms: list[dict[str, Any]]) -> None:
+        """What one hyperparameter demands of another, in each configuration; for subclasses."""
+
+    def _stage(self) -> Staged:
+        """Stage the rule for the present settings: what is the same in all groups is static."""
+        uniforms = self._hyper.uniforms()
+        self._check_settings(uniforms)
+        switches = self._source.switches | _BEFORE.switches
+        static: dict[str, Any] = {}
+        on = set()
+        for name in uniforms[0]:
+            values = [u[name] for u in uniforms]
+            if name == "frozen":
+                continue
+            if isinstance(values[0], bool) and all(v is values[0] for v in values):
+                static[name] = values[0]
+            elif name in switches and not any(np.any(v) for v in values):
+                static[name] = 0.0
+            elif name in switches and all(np.all(v) for v in values):
+                on.add(name)
+        return self._source.stage(_BEFORE, frozenset(on), **static)
+
+    # Rows: leaves (of one model) that share hyperparameters and counters
+
+    def _rows_for(
+        self, t: np.ndarray, clock: np.ndarray, steps: int, active: Sequence[bool] | None = None
+    ) -> dict[str, Any]:
+        """Rows for given counters of each leaf and model, shape `(leaves, models)`, and for the leaves in a step.
+
+        Returns:
+            The attributes to set; plans made before no longer hold.
+        """
+        leaves, models = t.shape
+        active = (True,) * leaves if active is None else tuple(active)
+        frozen = np.array([u["frozen"] for u in self._hyper.uniforms()], bool)
+        key = np.empty((leaves, models, 5), np.int64)
+        key[..., 0] = self._hyper.configuration[:, None]
+        key[..., 1] = np.arange(models)
+        key[..., 2] = t
+        key[..., 3] = clock
+        key[..., 4] = np.array(active, bool)[:, None]
+        unique, rows = np.unique(key.reshape(-1, 5), axis=0, return_inverse=True)
+        stands = frozen[unique[:, 0]]
+        counters = np.zeros((len(unique) + 1, 4), np.int64)
+        counters[:-1, T], counters[:-1, CLOCK] = unique[:, 2], unique[:, 3]
+        counters[:-1, T_STEP] = unique[:, 4] * ~stands
+        counters[:-1, CLOCK_STEP] = unique[:, 4] | stands
+        counters[-1, CLOCK], counters[-1, CLOCK_STEP] = steps, 1  # the optimizer's own: its clock counts the steps
+        return {
+            "_rows": rows.reshape(leaves, models),
+            "_row_configuration": unique[:, 0],
+            "_row_model": unique[:, 1],
+            "_counters": counters,
+            "_active": active,
+            "_stands": frozen[self._hyper.configuration],
+            "_staged": None,
+            "_plans": {},
+            "_remembered": None,
+        }
+
+    def _counters_of_leaves(self) -> tuple[np.ndarray, np.ndarray]:
+        """Updates made and steps seen, for each leaf and model."""
+        return self._counters[self._rows, T], self._counters[self._rows, CLOCK]
+
+    def _refresh(self, active: Sequence[bool] | None = None) -> None:
+        """Take over what has changed: hyperparameters, frozen leaves, which leaves are in the step, a fork."""
+        active = self._active if active is None else tuple(active)
+        hyper = self._hyper
+        staged = self._staged
+        if staged is None or not hyper.changed.isdisjoint(self._structural):
+            staged = self._stage()
+        if staged.states != tuple(self._data):
+            names = ", ".join(sorted(self._states.get(s, s) for s in set(staged.states) ^ set(self._data)))
+            raise ValueError(
+                f"the hyperparameters as they are now need other states than those that exist ({names}). "
+                "Choose at the start whether a state is there: build a new optimizer."
+            )
+        same = staged is self._staged and active == self._active and _threads.epoch == self._epoch
+        if same and "frozen" not in hyper.changed:
+            self._fill_table(staged, self._table)
+            self._put(_lrs=hyper.lr)
+            hyper.changed.clear()
+            return
+        kernel = _kernel(staged, self._dtype.name, self._backend)
+        rows = self._rows_for(*self._counters_of_leaves(), self.steps, active)
+        count = len(rows["_counters"]) - 1
+        table = np.zeros((count, max(1, len(staged.uniforms))))
+        self._put(
+            **rows,
+            _table=table,
+            _h=np.zeros((count, staged.slots), self._dtype),
+            _kernel=kernel,
+            _epoch=_threads.epoch,
+            _lrs=hyper.lr,
+        )
+        self._fill_table(staged, table)
+        self._put(_staged=staged)
+        hyper.changed.clear()
+
+    def _fill_table(self, staged: Staged, table: np.ndarray) -> None:
+        """The hyperparameters of each row, in the order in which `decide` takes them."""
+        for c, values in enumerate(self._hyper.uniforms()):
+            rows = np.flatnonzero(self._row_configuration == c)
+            for column, name in enumerate(staged.uniforms):
+                value = values[name]
+                table[rows, column] = value[self._row_model[rows]] if isinstance(value, np.ndarray) else value
+
+    def _plan(self, flat: bool) -> Plan:
+        """The plan for gradients in one array, or in an array for each leaf."""
+        if flat not in self._plans:
+            models = self._models or 1
+            itemsize = self._dtype.itemsize
+            columns = [[checks.address(leaf) for leaf in self._leaves]]
+            columns += [(checks.address(data) + self._starts * itemsize).tolist() for data in self._data.values()]
+            left_out = self._stands | ~np.array(self._active, bool)
+            self._plans[flat] = Plan(
+                [size // models for size in self._sizes],
+                np.array(columns, np.int64),
+                np.where(left_out[:, None], -1, self._rows),
+                itemsize,
+                self._table,
+                self._counters,
+                self._h,
+                merge=flat and self._is_flat,
+            )
+        plan: Plan = self._plans[flat]
+        return plan
+
+    # Gradients
+
+    def _bind(self, grads: Any) -> Plan:
+        """The plan for a step, with the addresses of the gradients in it."""
+        if grads is None:
+            if self._own is None:
+                raise RuntimeError(
+                    "step() without gradients uses opt.grads, which nobody has used yet. "
+                    "Pass them, step(grads), or write them into opt.grads first."
+                )
+            grads = self._own
+        elif isinstance(grads, FlatBuffer):
+            if grads._structure.paths != self._structure.paths or grads._shapes != tuple(self._shapes):
+                raise ValueError("grads is a buffer of other leaves than params. Make it from the same structure.")
+            grads = grads.data
+        if isinstance(grads, np.ndarray) or not is_container(grads):
+            return self._bind_flat(grads)
+        leaves = self._structure.leaves(grads)
+        last = self._remembered
+        if type(last) is list and len(last) == len(leaves) and all(map(_is, last, leaves)):
+            return self._plan(False)
+        return self._bind_leaves(leaves)
+
+    def _bind_flat(self, grads: Any) -> Plan:
+        if grads is self._remembered:
+            return self._plan(True)
+        array = checks.flat_gradient(grads, sum(self._sizes), self._shapes[0] if self._is_array else None, self._dtype)
+        everyone = (True,) * len(self._leaves)
+        if self._active != everyone:
+            self._refresh(everyone)
+        in_place = self._readable(array)
+        if not in_place:
+            gathered = self._gather()
+            gathered.reshape(array.shape)[...] = array
+            array = gathered
+        plan = self._plan(True)
+        plan.point_flat_gradient(checks.address(array))
+        self._put(_remembered=grads if in_place and array is grads and array.nbytes <= _REMEMBERED_BYTES else None, _kept=array)
+        return plan
+
+    def _bind_leaves(self, leaves: list[Any]) -> Plan:
+        arrays = [
+            None if leaf is None else checks.gradient(path, leaf, shape, self._dtype)
+            for path, leaf, shape in zip(self._structure.paths, leaves, self._shapes, strict=True)
+        ]
+        active = tuple(a is not None for a in arrays)
+        if active != self._active:
+            self._refresh(active)
+        in_place = True
+        for k, array in enumerate(arrays):
+            if array is not None and not self._readable(array):
+                start = self._starts[k]
+                place = self._gather()[start : start + self._sizes[k]].reshape(self._shapes[k])
+                place[...] = array
+                arrays[k] = place
+                in_place = False
+        plan = self._plan(False)
+        plan.point_gradients([0 if a is None else checks.address(a) for a in arrays])
+        small = sum(self._sizes) * self._dtype.itemsize <= _REMEMBERED_BYTES
+        remember = in_place and small and all(a is b for a, b in zip(arrays, leaves, strict=True))
+        self._put(_remembered=leaves if remember else None, _kept=arrays)
+        return plan
+
+    def _readable(self, array: np.ndarray) -> bool:
+        """Whether a gradient can be read where it is: in order, aligned, and no part of what the step writes."""
+        flags = array.flags
+        if not (flags.c_contiguous and flags.aligned):
+            return False
+        starts, ends = self._written
+        begin = checks.address(array)
+        before = bisect.bisect_left(starts, begin + array.nbytes) - 1
+        return before < 0 or ends[before] <= begin
+
+    @functools.cached_property
+    def _written(self) -> tuple[list[int], list[int]]:
+        """Where the memory that a step writes begins and ends, in order."""
+        arrays = [a for a in (*self._leaves, *self._data.values()) if a.size]
+        spans = sorted((checks.address(a), checks.address(a) + a.nbytes) for a in arrays)
+        return [a for a, _ in spans], [b for _, b in spans]
+
+    def _gather(self) -> np.ndarray:
+        """Memory for gradients that cannot be read where they are."""
+        if self._scratch is None:
+            self._put(_scratch=allocate(sum(self._sizes), self._dtype, 1, self._alloc))
+        scratch: np.ndarray = self._scratch
+        return scratch
+
+    # The public step
+
+    def step(self, grads: Any = None) -> StepInfo:
+        """Update the parameters in place.
+
+        Args:
+            grads: gradients in the parameters' structure, or in one flat array of all of them; of the parameters'
+                dtype and shapes; only read. They are read where they are if they are C-contiguous, else gathered. A
+                leaf that is None is not updated. Without it `opt.grads` is used.
+
+        Returns:
+            What was done.
+
+        Raises:
+            TypeError: if a gradient is no array or has another dtype.
+            ValueError: if the structure or a shape differs.
+            RuntimeError: if there are no gradients, or another thread is in a step of this optimizer.
+        """
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError("this optimizer is in a step in another thread. Use one optimizer per thread, or a lock.")
+        try:
+            if self._hyper.changed or self._staged is None or self._epoch != _threads.epoch:
+                self._refresh()
+            self._bind(grads).run(self._kernel, self._threads or _threads.get_num_threads())
+            lrs = self._lrs
+            return StepInfo(int(self._counters[-1, CLOCK]), lrs[""], lrs)
+        finally:
+            self._lock.release()
+
+    def warmup(self) -> float:
+        """Compile what the next step needs, or load it from the cache; the seconds that took."""
+        self._refresh()
+        return float(self._kernel.compile_s)
+
+    # Hyperparameters
+
+    def __getattr__(self, name: str) -> Any:
+        """A hyperparameter of the optimizer itself; groups may override it."""
+        hyper = self.__dict__.get("_hyper")
+        if hyper is not None and name in hyper.names:
+            return getattr(hyper.defaults, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a hyperparameter of the optimizer itself; the next step uses it."""
+        if name not in self._hyper.names:
+            raise AttributeError(
+                f"{type(self).__name__} has no hyperparameter {name!r} to set; there are {', '.join(self._hyper.names)}."
+            )
+        setattr(self._hyper.defaults, name, value)
+
+    @property
+    def groups(self) -> Groups:
+        """The groups by pattern; `opt.groups["head.*"].lr = 1e-4` takes effect at the next step."""
+        hyper: Groups = self._hyper
+        return hyper
+
+    @property
+    def rule(self) -> Staged:
+        """The rule as staged for the present settings; `opt.rule.show()` prints its code."""
+        return self._stage()
+
+    @property
+    def steps(self) -> int:
+        """Steps made."""
+        return int(self._counters[-1, CLOCK])
+
+    def __repr__(self) -> str:
+        """The class, its own hyperparameters and what it updates."""
+        values = ", ".join(f"{n}={v!r}" for n, v in self._hyper.defaults._values.items() if n != "frozen")
+        return f"<{type(self).__name__}({values}) of {sum(self._sizes)} x {self._dtype} in {len(self._leaves)} leaves, {self.steps} steps>"
+
+    # Gradients and states in the parameters' structure
+
+    def _tree(self, data: np.ndarray) -> Any:
+        """Flat data in the parameters' structure, as views."""
+        if self._is_array:
+            return data.reshape(self._shapes[0])
+        if self._is_flat:
+            return self.params.like(data)
+        return FlatBuffer(self._structure, self._shapes, data)
+
+    @property
+    def grads(self) -> Any:
+        """Gradients to write into; zero at first, and allocated on first use.
+
+        An array if the parameters are one, else a `FlatBuffer`: `opt.grads["layer.w"]` is a view.
+        """
+        if self._own is None:
+            self._put(_own=allocate(sum(self._sizes), self._dtype, 1, self._alloc))
+        return self._tree(self._own)
+
+    def zero_grad(self) -> None:
+        """Set `opt.grads` to zero, if it has been used."""
+        if self._own is not None:
+            self._own.fill(0)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The states by name, each an array or a `FlatBuffer` in the parameters' structure; views, not copies."""
+        return {self._states.get(letter, letter): self._tree(data) for letter, data in self._data.items()}
+
+    # Saving
+
+    def state_dict(self, *, params: bool = False) -> dict[str, np.ndarray]:
+        """Everything the optimizer knows, as copies in a flat dict of arrays.
+
+        Args:
+            params: put the parameters in as well, under "params.<path>".
+
+        Returns:
+            "<state>.<path>" for each state and leaf ("exp_avg.w"); "step" and "clock", shape `(leaves, models)`;
+            "fastlr", the description in JSON as bytes. It works with `np.savez(file, **state)`.
+        """
+        return checkpoints.collect(self, params)
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take over what `state_dict` returned, hyperparameters and groups included.
+
+        Args:
+            state: from an optimizer of the same rule over parameters of the same paths, shapes and dtype; parameters
+                in it are copied into this optimizer's.
+
+        Raises:
+            ValueError: if it is from something else, or incomplete; then nothing is changed.
+        """
+        checkpoints.apply(self, state)
+
+    def save(self, path: str | os.PathLike[str], *, params: bool = True) -> None:
+        """Write the optimizer to a file; a crash at any moment leaves the old file or the new one, whole.
+
+        Args:
+            path: ends in ".npz" (NumPy alone, no pickle) or ".safetensors" (needs the package safetensors).
+            params: write the parameters as well, so that `load` restores the whole run.
+
+        Raises:
+            ValueError: if the ending is another one.
+            ImportError: if safetensors is asked for and missing.
+        """
+        checkpoints.write(checkpoints.collect(self, params), path)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Read what `save` wrote; continuing equals never having stopped, bit for bit.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is cut short, not fastlr's, or of another optimizer; then nothing is changed.
+        """
+        checkpoints.apply(self, checkpoints.read(path))
+
+    def snapshot(self) -> dict[str, np.ndarray]:
+        """A copy of parameters, states, counters and hyperparameters in memory, for `restore`."""
+        return checkpoints.collect(self, True)
+
+    def restore(self, snapshot: Mapping[str, np.ndarray]) -> None:
+        """Go back to a snapshot: parameters, states, counters and hyperparameters, bit for bit."""
+        checkpoints.apply(self, snapshot)
+
+    def rebuild(self, params: Any) -> tuple[str, ...]:
+        """Go on with other parameters: added, removed or resized ones.
+
+        Leaves of the same path and shape keep their state and counters, the others start afresh.
+
+        Args:
+            params: the new parameters, as for a new optimizer, of the same dtype.
+
+        Returns:
+            The paths that start afresh.
+
+        Raises:
+            TypeError: if the dtype differs.
+            ValueError: if the parameters do not fit, or a group's pattern matches none of them; then nothing changes.
+        """
+        new: Optimizer = object.__new__(type(self))
+        new.__dict__.update({k: v for k, v in self.__dict__.items() if k not in ("_written",)})
+        new._attach(params)
+        if new._dtype != self._dtype or new._models != self._models:
+            raise TypeError(
+                f"the new parameters are {new._dtype} with population={new._models}, the old ones {self._dtype} with "
+                f"population={self._models}. Build a new optimizer."
+            )
+        own, *overrides = self._hyper.export().items()
+        values = {n: v for n, v in self._hyper.defaults._values.items() if n != "frozen"}
+        hyper = Groups(values, dict(overrides), new._structure.paths, new._models, self._spelling)
+        hyper.defaults.frozen = own[1]["frozen"]
+        new._put(_hyper=hyper, _own=None, _scratch=None)
+        new._put(_data={s: new._allocate_state(k, s) for k, s in enumerate(self._data)})
+        counters = np.zeros((2, len(new._leaves), new._models or 1), np.int64)
+        old = {path: k for k, path in enumerate(self._structure.paths)}
+        fresh = []
+        t, clock = self._counters_of_leaves()
+        for k, path in enumerate(new._structure.paths):
+            j = old.get(path)
+            if j is None or self._shapes[j] != new._shapes[k]:
+                fresh.append(path)
+                continue
+            counters[0, k], counters[1, k] = t[j], clock[j]
+            for letter, data in new._data.items():
+                a, b = new._starts[k], self._starts[j]
+                data[a : a + new._sizes[k]] = self._data[letter][b : b + self._sizes[j]]
+        new._put(**new._rows_for(counters[0], counters[1], self.steps))
+        self.__dict__.pop("_written", None)
+        self.__dict__.update(new.__dict__)
+        return tuple(fresh)
+
+
+def warmup(*rules: type[Optimizer] | Rule, dtypes: Sequence[str] = ("float32",), **settings: Any) -> dict[str, float]:
+    """Compile kernels ahead of their first use; they stay in the cache on disk.
+
+    Args:
+        rules: optimizer classes or rules.
+        dtypes: "float32", "float64" or both.
+        settings: hyperparameters as for the optimizer, since some choose the kernel (`amsgrad=True`, a weight decay).
+
+    Returns:
+        Seconds by name and dtype; near zero for what was in the cache.
+
+    Example:
+        >>> import fastlr
+        >>> seconds = fastlr.warmup(fastlr.Adam, weight_decay=0.01)
+        >>> list(seconds)
+        ['Adam float32']
+    """
+    seconds = {}
+    for rule in rules:
+        for dtype in dtypes:
+            checks.choices("dtype", [dtype], checks.DTYPES)
+            nothing = np.zeros(1, dtype)
+            opt = Optimizer(nothing, rule, **{"lr": 0.0, **settings}) if isinstance(rule, Rule) else rule(nothing, **settings)
+            seconds[f"{getattr(rule, '__name__', rule)} {dtype}"] = opt.warmup()
+    return seconds

@@ -1,0 +1,329 @@
+"""The optimizers: each a rule with its defaults, its checks and the names of its states."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import checks
+from .kernels import rules
+from .kernels.staging import Rule
+from .optimizer import Optimizer, StepOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["SGD", "Adadelta", "Adagrad", "Adam", "AdamW", "RMSprop"]
+
+
+class SGD(Optimizer):
+    """Stochastic gradient descent, plain, with momentum (Polyak) or with Nesterov momentum.
+
+    b = g at the first update, then momentum * b + (1 - dampening) * g; p = p - lr * b; with Nesterov
+    p = p - lr * (g + momentum * b).
+
+    The learning rate is outside the momentum buffer (as in PyTorch; Keras multiplies it in), so a new rate acts on
+    the whole buffer at once. The first update is not dampened. No buffer exists if momentum is 0 everywhere.
+    State: `momentum_buffer`, from 0.
+
+    Args:
+        params: what to update in place; see `fastlr.Optimizer`.
+        lr: step size per update, >= 0. Default 1e-3.
+        momentum: share of the buffer that is kept, >= 0. Default 0: none.
+        dampening: the gradient enters the buffer times 1 - dampening. Default 0.
+        nesterov: look ahead; needs momentum and no dampening. Default False.
+        options: weight_decay (default 0, coupled), decoupled_weight_decay, maximize, groups, threads, alloc, backend:
+            see `fastlr.Optimizer`.
+
+    Raises:
+        TypeError: if an argument is of the wrong kind.
+        ValueError: if one is out of range, or Nesterov is asked for without momentum or with dampening.
+
+    Source: Polyak 1964, doi:10.1016/0041-5553(64)90137-5, eq. 9; Sutskever et al. 2013, "On the importance of
+    initialization and momentum in deep learning", ICML, eqs. 3-4, in PyTorch's form, which takes the gradient at the
+    point already looked ahead to.
+
+    Example:
+        >>> import numpy as np, fastlr
+        >>> w = np.array([1.0, 2.0])
+        >>> opt = fastlr.SGD(w, lr=0.5, momentum=0.9)
+        >>> info = opt.step(np.array([1.0, -1.0]))
+        >>> w
+        array([0.5, 2.5])
+    """
+
+    _rule = Rule(rules.sgd)
+    _states = {"b": "momentum_buffer"}
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: Any = 1e-3,
+        momentum: Any = 0.0,
+        dampening: Any = 0.0,
+        nesterov: bool = False,
+        **options: Unpack[StepOptions],
+    ) -> None:
+        super().__init__(params, lr=lr, momentum=momentum, dampening=dampening, nesterov=nesterov, **options)
+
+    def _check_settings(self, uniforms: list[dict[str, Any]]) -> None:
+        for values in uniforms:
+            if values["nesterov"] and not (_all(values["momentum"]) and not _any(values["dampening"])):
+                raise ValueError("nesterov=True needs a momentum above 0 and a dampening of 0.")
+
+
+class Adagrad(Optimizer):
+    """Adagrad: each element's rate falls with the sum of its squared gradients.
+
+    s = s + g**2; p = p - lr / (1 + (t - 1) * lr_decay) * g / (sqrt(s) + eps).
+
+    eps is outside the root. The sum starts at initial_accumulator_value, 0 as in PyTorch (0.1 in Optax and Keras: with
+    the defaults of each the first steps differ by almost their whole length). State: `sum`.
+
+    Args:
+        params: what to update in place; see `fastlr.Optimizer`.
+        lr: step size per update, >= 0. Default 1e-2.
+        lr_decay: time-based decay of the rate per update, >= 0. Default 0.
+        initial_accumulator_value: start of the sum, >= 0. Default 0.
+        eps: added to the root, >= 0. Default 1e-10.
+        options: weight_decay (default 0, coupled), decoupled_weight_decay, maximize, groups, threads, alloc, backend:
+            see `fastlr.Optimizer`.
+
+    Raises:
+        TypeError: if an argument is of the wrong kind.
+        ValueError: if one is out of range.
+
+    Source: Duchi, Hazan and Singer 2011, JMLR 12:2121-2159, section 1, eq. 1, with the diagonal of the matrix; eps and
+    lr_decay as in PyTorch.
+
+    Example:
+        >>> import numpy as np, fastlr
+        >>> w = np.array([1.0, 2.0])
+        >>> info = fastlr.Adagrad(w, lr=0.5).step(np.array([4.0, -0.25]))
+        >>> w.round(6)
+        array([0.5, 2.5])
+    """
+
+    _rule = Rule(rules.adagrad)
+    _states = {"s": "sum"}
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: Any = 1e-2,
+        lr_decay: Any = 0.0,
+        initial_accumulator_value: float = 0.0,
+        eps: Any = 1e-10,
+        **options: Unpack[StepOptions],
+    ) -> None:
+        name = "initial_accumulator_value"
+        start = checks.hyperparameter(name, initial_accumulator_value, 0.0, None)
+        self._put(initial_accumulator_value=start)
+        super().__init__(params, lr=lr, lr_decay=lr_decay, eps=eps, **options)
+
+    def _initial(self, letter: str) -> float:
+        start: float = self.initial_accumulator_value
+        return start
+
+
+class Adadelta(Optimizer):
+    """Adadelta: steps in the units of the parameters, from running averages of squared gradients and squared steps.
+
+    v = rho * v + (1 - rho) * g**2; delta = sqrt(u + eps) / sqrt(v + eps) * g; u = rho * u + (1 - rho) * delta**2;
+    p = p - lr * delta.
+
+    eps is inside both roots. The paper has no lr; 1 is the paper (PyTorch's default; Keras has 0.001). No bias
+    correction. States: `square_avg` (v), `acc_delta` (u), from 0.
+
+    Args:
+        params: what to update in place; see `fastlr.Optimizer`.
+        lr: factor on the step, >= 0. Default 1.0.
+        rho: decay of both averages, in [0, 1]. Default 0.9.
+        eps: added inside the roots, >= 0. Default 1e-6.
+        options: weight_decay (default 0, coupled), decoupled_weight_decay, maximize, groups, threads, alloc, backend:
+            see `fastlr.Optimizer`.
+
+    Raises:
+        TypeError: if an argument is of the wrong kind.
+        ValueError: if one is out of range.
+
+    Source: Zeiler 2012, arXiv:1212.5701, Algorithm 1.
+
+    Example:
+        >>> import numpy as np, fastlr
+        >>> w = np.array([1.0])
+        >>> info = fastlr.Adadelta(w).step(np.array([2.0]))
+        >>> w.round(6)
+        array([0.996838])
+    """
+
+    _rule = Rule(rules.adadelta)
+    _states = {"v": "square_avg", "u": "acc_delta"}
+
+    def __init__(
+        self, params: Any, *, lr: Any = 1.0, rho: Any = 0.9, eps: Any = 1e-6, **options: Unpack[StepOptions]
+    ) -> None:
+        super().__init__(params, lr=lr, rho=rho, eps=eps, **options)
+
+
+class RMSprop(Optimizer):
+    """RMSprop: the gradient over a running root mean square, centered or not, with or without momentum.
+
+    v = alpha * v + (1 - alpha) * g**2; step = g / (sqrt(v) + eps); centered: m = alpha * m + (1 - alpha) * g and
+    sqrt(v - m**2) in place of sqrt(v); with momentum b = momentum * b + step, step = b; p = p - lr * step.
+
+    eps is outside the root (inside in Optax, Keras and TensorFlow: at the same settings ten steps differ by 27 %). No
+    bias correction. The centered variance is kept from falling below 0 by rounding. States: `square_avg` (v),
+    `grad_avg` (m, only if centered), `momentum_buffer` (b, only with momentum), from 0.
+
+    Args:
+        params: what to update in place; see `fastlr.Optimizer`.
+        lr: step size per update, >= 0. Default 1e-2.
+        alpha: decay of the averages, in [0, 1]. Default 0.99.
+        eps: added to the root, >= 0. Default 1e-8.
+        momentum: share of the buffer that is kept, >= 0. Default 0: none.
+        centered: divide by the standard deviation instead of the root mean square. Default False.
+        options: weight_decay (default 0, coupled), decoupled_weight_decay, maximize, groups, threads, alloc, backend:
+            see `fastlr.Optimizer`.
+
+    Raises:
+        TypeError: if an argument is of the wrong kind.
+        ValueError: if one is out of range.
+
+    Source: Tieleman and Hinton 2012, "Neural Networks for Machine Learning", Coursera, lecture 6.5, slide 29; centered:
+    Graves 2013, arXiv:1308.0850, eqs. 38-45 (there eps is inside the root); lr outside the momentum as in PyTorch.
+
+    Example:
+        >>> import numpy as np, fastlr
+        >>> w = np.array([1.0])
+        >>> info = fastlr.RMSprop(w, lr=0.1).step(np.array([3.0]))
+        >>> w.round(6)
+        array([0.])
+    """
+
+    _rule = Rule(rules.rmsprop)
+    _states = {"v": "square_avg", "m": "grad_avg", "b": "momentum_buffer"}
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: Any = 1e-2,
+        alpha: Any = 0.99,
+        eps: Any = 1e-8,
+        momentum: Any = 0.0,
+        centered: bool = False,
+        **options: Unpack[StepOptions],
+    ) -> None:
+        super().__init__(params, lr=lr, alpha=alpha, eps=eps, momentum=momentum, centered=centered, **options)
+
+
+class Adam(Optimizer):
+    """Adam: the bias-corrected mean of the gradients over the root of that of their squares.
+
+    m = beta1 * m + (1 - beta1) * g; v = beta2 * v + (1 - beta2) * g**2; m_hat = m / (1 - beta1**t);
+    v_hat = v / (1 - beta2**t); p = p - lr * m_hat / (sqrt(v_hat) + eps). With AMSGrad the largest v so far takes the
+    place of v in v_hat.
+
+    eps is outside the root and added after the bias correction, as in the paper's Algorithm 1 (Keras and scikit-learn
+    use the paper's other form, where eps is not corrected: 22 % apart at gradients of 1e-5). Weight decay is coupled
+    (L2) unless `decoupled_weight_decay=True`; `AdamW` has it decoupled. States: `exp_avg` (m), `exp_avg_sq` (v),
+    `max_exp_avg_sq` (only with amsgrad; the maximum is taken before the bias correction), from 0.
+
+    Args:
+        params: what to update in place; see `fastlr.Optimizer`.
+        lr: step size per update, >= 0. Default 1e-3.
+        betas: decay of the two averages, each in [0, 1). Default (0.9, 0.999).
+        eps: added to the root, >= 0. Default 1e-8.
+        amsgrad: never let the denominator shrink. Default False.
+        options: weight_decay (default 0), decoupled_weight_decay, maximize, groups, threads, alloc, backend: see
+            `fastlr.Optimizer`.
+
+    Raises:
+        TypeError: if an argument is of the wrong kind.
+        ValueError: if one is out of range.
+
+    Source: Kingma and Ba 2015, arXiv:1412.6980, Algorithm 1; Reddi, Kale and Kumar 2018, arXiv:1904.09237, Algorithm 2
+    (with bias correction, as in PyTorch).
+
+    Example:
+        >>> import numpy as np, fastlr
+        >>> params = {"w": np.ones((2, 2)), "b": np.zeros(2)}
+        >>> opt = fastlr.Adam(params, lr=0.1)
+        >>> info = opt.step({"w": np.full((2, 2), 5.0), "b": np.array([-1.0, 1.0])})
+        >>> params["b"].round(6)
+        array([ 0.1, -0.1])
+        >>> info.step, info.lr
+        (1, 0.1)
+    """
+
+    _rule = Rule(rules.adam)
+    _states = {"m": "exp_avg", "v": "exp_avg_sq", "v_max": "max_exp_avg_sq"}
+    _spelling = {"betas": ("beta1", "beta2")}
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: Any = 1e-3,
+        betas: tuple[Any, Any] = (0.9, 0.999),
+        eps: Any = 1e-8,
+        amsgrad: bool = False,
+        **options: Unpack[StepOptions],
+    ) -> None:
+        super().__init__(params, lr=lr, betas=betas, eps=eps, amsgrad=amsgrad, **options)
+
+
+class AdamW(Adam):
+    """Adam with decoupled weight decay: the rule starts from p - lr * weight_decay * p.
+
+    As `Adam` but for two defaults: `weight_decay=1e-2` (as in PyTorch; 1e-4 in Optax, 4e-3 in Keras) and
+    `decoupled_weight_decay=True`. The decay is multiplied by lr and comes before the update.
+
+    Args:
+        params: what to update in place; see `fastlr.Optimizer`.
+        lr: step size per update, >= 0. Default 1e-3.
+        betas: decay of the two averages, each in [0, 1). Default (0.9, 0.999).
+        eps: added to the root after the bias correction, >= 0. Default 1e-8.
+        amsgrad: never let the denominator shrink. Default False.
+        options: weight_decay (default 1e-2), decoupled_weight_decay (default True), maximize, groups, threads, alloc,
+            backend: see `fastlr.Optimizer`.
+
+    Raises:
+        TypeError: if an argument is of the wrong kind.
+        ValueError: if one is out of range.
+
+    Source: Loshchilov and Hutter 2019, arXiv:1711.05101, Algorithm 2, with lr in place of the paper's schedule factor
+    on the decay, as in PyTorch.
+
+    Example:
+        >>> import numpy as np, fastlr
+        >>> w = np.ones(2)
+        >>> info = fastlr.AdamW(w, lr=0.1, weight_decay=0.5).step(np.ones(2))
+        >>> w.round(6)
+        array([0.85, 0.85])
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: Any = 1e-3,
+        betas: tuple[Any, Any] = (0.9, 0.999),
+        eps: Any = 1e-8,
+        amsgrad: bool = False,
+        **options: Unpack[StepOptions],
+    ) -> None:
+        decoupled: StepOptions = {"weight_decay": 1e-2, "decoupled_weight_decay": True}
+        super().__init__(params, lr=lr, betas=betas, eps=eps, amsgrad=amsgrad, **(decoupled | options))
+
+
+def _all(value: Any) -> bool:
+    return bool(np.all(value))
+
+
+def _any(value: Any) -> bool:
+    return bool(np.any(value))

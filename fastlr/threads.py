@@ -1,0 +1,131 @@
+"""Helper threads for steps that are worth it.
+
+Numba's own threading layers do not fit a trainer: `workqueue` aborts the process when two Python threads are in
+parallel code, `omp` kills a forked child, and spinning OpenMP threads fight with those of BLAS. Here the calling
+thread always carries the step; helpers are ordinary Python threads that are asked in and take tiles while there are
+any (`kernels.cpu`). Any number of Python threads can step different optimizers, beside anybody's parallel code, and
+a forked child starts its own helpers.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import queue
+import threading
+from pathlib import Path
+from typing import Any
+
+from . import checks
+
+__all__ = ["get_num_threads", "set_num_threads"]
+
+_MAX_HELPERS = 255
+_BACKLOG = 64  # requests that helpers have not yet got round to; more would only be late
+
+
+def available_cpus() -> int:
+    """The CPUs that this process may use: its affinity, limited by the quota of its cgroup."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _cgroup_quota()
+    return max(1, min(cpus, math.ceil(quota))) if quota else cpus
+
+
+def _cgroup_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
+    """CPUs per period that the cgroup allows (version 2, then 1), or None."""
+    try:
+        quota, period = (root / "cpu.max").read_text().split()
+        if quota != "max":
+            return float(quota) / float(period)
+    except (OSError, ValueError):
+        pass
+    try:
+        quota_us = float((root / "cpu" / "cpu.cfs_quota_us").read_text())
+        if quota_us > 0:
+            return quota_us / float((root / "cpu" / "cpu.cfs_period_us").read_text())
+    except (OSError, ValueError):
+        pass
+    return None
+
+
+class _Pool:
+    """Helper threads, started when they are first asked for."""
+
+    def __init__(self) -> None:
+        self.requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.started = 0
+        self.lock = threading.Lock()
+
+    def ask(self, helpers: int, request: Any) -> None:
+        """Ask helpers in; they come when they can."""
+        if self.started < helpers:
+            self._start(helpers)
+        if self.requests.qsize() < _BACKLOG:
+            for _ in range(helpers):
+                self.requests.put(request)
+
+    def _start(self, helpers: int) -> None:
+        with self.lock:
+            while self.started < min(helpers, _MAX_HELPERS):
+                thread = threading.Thread(target=_help, args=(self.requests,), name=f"fastlr-{self.started}", daemon=True)
+                thread.start()
+                self.started += 1
+
+
+def _help(requests: queue.SimpleQueue[Any]) -> None:
+    while True:
+        run, tables, generation = requests.get()
+        run(*tables, -generation)
+        del run, tables  # a sleeping helper keeps nobody's arrays alive
+
+
+_pool = _Pool()
+_threads: int | None = None
+
+# Grows in a forked child: what was shared with helpers that do not exist there has to be made anew.
+epoch = 0
+
+
+def _after_fork() -> None:
+    global _pool, epoch
+    _pool = _Pool()
+    epoch += 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def set_num_threads(n: int) -> None:
+    """Set how many threads a step may use, the calling one included, where an optimizer was not given `threads=`.
+
+    The result of a step does not depend on it.
+
+    Args:
+        n: number of threads, at least 1.
+
+    Raises:
+        TypeError: if it is no whole number.
+        ValueError: if it is less than 1.
+
+    Example:
+        >>> import fastlr
+        >>> fastlr.set_num_threads(2)
+        >>> fastlr.get_num_threads()
+        2
+    """
+    global _threads
+    _threads = checks.count("n", n)
+
+
+def get_num_threads() -> int:
+    """How many threads a step may use: what was set, else the CPUs that this process may use."""
+    global _threads
+    if _threads is None:
+        _threads = available_cpus()
+    return _threads
+
+
+def ask_helpers(helpers: int, run: Any, tables: Any, generation: int) -> None:
+    """Ask helper threads to take part in a step that is about to begin."""
+    _pool.ask(helpers, (run, tables, generation))

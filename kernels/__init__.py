@@ -1,0 +1,1 @@
+"""What gets compiled, and nothing else: rules, primitives, staging and the sweep that runs them."""

@@ -1,0 +1,151 @@
+"""The sweep on CPU threads: `decide` once per row, then `update` over the tiles of a plan.
+
+One compiled function carries out a whole step, counters included, so that a step is either not begun or complete when
+Python next looks (a KeyboardInterrupt waits for it). It takes the tables of a plan and never names an optimizer.
+
+Tiles are handed out by an atomic counter, to the calling thread and to any helper that has come in meanwhile
+(`fastlr.threads`). Nobody waits for a helper that has not come, so a core that is busy with something else costs
+only its share. Which thread does which tile does not show in the result.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numba
+import numpy as np
+from numba import njit, types
+
+from . import primitives
+from .caching import KernelCache
+from .memory import CAN_YIELD, atomic_load, atomic_store, elements, fetch_add, pause, row, sched_yield, where
+from .staging import Staged, define
+
+BLOCK = 16_384  # elements of a tile, at most; sums over a leaf are taken in blocks of this size
+
+# Columns of a plan's tables.
+ROW, FIRST_ADDRESS = 0, 1  # leaves: the row of its counters, then the addresses of p, g and the states
+LEAF, START, COUNT = 0, 1, 2  # tiles
+T, CLOCK, T_STEP, CLOCK_STEP = 0, 1, 2, 3  # counters: updates made, steps seen, and what this step adds to each
+
+# Places in the control block, in int64s: each that threads write has a cache line of its own.
+NEXT, HELPERS, OPENED, CLOSED, WAITING, STEPS, CHUNK, CONTROL_SIZE = 0, 8, 16, 24, 32, 40, 48, 56
+
+# How often a helper looks for the next step before it goes to sleep: some 50 us, so that steps one after the other
+# find it awake (waking a sleeping thread took 70 us) and a matrix product that follows is not disturbed.
+_PATIENCE = 1_000
+
+# No fast-math and no contraction: the same bits as NumPy. NumPy's error model: x / 0 is inf, without a branch.
+_FLAGS = {"error_model": "numpy", "nogil": True, "fastmath": False, "boundscheck": False}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A compiled step.
+
+    Attributes:
+        run: `run(leaves, tiles, table, counters, h, control, generation)`; a helper passes the negative generation.
+        compile_s: seconds spent compiling or loading it.
+        cached: whether it came from disk.
+    """
+
+    run: Callable[..., None]
+    compile_s: float
+    cached: bool
+
+
+_ELEMENT = {"sqrt": math.sqrt, "abs": abs, "exp": math.exp, "log": math.log, "tanh": math.tanh, "sin": math.sin, "cos": math.cos}
+
+
+def tile_loop(staged: Staged, dtype: str) -> Callable[..., None]:
+    """The loop over one tile, `tile(addresses, h, start, stop)`: load, call the staged update, store."""
+    columns = 2 + len(staged.states)
+    load, store = elements([dtype] * columns, [0, *range(2, columns)], dtype)
+    update = njit(**_FLAGS)(define(staged.update, "update", {**_ELEMENT, "where": where}))
+
+    @njit(**_FLAGS)
+    def tile(addresses, h, start, stop):
+        for i in range(start, stop):
+            store(addresses, i, update(*load(addresses, i), h))
+
+    return tile
+
+
+def build(staged: Staged, dtype: str) -> Kernel:
+    """Compile a staged rule for one dtype, or load it from disk.
+
+    Args:
+        staged: the staged rule.
+        dtype: "float32" or "float64"; of the columns and of the arithmetic.
+    """
+    began = time.perf_counter()
+    columns, uniforms, slots = 2 + len(staged.states), len(staged.uniforms), staged.slots
+    power = njit(**_FLAGS)(primitives.power)
+    decide = njit(**_FLAGS)(define(staged.decide, "decide", {**_ELEMENT, "power": power}))
+    tile = tile_loop(staged, dtype)
+    addresses_at, uniforms_at, slots_at = row("int64", columns), row("float64", uniforms), row(dtype, slots)
+    size = np.dtype(dtype).itemsize
+
+    def step(leaves, tiles, table, counters, h, control, generation):
+        base = np.int64(control.ctypes.data)
+        if generation > 0:
+            for r in range(len(counters)):
+                if counters[r, T_STEP]:
+                    values = decide(counters[r, T] + 1, *uniforms_at(np.int64(table.ctypes.data) + r * uniforms * 8))
+                    for k in range(slots):
+                        h[r, k] = values[k]
+            # The place of `measure`: sums over leaves, from which decide goes on. No rule asks for one yet.
+            atomic_store(base + 8 * NEXT, 0)
+            atomic_store(base + 8 * OPENED, generation)
+            sweep(leaves, tiles, h, base, control[CHUNK])
+            atomic_store(base + 8 * CLOSED, generation)
+            spins = 0
+            while atomic_load(base + 8 * HELPERS) != 0:
+                pause()
+                spins += 1
+                if CAN_YIELD and spins % _PATIENCE == 0:
+                    sched_yield()
+            for r in range(len(counters)):
+                counters[r, T] += counters[r, T_STEP]
+                counters[r, CLOCK] += counters[r, CLOCK_STEP]
+            control[STEPS] += 1
+            return
+        wanted = -generation
+        while True:
+            fetch_add(base + 8 * WAITING, 1)
+            spins = 0
+            while atomic_load(base + 8 * OPENED) < wanted and spins < _PATIENCE:
+                pause()
+                spins += 1
+            fetch_add(base + 8 * WAITING, -1)
+            if atomic_load(base + 8 * OPENED) < wanted:
+                return
+            fetch_add(base + 8 * HELPERS, 1)
+            wanted = atomic_load(base + 8 * OPENED)
+            if atomic_load(base + 8 * CLOSED) < wanted:
+                sweep(leaves, tiles, h, base, control[CHUNK])
+            fetch_add(base + 8 * HELPERS, -1)
+            wanted += 1
+
+    @njit(**_FLAGS)
+    def sweep(leaves, tiles, h, base, chunk):
+        while True:
+            first = fetch_add(base + 8 * NEXT, chunk)
+            if first >= len(tiles):
+                return
+            for k in range(first, min(first + chunk, len(tiles))):
+                leaf, start, count = tiles[k, LEAF], tiles[k, START], tiles[k, COUNT]
+                addresses = addresses_at(np.int64(leaves.ctypes.data) + (leaf * (columns + 1) + FIRST_ADDRESS) * 8)
+                values = slots_at(np.int64(h.ctypes.data) + leaves[leaf, ROW] * slots * size)
+                tile(addresses, values, start, start + count)
+
+    integers, floats = types.Array(types.int64, 2, "C"), types.Array(types.float64, 2, "C")
+    compute = types.Array(getattr(types, dtype), 2, "C")
+    signature = types.void(integers, integers, floats, integers, compute, types.Array(types.int64, 1, "C"), types.int64)
+    dispatcher = njit(**_FLAGS)(step)
+    dispatcher._cache = cache = KernelCache(staged.name, staged, dtype, numba.config.DISABLE_JIT)
+    dispatcher.compile(signature)
+    dispatcher.disable_compile()
+    return Kernel(dispatcher, time.perf_counter() - began, cache.hit)
