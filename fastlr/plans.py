@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from .kernels.cpu import BLOCK, CHUNK, CONTROL_SIZE, FIRST_ADDRESS, ROW, WAITING, Kernel
+from .kernels.cpu import BLOCK, CHUNK, FIRST_ADDRESS, LINE, NEXT, ROW, SHARES, WAITING, Kernel
 from .threads import ask_helpers
 
 _GRADIENT = FIRST_ADDRESS + 1
-# Below this many bytes one thread is done before another has come.
-_WORTH_HELPERS = 2 << 20
+# Below this many bytes one thread is done before another has been woken: that can take 70 us of the caller's time
+# (virtual machine, 2026-11), in which it moves some 3 MB.
+_WORTH_WAKING = 4 << 20
 
 
 class Plan:
@@ -81,16 +82,9 @@ class Plan:
         self._work = self.elements * itemsize * (1 + columns.shape[0])
         self._tables = (self.leaves, self.tiles, table, counters, h)
         self._generations = itertools.count(1)
-        self.renew()
-
-    def renew(self) -> None:
-        """A new control block; helpers that still know the old one will find nothing to do."""
-        control = np.zeros(CONTROL_SIZE + 8, np.int64)
-        skip = -(control.ctypes.data // 8) % 8
-        self._control = control[skip : skip + CONTROL_SIZE]
+        self._threads = 0
         average = self.elements / max(1, len(self.tiles))
-        self._control[CHUNK] = max(1, int(BLOCK // max(1.0, average)))
-        self.tables = (*self._tables, self._control)
+        self._chunk = max(1, int(BLOCK // max(1.0, average)))
 
     def point_gradients(self, addresses: Any) -> None:
         """Enter the address of each leaf's gradient, in the order of the leaves."""
@@ -102,9 +96,21 @@ class Plan:
 
     def run(self, kernel: Kernel, threads: int) -> None:
         """Carry out the step."""
+        if threads != self._threads:
+            self._make_control(threads)
         generation = next(self._generations)
-        if threads > 1 and self._work >= _WORTH_HELPERS:
+        if threads > 1 and self._work >= _WORTH_WAKING:
             missing = threads - 1 - int(self._control[WAITING])
             if missing > 0:
                 ask_helpers(missing, kernel.run, self.tables, generation)
         kernel.run(*self.tables, generation)
+
+    def _make_control(self, threads: int) -> None:
+        """A new control block; helpers that still know the old one will find nothing to do."""
+        size = NEXT + threads * LINE
+        control = np.zeros(size + LINE, np.int64)
+        skip = -(control.ctypes.data // 8) % LINE
+        self._control = control[skip : skip + size]
+        self._control[CHUNK], self._control[SHARES] = self._chunk, threads
+        self.tables = (*self._tables, self._control)
+        self._threads = threads

@@ -3,8 +3,8 @@
 One compiled function carries out a whole step, counters included, so that a step is either not begun or complete when
 Python next looks (a KeyboardInterrupt waits for it). It takes the tables of a plan and never names an optimizer.
 
-Tiles are handed out by an atomic counter, to the calling thread and to any helper that has come in meanwhile
-(`fastlr.threads`). Nobody waits for a helper that has not come, so a core that is busy with something else costs
+The tiles are cut into a share for each thread and handed out by atomic counters, to the calling thread and to any
+helper that has come in meanwhile (`fastlr.threads`); whoever is done with one share goes on with the others. Nobody waits for a helper that has not come, so a core that is busy with something else costs
 only its share. Which thread does which tile does not show in the result.
 """
 
@@ -30,12 +30,15 @@ ROW, FIRST_ADDRESS = 0, 1  # leaves: the row of its counters, then the addresses
 LEAF, START, COUNT = 0, 1, 2  # tiles
 T, CLOCK, T_STEP, CLOCK_STEP = 0, 1, 2, 3  # counters: updates made, steps seen, and what this step adds to each
 
-# Places in the control block, in int64s: each that threads write has a cache line of its own.
-NEXT, HELPERS, OPENED, CLOSED, WAITING, STEPS, CHUNK, CONTROL_SIZE = 0, 8, 16, 24, 32, 40, 48, 56
+# Places in the control block, in int64s: each that threads write has a cache line of its own. From NEXT on, one
+# counter for each share of the tiles.
+HELPERS, OPENED, CLOSED, WAITING, ARRIVED, CHUNK, SHARES, NEXT = 0, 8, 16, 24, 32, 40, 41, 48
+LINE = 8
 
-# How often a helper looks for the next step before it goes to sleep: some 50 us, so that steps one after the other
-# find it awake (waking a sleeping thread took 70 us) and a matrix product that follows is not disturbed.
-_PATIENCE = 1_000
+# How often a helper looks for the next step before it goes to sleep. Once it has been asked in, the step is about to
+# begin: the call that woke it can take the caller 70 us (virtual machine, an idle core). After a step, some 50 us, so
+# that steps one after the other find it awake and a matrix product that follows is hardly disturbed.
+_ASKED, _PATIENCE = 50_000, 5_000
 
 # No fast-math and no contraction: the same bits as NumPy. NumPy's error model: x / 0 is inf, without a branch.
 _FLAGS = {"error_model": "numpy", "nogil": True, "fastmath": False, "boundscheck": False}
@@ -97,9 +100,11 @@ def build(staged: Staged, dtype: str) -> Kernel:
                     for k in range(slots):
                         h[r, k] = values[k]
             # The place of `measure`: sums over leaves, from which decide goes on. No rule asks for one yet.
-            atomic_store(base + 8 * NEXT, 0)
+            for share in range(control[SHARES]):
+                control[NEXT + share * LINE] = 0
+            control[ARRIVED] = 0
             atomic_store(base + 8 * OPENED, generation)
-            sweep(leaves, tiles, h, base, control[CHUNK])
+            sweep(leaves, tiles, h, base, control[CHUNK], control[SHARES], 0)
             atomic_store(base + 8 * CLOSED, generation)
             spins = 0
             while atomic_load(base + 8 * HELPERS) != 0:
@@ -110,13 +115,12 @@ def build(staged: Staged, dtype: str) -> Kernel:
             for r in range(len(counters)):
                 counters[r, T] += counters[r, T_STEP]
                 counters[r, CLOCK] += counters[r, CLOCK_STEP]
-            control[STEPS] += 1
             return
-        wanted = -generation
+        wanted, patience = -generation, _ASKED
         while True:
             fetch_add(base + 8 * WAITING, 1)
             spins = 0
-            while atomic_load(base + 8 * OPENED) < wanted and spins < _PATIENCE:
+            while atomic_load(base + 8 * OPENED) < wanted and spins < patience:
                 pause()
                 spins += 1
             fetch_add(base + 8 * WAITING, -1)
@@ -125,21 +129,25 @@ def build(staged: Staged, dtype: str) -> Kernel:
             fetch_add(base + 8 * HELPERS, 1)
             wanted = atomic_load(base + 8 * OPENED)
             if atomic_load(base + 8 * CLOSED) < wanted:
-                sweep(leaves, tiles, h, base, control[CHUNK])
+                mine = fetch_add(base + 8 * ARRIVED, 1) + 1
+                sweep(leaves, tiles, h, base, control[CHUNK], control[SHARES], mine)
             fetch_add(base + 8 * HELPERS, -1)
-            wanted += 1
+            wanted, patience = wanted + 1, _PATIENCE
 
     @njit(**_FLAGS)
-    def sweep(leaves, tiles, h, base, chunk):
-        while True:
-            first = fetch_add(base + 8 * NEXT, chunk)
-            if first >= len(tiles):
-                return
-            for k in range(first, min(first + chunk, len(tiles))):
-                leaf, start, count = tiles[k, LEAF], tiles[k, START], tiles[k, COUNT]
-                addresses = addresses_at(np.int64(leaves.ctypes.data) + (leaf * (columns + 1) + FIRST_ADDRESS) * 8)
-                values = slots_at(np.int64(h.ctypes.data) + leaves[leaf, ROW] * slots * size)
-                tile(addresses, values, start, start + count)
+    def sweep(leaves, tiles, h, base, chunk, shares, mine):
+        for k in range(shares):  # first one's own share, which this core may still have in its cache, then the others'
+            share = (mine + k) % shares
+            begin, end = len(tiles) * share // shares, len(tiles) * (share + 1) // shares
+            while True:
+                first = begin + fetch_add(base + 8 * (NEXT + share * LINE), chunk)
+                if first >= end:
+                    break
+                for tile_index in range(first, min(first + chunk, end)):
+                    leaf, start, count = tiles[tile_index, LEAF], tiles[tile_index, START], tiles[tile_index, COUNT]
+                    addresses = addresses_at(np.int64(leaves.ctypes.data) + (leaf * (columns + 1) + FIRST_ADDRESS) * 8)
+                    values = slots_at(np.int64(h.ctypes.data) + leaves[leaf, ROW] * slots * size)
+                    tile(addresses, values, start, start + count)
 
     integers, floats = types.Array(types.int64, 2, "C"), types.Array(types.float64, 2, "C")
     compute = types.Array(getattr(types, dtype), 2, "C")
