@@ -1,0 +1,190 @@
+"""What is measured: each implementation of a rule over the same parameters and gradients."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+import fastlr
+
+from .. import optimizers
+from ..buffers import allocate
+
+# The optimizers by the name used in reports, with the settings in which they are measured.
+RULES: dict[str, type[fastlr.Optimizer]] = {name.lower(): getattr(optimizers, name) for name in optimizers.__all__}
+SETTINGS: dict[str, dict[str, Any]] = {"sgd": {"momentum": 0.9}}
+_FUSED_IN_TORCH = {"adam", "adamw", "sgd", "adagrad"}
+
+_BLOCK = 65_536  # elements; the fastest of the powers of two from 4,096 to 131,072 for NumPy's Adam
+
+
+@dataclass
+class Problem:
+    """What a step is measured on."""
+
+    rule: str
+    n: int
+    leaves: int
+    dtype: str
+    threads: int
+
+    def array(self, seed: int) -> np.ndarray:
+        """Random numbers, never zeros: roots and divisions of zeros take another path."""
+        return (np.random.default_rng(seed).random(self.n, np.dtype(self.dtype)) - 0.5) * np.asarray(0.1, self.dtype)
+
+    def parts(self, array: np.ndarray) -> list[np.ndarray]:
+        """An array cut into leaves of equal size, each memory of its own if there are several."""
+        if self.leaves == 1:
+            return [array]
+        return [part.copy() for part in np.array_split(array, self.leaves)]
+
+
+@dataclass
+class Candidate:
+    """An implementation ready to step."""
+
+    step: Callable[[], Any]
+    params: Callable[[], np.ndarray] | None = None  # for the check; None: nothing to compare
+    compile_s: float = 0.0
+
+
+def fastlr_candidate(problem: Problem, backend: str = "numba") -> Candidate:
+    """fastlr itself, or its NumPy reference."""
+    settings = SETTINGS.get(problem.rule, {})
+    make = RULES[problem.rule]
+    if problem.leaves == 1:
+        buffer = fastlr.flatten([problem.array(0)])
+        opt = make(buffer, threads=problem.threads, backend=backend, **settings)
+        opt.grads.data[:] = problem.array(1)
+        return Candidate(opt.step, lambda: buffer.data, opt.warmup())
+    params, grads = problem.parts(problem.array(0)), problem.parts(problem.array(1))
+    opt = make(params, threads=problem.threads, backend=backend, **settings)
+    return Candidate(lambda: opt.step(grads), lambda: np.concatenate(params), opt.warmup())
+
+
+def torch_candidate(problem: Problem) -> Candidate | None:
+    """PyTorch's fused kernel, where PyTorch is installed and has one."""
+    if problem.rule not in _FUSED_IN_TORCH or importlib.util.find_spec("torch") is None:
+        return None
+    import torch
+
+    torch.set_num_threads(problem.threads)
+    leaves = [torch.from_numpy(x.copy()).requires_grad_() for x in problem.parts(problem.array(0))]
+    for leaf, gradient in zip(leaves, problem.parts(problem.array(1)), strict=True):
+        leaf.grad = torch.from_numpy(gradient.copy())
+    settings = SETTINGS.get(problem.rule, {})
+    opt = getattr(torch.optim, RULES[problem.rule].__name__)(leaves, fused=True, **settings)
+    return Candidate(opt.step, lambda: np.concatenate([x.detach().numpy() for x in leaves]))
+
+
+def _adam(p: Any, g: Any, m: Any, v: Any, x: Any, t: int, f: Any) -> None:
+    np.multiply(m, f(0.9), out=m)
+    np.multiply(g, f(1 - 0.9), out=x)
+    np.add(m, x, out=m)
+    np.multiply(v, f(0.999), out=v)
+    np.multiply(g, g, out=x)
+    np.multiply(x, f(1 - 0.999), out=x)
+    np.add(v, x, out=v)
+    np.multiply(v, f(1 / (1 - 0.999**t)), out=x)
+    np.sqrt(x, out=x)
+    np.add(x, f(1e-8), out=x)
+    np.divide(m, x, out=x)
+    np.multiply(x, f(1e-3 / (1 - 0.9**t)), out=x)
+    np.subtract(p, x, out=p)
+
+
+def _rmsprop(p: Any, g: Any, v: Any, x: Any, t: int, f: Any) -> None:
+    np.multiply(v, f(0.99), out=v)
+    np.multiply(g, g, out=x)
+    np.multiply(x, f(1 - 0.99), out=x)
+    np.add(v, x, out=v)
+    np.sqrt(v, out=x)
+    np.add(x, f(1e-8), out=x)
+    np.divide(g, x, out=x)
+    np.multiply(x, f(1e-2), out=x)
+    np.subtract(p, x, out=p)
+
+
+def _adagrad(p: Any, g: Any, s: Any, x: Any, t: int, f: Any) -> None:
+    np.multiply(g, g, out=x)
+    np.add(s, x, out=s)
+    np.sqrt(s, out=x)
+    np.add(x, f(1e-10), out=x)
+    np.divide(g, x, out=x)
+    np.multiply(x, f(1e-2), out=x)
+    np.subtract(p, x, out=p)
+
+
+# Written by hand for speed, in place and with one temporary: the number of states, and the passes over a block.
+_BY_HAND: dict[str, tuple[int, Callable[..., None]]] = {"adam": (2, _adam), "rmsprop": (1, _rmsprop), "adagrad": (1, _adagrad)}
+
+
+def numpy_candidate(problem: Problem, block: int | None = _BLOCK) -> Candidate:
+    """The best in-place NumPy there is: by hand in blocks that stay in the cache, else the staged rule.
+
+    Args:
+        problem: what to step on.
+        block: elements of a block; None for passes over whole arrays, as most people write it.
+    """
+    if problem.rule not in _BY_HAND:
+        return fastlr_candidate(problem, backend="numpy")
+    states, passes = _BY_HAND[problem.rule]
+    dtype = np.dtype(problem.dtype)
+    params, grads = problem.parts(problem.array(0)), problem.parts(problem.array(1))
+    whole = [[p, g, *(np.zeros_like(p) for _ in range(states))] for p, g in zip(params, grads, strict=True)]
+    size = max(p.size for p in params)
+    temporary = np.empty(min(size, block or size), dtype)
+    blocks = [
+        [x[k : k + temporary.size] for x in arrays] + [temporary[: arrays[0][k : k + temporary.size].size]]
+        for arrays in whole
+        for k in range(0, arrays[0].size, temporary.size)
+    ]
+    t = 0
+
+    def step() -> None:
+        nonlocal t
+        t += 1
+        for arrays in blocks:
+            passes(*arrays, t, dtype.type)
+
+    return Candidate(step, lambda: np.concatenate(params))
+
+
+def roofline_candidate(problem: Problem, states: int) -> Candidate:
+    """Read and write the same streams with almost no arithmetic, by a plain parallel loop of Numba's own."""
+    import numba
+
+    streams = [allocate(problem.n, problem.dtype, k) for k in range(2 + states)]
+    for stream in streams:
+        stream.fill(1e-3)
+    loop = _touch(states)
+    threads = min(problem.threads, numba.config.NUMBA_NUM_THREADS)
+    little = np.dtype(problem.dtype).type(1e-9)
+
+    def step() -> None:
+        numba.set_num_threads(threads)
+        loop(*streams, little)
+
+    step()
+    return Candidate(step)
+
+
+def _touch(states: int) -> Callable[..., None]:
+    """The loop for a number of states, compiled once."""
+    if states not in _TOUCHES:
+        import numba
+
+        names = [f"s{k}" for k in range(states)]
+        lines = [f"        {s}[i] += c" for s in names]
+        text = "\n".join([f"def touch({', '.join(['p', 'g', *names, 'c'])}):", "    for i in prange(p.size):", "        p[i] += g[i]", *lines])
+        scope: dict[str, Any] = {"prange": numba.prange}
+        exec(text, scope)  # noqa: S102
+        _TOUCHES[states] = numba.njit(parallel=True, error_model="numpy")(scope["touch"])
+    return _TOUCHES[states]
+
+
+_TOUCHES: dict[int, Callable[..., None]] = {}

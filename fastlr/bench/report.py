@@ -1,0 +1,157 @@
+"""What is shown: progress, the table, and what changed since an earlier run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+_KEY = ("impl", "rule", "device", "dtype", "n", "leaves", "threads", "mode")
+
+
+def progress(problems: Sequence[Any], quiet: bool) -> Iterator[Any]:
+    """Go through problems with a progress bar, if rich is installed."""
+    try:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    except ImportError:
+        for k, problem in enumerate(problems):
+            if not quiet:
+                print(f"[{k + 1}/{len(problems)}] {problem.rule} {problem.dtype} n={problem.n:,}", flush=True)
+            yield problem
+        return
+    columns = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, disable=quiet, transient=True) as bar:
+        task = bar.add_task("", total=len(problems))
+        for problem in problems:
+            bar.update(task, description=f"{problem.rule} {problem.dtype} n={problem.n:,}")
+            yield problem
+            bar.advance(task)
+
+
+def _time(seconds: float) -> str:
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds * 1e9:.3g} ns"
+
+
+def _find(rows: Iterable[dict[str, Any]], row: dict[str, Any], **other: Any) -> dict[str, Any] | None:
+    wanted = {**{k: row[k] for k in _KEY}, **other}
+    return next((r for r in rows if all(r.get(k) == v for k, v in wanted.items())), None)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of the report for steps measured alone."""
+    header = ["rule", "dtype", "parameters", "leaves", "implementation", "p50", "p10", "p90", "ns/param", "GB/s", "of roofline", "fastlr is", "compiled in"]
+    lines = []
+    for row in rows:
+        roof = _find(rows, row, impl="roofline")
+        own = _find(rows, row, impl="fastlr")
+        lines.append(
+            [
+                row["rule"],
+                row["dtype"],
+                f"{row['n']:,}",
+                str(row["leaves"]),
+                row["impl"],
+                *(_time(row[k]) for k in ("p50_s", "p10_s", "p90_s")),
+                f"{row['ns_per_param']:.3g}",
+                f"{row['gb_per_s']:.3g}",
+                f"{roof['p50_s'] / row['p50_s']:.2f}" if roof else "",
+                f"{row['p50_s'] / own['p50_s']:.2f}x as fast" if own and row["impl"] not in ("fastlr", "roofline") else "",
+                _time(row["compile_s"]) if row["compile_s"] else "",
+            ]
+        )
+    return header, lines
+
+
+def loop_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of the report for steps in a loop."""
+    header = ["rule", "dtype", "parameters", "implementation", "between", "step alone", "in the loop", "ratio", "what follows, alone", "after a step", "ratio"]
+    lines = [
+        [
+            row["rule"],
+            row["dtype"],
+            f"{row['n']:,}",
+            row["impl"],
+            row["mode"].removeprefix("in_loop_"),
+            _time(row["alone_p50_s"]),
+            _time(row["p50_s"]),
+            f"{row['p50_s'] / row['alone_p50_s']:.2f}",
+            _time(row["neighbour_alone_p50_s"]),
+            _time(row["neighbour_p50_s"]),
+            f"{row['neighbour_p50_s'] / row['neighbour_alone_p50_s']:.2f}",
+        ]
+        for row in rows
+    ]
+    return header, lines
+
+
+def comparison(rows: Sequence[dict[str, Any]], old: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines for what changed since an earlier run; relative to that run's roofline where there is one."""
+    header = ["rule", "dtype", "parameters", "leaves", "implementation", "then", "now", "now / then", "of roofline then", "now"]
+    lines = []
+    for row in rows:
+        then = _find(old, row)
+        if then is None:
+            continue
+        roofs = [_find(where, row, impl="roofline") for where in (old, rows)]
+        fractions = [f"{r['p50_s'] / x['p50_s']:.2f}" if r else "" for r, x in zip(roofs, (then, row), strict=True)]
+        lines.append(
+            [
+                row["rule"],
+                row["dtype"],
+                f"{row['n']:,}",
+                str(row["leaves"]),
+                row["impl"],
+                _time(then["p50_s"]),
+                _time(row["p50_s"]),
+                f"{row['p50_s'] / then['p50_s']:.2f}",
+                *fractions,
+            ]
+        )
+    return header, lines
+
+
+def show(title: str, header: list[str], lines: list[list[str]]) -> None:
+    """Print a table, by rich where it is installed."""
+    if not lines:
+        print(f"{title}: nothing to show")
+        return
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        widths = [max(len(x) for x in column) for column in zip(header, *lines, strict=True)]
+        print(title)
+        for line in (header, *lines):
+            print("  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip())
+        return
+    out = Table(title=title, title_justify="left")
+    for k, name in enumerate(header):
+        out.add_column(name, justify="left" if k in (0, 1, 4) else "right")
+    before = None
+    for line in lines:
+        if before is not None and line[:4] != before:
+            out.add_section()
+        before = line[:4]
+        out.add_row(*line)
+    console = Console()
+    console = console if console.is_terminal else Console(width=200)
+    console.print(out)
+
+
+def load(path: str) -> list[dict[str, Any]]:
+    """Rows that an earlier run wrote.
+
+    Raises:
+        ValueError: if the file holds something else.
+    """
+    try:
+        rows = json.loads(Path(path).read_text())
+        if not (isinstance(rows, list) and all(set(_KEY) <= set(row) for row in rows)):
+            raise ValueError
+    except ValueError:
+        raise ValueError(f"{path!r} is not a file written by fastlr bench --json.") from None
+    return rows

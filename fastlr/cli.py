@@ -1,0 +1,91 @@
+"""The command line: `fastlr bench`, `fastlr info`; `python -m fastlr` is the same."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import __version__, bench, info
+from .bench import report
+from .checks import DTYPES
+
+
+def _list(text: str) -> list[str]:
+    return [x for x in text.replace(" ", "").split(",") if x]
+
+
+def _counts(text: str) -> list[int]:
+    """Whole numbers such as 1000, 10_000, 25M, 1e6."""
+    out = []
+    for word in _list(text):
+        scale = {"k": 1_000, "m": 1_000_000, "g": 1_000_000_000}.get(word[-1].lower(), 1)
+        try:
+            value = float(word[:-1] if scale > 1 else word) * scale
+        except ValueError:
+            value = 0.0
+        if value < 1 or value != int(value):
+            raise argparse.ArgumentTypeError(f"{word!r} is not a positive whole number (1000, 10_000, 25M)")
+        out.append(int(value))
+    return out
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fastlr", description="Fused optimizer updates at memory speed.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="versions, processor, threads, cache folder, GPU")
+    b = commands.add_parser("bench", help="throughput beside NumPy, PyTorch and this machine's memory speed")
+    b.add_argument("--quick", action="store_true", help="three rules and three sizes, in under a minute")
+    b.add_argument("--rules", type=_list, help="adam,rmsprop,... (default: all)")
+    b.add_argument("--sizes", type=_counts, help="numbers of parameters: 1k,1M,25M")
+    b.add_argument("--leaves", type=_counts, default=[1], help="separate arrays per model: 1,148 (1: one flat array)")
+    b.add_argument("--dtype", type=_list, default=["float32"], help=f"{' or '.join(DTYPES)}, or both with a comma")
+    b.add_argument("--threads", type=int, help="threads for every implementation")
+    b.add_argument("--in-loop", action="store_true", help="between matrix products, as in a trainer")
+    b.add_argument("--seconds", type=float, help="about how long to measure each line")
+    b.add_argument("--json", metavar="FILE", help="write one row per measured implementation")
+    b.add_argument("--compare", metavar="OLD.json", help="show what changed since an earlier run")
+    return parser
+
+
+def _bench(args: argparse.Namespace) -> None:
+    old = report.load(args.compare) if args.compare else None
+    rules = args.rules or (["adam", "rmsprop", "adagrad"] if args.quick else None)
+    sizes = args.sizes or ([1_000, 1_000_000, 25_000_000] if args.quick else [1_000, 10_000, 1_000_000, 25_000_000])
+    seconds = args.seconds or (1.0 if args.quick else 3.0)
+    rows = bench.run(rules, sizes, args.dtype, args.leaves, args.threads, args.in_loop, seconds)
+    print(f"{info.cpu_name()}, {rows[0]['threads']} threads, " + ", ".join(f"{k} {v}" for k, v in info.versions().items()))
+    if args.in_loop:
+        report.show("One optimizer step between other work", *report.loop_table(rows))
+    else:
+        report.show("One optimizer step", *report.table(rows))
+    if old is not None:
+        report.show(f"Changed since {args.compare}", *report.comparison(rows, old))
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+        print(f"{len(rows)} rows written to {args.json}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: the arguments; default those of the process.
+
+    Returns:
+        The exit status.
+    """
+    args = _parser().parse_args(argv)
+    if args.command == "info":
+        for name, value in info.describe().items():
+            print(f"{name:16} {value}")
+        return 0
+    try:
+        _bench(args)
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        print(f"fastlr bench: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,78 @@
+"""What `fastlr info` tells: versions, processor, threads, cache, GPU."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from pathlib import Path
+
+import numba
+import numpy as np
+
+from . import threads
+from ._version import __version__
+from .kernels import caching
+
+__all__ = ["cpu_name", "describe", "versions"]
+
+
+def cpu_name() -> str:
+    """The processor as the system calls it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a step depends on or is compared with."""
+    out = {"fastlr": __version__, "python": platform.python_version(), "numpy": np.__version__, "numba": numba.__version__}
+    for name in ("llvmlite", "torch", "numba-cuda"):
+        try:
+            out[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return out
+
+
+def _vector_width() -> str:
+    import llvmlite.binding as llvm
+
+    features = llvm.get_host_cpu_features()
+    for name, width in (("avx512f", "512 bits (AVX-512)"), ("avx2", "256 bits (AVX2)"), ("sse2", "128 bits (SSE2)"), ("neon", "128 bits (NEON)")):
+        if features.get(name):
+            return width
+    return "unknown"
+
+
+def _cache() -> str:
+    folder = caching.folder()
+    kernels = list(folder.glob("*.kernel")) if folder.is_dir() else []
+    size = sum(k.stat().st_size for k in kernels)
+    existing = next((p for p in (folder, *folder.parents) if p.exists()), folder)
+    usable = "" if os.access(existing, os.W_OK) else ", cannot be written: kernels are compiled in each process"
+    return f"{folder} ({len(kernels)} kernels, {size / 1e6:.1f} MB{usable})"
+
+
+def _gpu() -> str:
+    if importlib.util.find_spec("numba_cuda") is None:
+        return "not used: numba-cuda is not installed"
+    return "not used: this version of fastlr steps on the CPU only"
+
+
+def describe() -> dict[str, str]:
+    """Everything, by name, in words."""
+    return {
+        **versions(),
+        "cpu": cpu_name(),
+        "vector width": _vector_width(),
+        "threads": f"{threads.get_num_threads()} of {os.cpu_count()} CPUs",
+        "threading layer": "fastlr's own helper threads, independent of Numba's layers",
+        "kernel cache": _cache(),
+        "gpu": _gpu(),
+    }
