@@ -28,6 +28,8 @@ _BACKENDS: dict[str, Callable[[Staged, str], Kernel]] = {"numba": cpu.build, "nu
 _BEFORE = Before(rules.step_options)
 _is = operator.is_
 
+_IN_ORDER = 0x101  # NumPy's flags C_CONTIGUOUS and ALIGNED
+
 # Gradients that are the same arrays as in the step before need no new check. Keeping hold of larger ones than this
 # would cost their memory, and checking them costs nothing beside updating them.
 _REMEMBERED_BYTES = 4 << 20
@@ -186,6 +188,7 @@ class Optimizer:
             _leaves=leaves,
             _shapes=[leaf.shape for leaf in leaves],
             _sizes=sizes,
+            _nbytes=[leaf.nbytes for leaf in leaves],
             _dtype=dtype,
             _starts=np.cumsum([0, *sizes])[:-1],
             _is_array=isinstance(params, np.ndarray),
@@ -332,8 +335,8 @@ class Optimizer:
 
     # Gradients
 
-    def _bind(self, grads: Any) -> Plan:
-        """The plan for a step, with the addresses of the gradients in it."""
+    def _bind(self, grads: Any) -> tuple[Plan, Any]:
+        """The plan for a step, with the addresses of the gradients in it, and what must live as long as the step."""
         if grads is None:
             if self._own is None:
                 raise RuntimeError(
@@ -350,12 +353,12 @@ class Optimizer:
         leaves = self._structure.leaves(grads)
         last = self._remembered
         if type(last) is list and len(last) == len(leaves) and all(map(_is, last, leaves)):
-            return self._plan(False)
+            return self._plan(False), None
         return self._bind_leaves(leaves)
 
-    def _bind_flat(self, grads: Any) -> Plan:
+    def _bind_flat(self, grads: Any) -> tuple[Plan, Any]:
         if grads is self._remembered:
-            return self._plan(True)
+            return self._plan(True), None
         array = checks.flat_gradient(grads, sum(self._sizes), self._shapes[0] if self._is_array else None, self._dtype)
         everyone = (True,) * len(self._leaves)
         if self._active != everyone:
@@ -367,41 +370,62 @@ class Optimizer:
             array = gathered
         plan = self._plan(True)
         plan.point_flat_gradient(checks.address(array))
-        self._put(_remembered=grads if in_place and array is grads and array.nbytes <= _REMEMBERED_BYTES else None, _kept=array)
-        return plan
+        remember = in_place and array is grads and array.nbytes <= _REMEMBERED_BYTES
+        self._put(_remembered=grads if remember else None)
+        return plan, array
 
-    def _bind_leaves(self, leaves: list[Any]) -> Plan:
-        arrays = [
-            None if leaf is None else checks.gradient(path, leaf, shape, self._dtype)
-            for path, leaf, shape in zip(self._structure.paths, leaves, self._shapes, strict=True)
-        ]
+    def _bind_leaves(self, leaves: list[Any]) -> tuple[Plan, Any]:
+        dtype = self._dtype
+        arrays = leaves
+        addresses: list[int] = []
+        try:  # the usual case, fast: every leaf an array of the right dtype and shape, in order
+            for leaf, shape in zip(leaves, self._shapes, strict=True):
+                if leaf.dtype is not dtype or leaf.shape != shape or leaf.flags.num & _IN_ORDER != _IN_ORDER:
+                    break
+                addresses.append(leaf.__array_interface__["data"][0])
+        except (AttributeError, TypeError):
+            addresses.clear()
+        fast = len(addresses) == len(leaves) and not self._overlap(addresses)
+        if not fast:
+            arrays = [
+                None if leaf is None else checks.gradient(path, leaf, shape, dtype)
+                for path, leaf, shape in zip(self._structure.paths, leaves, self._shapes, strict=True)
+            ]
         active = tuple(a is not None for a in arrays)
         if active != self._active:
             self._refresh(active)
-        in_place = True
-        for k, array in enumerate(arrays):
-            if array is not None and not self._readable(array):
-                start = self._starts[k]
-                place = self._gather()[start : start + self._sizes[k]].reshape(self._shapes[k])
-                place[...] = array
-                arrays[k] = place
-                in_place = False
+        if not fast:
+            for k, array in enumerate(arrays):
+                if array is not None and not self._readable(array):
+                    start = self._starts[k]
+                    arrays[k] = place = self._gather()[start : start + self._sizes[k]].reshape(self._shapes[k])
+                    place[...] = array
+            addresses = [0 if a is None else checks.address(a) for a in arrays]
         plan = self._plan(False)
-        plan.point_gradients([0 if a is None else checks.address(a) for a in arrays])
-        small = sum(self._sizes) * self._dtype.itemsize <= _REMEMBERED_BYTES
-        remember = in_place and small and all(a is b for a, b in zip(arrays, leaves, strict=True))
-        self._put(_remembered=leaves if remember else None, _kept=arrays)
-        return plan
+        plan.point_gradients(addresses)
+        small = sum(self._sizes) * dtype.itemsize <= _REMEMBERED_BYTES
+        self._put(_remembered=leaves if fast and small else None)
+        return plan, arrays
 
     def _readable(self, array: np.ndarray) -> bool:
         """Whether a gradient can be read where it is: in order, aligned, and no part of what the step writes."""
-        flags = array.flags
-        if not (flags.c_contiguous and flags.aligned):
-            return False
+        in_order = array.flags.num & _IN_ORDER == _IN_ORDER
+        return in_order and not self._overlaps(checks.address(array), array.nbytes)
+
+    def _overlaps(self, begin: int, nbytes: int) -> bool:
+        """Whether some memory is part of what the step writes."""
         starts, ends = self._written
-        begin = checks.address(array)
-        before = bisect.bisect_left(starts, begin + array.nbytes) - 1
-        return before < 0 or ends[before] <= begin
+        before = bisect.bisect_left(starts, begin + nbytes) - 1
+        return before >= 0 and ends[before] > begin and nbytes > 0
+
+    def _overlap(self, addresses: list[int]) -> bool:
+        """Whether any leaf of the gradients is part of what the step writes."""
+        if len(addresses) <= 8:
+            return any(map(self._overlaps, addresses, self._nbytes))
+        starts, ends = self._written
+        before = np.searchsorted(starts, np.add(addresses, self._nbytes)) - 1
+        reach = np.array([*ends, 0])[before]  # nothing before: -1, the zero
+        return bool(np.any((reach > addresses) & (np.array(self._nbytes) > 0)))
 
     @functools.cached_property
     def _written(self) -> tuple[list[int], list[int]]:
@@ -440,7 +464,9 @@ class Optimizer:
         try:
             if self._hyper.changed or self._staged is None or self._epoch != _threads.epoch:
                 self._refresh()
-            self._bind(grads).run(self._kernel, self._threads or _threads.get_num_threads())
+            plan, kept = self._bind(grads)
+            plan.run(self._kernel, self._threads or _threads.get_num_threads())
+            del kept
             lrs = self._lrs
             return StepInfo(int(self._counters[-1, CLOCK]), lrs[""], lrs)
         finally:

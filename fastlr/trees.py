@@ -26,7 +26,7 @@ def _children(node: Any) -> list[tuple[Any, Any]] | None:
 
 def is_container(node: Any) -> bool:
     """Whether something is part of a tree rather than a leaf."""
-    return _children(node) is not None
+    return isinstance(node, dict | list | tuple) or _children(node) is not None
 
 
 def _join(prefix: str, key: Any) -> str:
@@ -78,7 +78,9 @@ class Structure:
             ValueError: if the structure differs; the message names the path.
         """
         keys = self._flat_keys
-        if keys is not None and type(tree) is dict and len(tree) == len(keys):  # the usual case, fast
+        if keys is not None and type(tree) is self._node.type and len(tree) == len(keys):  # the usual cases, fast
+            if type(tree) is not dict:
+                return list(tree)
             try:
                 return [tree[key] for key in keys]
             except KeyError:
@@ -139,8 +141,8 @@ class _Node:
         return dataclass
 
     def flat_keys(self) -> list[Any] | None:
-        """The keys, if this is a dict of leaves."""
-        flat = self.type is dict and all(child.keys is None for child in self.children)
+        """The keys, if this is a dict, list or tuple of leaves."""
+        flat = self.type in (dict, list, tuple) and all(child.keys is None for child in self.children)
         return self.keys if flat else None
 
     def take(self, tree: Any, out: list[Any], name: str) -> None:
