@@ -8,8 +8,10 @@ helper that has come in meanwhile (`fastlr.threads`); whoever is done with one s
 only its share. Which thread does which tile does not show in the result.
 """
 
+import hashlib
 import math
 import time
+import types as types_module
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -59,21 +61,39 @@ class Kernel:
     cached: bool
 
 
+def _compiled(function: Callable[..., Any], digest: str) -> Any:
+    """A function as part of one kernel, by a name of its own.
+
+    Numba's symbols carry a counter of the process that compiled them. Two kernels from two processes can so have the
+    same symbols, and in a third process that loads both from disk one would silently run the other's code.
+    """
+    own = types_module.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    own.__qualname__ = f"{function.__name__}_{digest}"
+    return njit(**_FLAGS)(own)
+
+
 _ELEMENT = {"sqrt": math.sqrt, "abs": abs, "exp": math.exp, "log": math.log, "tanh": math.tanh, "sin": math.sin, "cos": math.cos}
+
+
+def _digest(staged: Staged, dtype: str) -> str:
+    return hashlib.sha256(f"{staged!r} {dtype}".encode()).hexdigest()[:16]
 
 
 def tile_loop(staged: Staged, dtype: str) -> Callable[..., None]:
     """The loop over one tile, `tile(addresses, h, start, stop)`: load, call the staged update, store."""
     columns = 2 + len(staged.states)
     load, store = elements([dtype] * columns, [0, *range(2, columns)], dtype)
-    update = njit(**_FLAGS)(define(staged.update, "update", {**_ELEMENT, "where": where}))
+    digest = _digest(staged, dtype)
+    update = _compiled(define(staged.update, "update", {**_ELEMENT, "where": where}), digest)
 
-    @njit(**_FLAGS)
     def tile(addresses, h, start, stop):
         for i in range(start, stop):
             store(addresses, i, update(*load(addresses, i), h))
 
-    return tile
+    loop: Callable[..., None] = _compiled(tile, digest)
+    return loop
 
 
 def build(staged: Staged, dtype: str) -> Kernel:
@@ -85,11 +105,28 @@ def build(staged: Staged, dtype: str) -> Kernel:
     """
     began = time.perf_counter()
     columns, uniforms, slots = 2 + len(staged.states), len(staged.uniforms), staged.slots
-    power = njit(**_FLAGS)(primitives.power)
-    decide = njit(**_FLAGS)(define(staged.decide, "decide", {**_ELEMENT, "power": power}))
+    digest = _digest(staged, dtype)
+    power = _compiled(primitives.power, digest)
+    decide = _compiled(define(staged.decide, "decide", {**_ELEMENT, "power": power}), digest)
     tile = tile_loop(staged, dtype)
     addresses_at, uniforms_at, slots_at = row("int64", columns), row("float64", uniforms), row(dtype, slots)
     size = np.dtype(dtype).itemsize
+
+    def take_tiles(leaves, tiles, h, base, chunk, shares, mine):
+        for k in range(shares):  # first one's own share, which this core may still have in its cache, then the others'
+            share = (mine + k) % shares
+            begin, end = len(tiles) * share // shares, len(tiles) * (share + 1) // shares
+            while True:
+                first = begin + fetch_add(base + 8 * (NEXT + share * LINE), chunk)
+                if first >= end:
+                    break
+                for tile_index in range(first, min(first + chunk, end)):
+                    leaf, start, count = tiles[tile_index, LEAF], tiles[tile_index, START], tiles[tile_index, COUNT]
+                    addresses = addresses_at(np.int64(leaves.ctypes.data) + (leaf * (columns + 1) + FIRST_ADDRESS) * 8)
+                    values = slots_at(np.int64(h.ctypes.data) + leaves[leaf, ROW] * slots * size)
+                    tile(addresses, values, start, start + count)
+
+    sweep = _compiled(take_tiles, digest)
 
     def step(leaves, tiles, table, counters, h, control, generation):
         base = np.int64(control.ctypes.data)
@@ -134,25 +171,10 @@ def build(staged: Staged, dtype: str) -> Kernel:
             fetch_add(base + 8 * HELPERS, -1)
             wanted, patience = wanted + 1, _PATIENCE
 
-    @njit(**_FLAGS)
-    def sweep(leaves, tiles, h, base, chunk, shares, mine):
-        for k in range(shares):  # first one's own share, which this core may still have in its cache, then the others'
-            share = (mine + k) % shares
-            begin, end = len(tiles) * share // shares, len(tiles) * (share + 1) // shares
-            while True:
-                first = begin + fetch_add(base + 8 * (NEXT + share * LINE), chunk)
-                if first >= end:
-                    break
-                for tile_index in range(first, min(first + chunk, end)):
-                    leaf, start, count = tiles[tile_index, LEAF], tiles[tile_index, START], tiles[tile_index, COUNT]
-                    addresses = addresses_at(np.int64(leaves.ctypes.data) + (leaf * (columns + 1) + FIRST_ADDRESS) * 8)
-                    values = slots_at(np.int64(h.ctypes.data) + leaves[leaf, ROW] * slots * size)
-                    tile(addresses, values, start, start + count)
-
     integers, floats = types.Array(types.int64, 2, "C"), types.Array(types.float64, 2, "C")
     compute = types.Array(getattr(types, dtype), 2, "C")
     signature = types.void(integers, integers, floats, integers, compute, types.Array(types.int64, 1, "C"), types.int64)
-    dispatcher = njit(**_FLAGS)(step)
+    dispatcher = _compiled(step, digest)
     dispatcher._cache = cache = KernelCache(staged.name, staged, dtype, numba.config.DISABLE_JIT)
     dispatcher.compile(signature)
     dispatcher.disable_compile()

@@ -1,0 +1,120 @@
+"""Slow float64 references, written from the papers: plain NumPy, one equation a line, whole histories where it helps.
+
+Each takes the first parameters and the list of gradients, and returns the parameters after each of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+Arrays = Sequence[np.ndarray]
+
+
+def _prepared(theta: np.ndarray, grads: Arrays, lr: float, weight_decay: float, decoupled: bool, maximize: bool) -> Iterator:
+    """Yield (theta, g) for each step; the caller sends back the next theta."""
+    theta = theta.astype(np.float64)
+    for g in grads:
+        g = g.astype(np.float64)
+        if maximize:
+            g = np.negative(g)
+        if decoupled:
+            theta = theta * (1.0 - lr * weight_decay)
+        else:
+            g = g + theta * weight_decay
+        theta = yield theta, g
+
+
+def _run(update, theta, grads, lr, weight_decay=0.0, decoupled_weight_decay=False, maximize=False) -> list[np.ndarray]:
+    steps = _prepared(theta, grads, lr, weight_decay, decoupled_weight_decay, maximize)
+    out = []
+    theta, g = next(steps)
+    for k in range(len(grads)):
+        out.append(update(k + 1, theta, g))
+        if k + 1 < len(grads):
+            theta, g = steps.send(out[-1])
+    return out
+
+
+def sgd(theta, grads, lr=1e-3, momentum=0.0, dampening=0.0, nesterov=False, **options):
+    """Momentum as a sum over all past gradients, each weighted by the power of momentum that it has seen."""
+    history: list[np.ndarray] = []
+
+    def update(t, theta, g):
+        history.append(g if t == 1 else (1.0 - dampening) * g)
+        if momentum == 0:
+            return theta - lr * g
+        velocity = sum(momentum ** (t - 1 - k) * past for k, past in enumerate(history))
+        return theta - lr * (g + momentum * velocity if nesterov else velocity)
+
+    return _run(update, theta, grads, lr, **options)
+
+
+def adagrad(theta, grads, lr=1e-2, lr_decay=0.0, initial_accumulator_value=0.0, eps=1e-10, **options):
+    """The diagonal of the sum of outer products of all gradients so far."""
+    squares: list[np.ndarray] = []
+
+    def update(t, theta, g):
+        squares.append(g * g)
+        diagonal = initial_accumulator_value + np.sum(squares, axis=0)
+        return theta - (lr / (1.0 + (t - 1.0) * lr_decay)) * (g / (np.sqrt(diagonal) + eps))
+
+    return _run(update, theta, grads, lr, **options)
+
+
+def adadelta(theta, grads, lr=1.0, rho=0.9, eps=1e-6, **options):
+    """Algorithm 1: accumulate gradient, compute update, accumulate updates, apply."""
+    memory = {"g2": np.zeros(theta.shape), "dx2": np.zeros(theta.shape)}
+
+    def update(t, theta, g):
+        memory["g2"] = rho * memory["g2"] + (1.0 - rho) * np.square(g)
+        dx = -np.sqrt((memory["dx2"] + eps) / (memory["g2"] + eps)) * g
+        memory["dx2"] = rho * memory["dx2"] + (1.0 - rho) * np.square(dx)
+        return theta + lr * dx
+
+    return _run(update, theta, grads, lr, **options)
+
+
+def rmsprop(theta, grads, lr=1e-2, alpha=0.99, eps=1e-8, momentum=0.0, centered=False, **options):
+    """Running averages as weighted sums over all past gradients."""
+    history: list[np.ndarray] = []
+    velocity = [np.zeros(theta.shape)]
+
+    def update(t, theta, g):
+        history.append(g)
+        weights = [(1.0 - alpha) * alpha ** (t - 1 - k) for k in range(t)]
+        second = sum(w * x * x for w, x in zip(weights, history, strict=True))
+        first = sum(w * x for w, x in zip(weights, history, strict=True))
+        spread = second - first * first if centered else second
+        direction = g / (np.sqrt(spread) + eps)
+        velocity[0] = momentum * velocity[0] + direction
+        return theta - lr * velocity[0]
+
+    return _run(update, theta, grads, lr, **options)
+
+
+def adam(theta, grads, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, amsgrad=False, **options):
+    """Bias-corrected averages as weighted means over all past gradients, whose weights add up to 1."""
+    history: list[np.ndarray] = []
+    largest = [np.zeros(theta.shape)]
+
+    def mean(values: Arrays, beta: float) -> tuple[np.ndarray, float]:
+        weights = np.array([beta ** (len(values) - 1 - k) for k in range(len(values))])
+        return np.tensordot(weights / weights.sum(), np.stack(values), axes=1), (1.0 - beta) * weights.sum()
+
+    def update(t, theta, g):
+        history.append(g)
+        m_hat, _ = mean(history, betas[0])
+        v_hat, mass = mean([x * x for x in history], betas[1])
+        if amsgrad:
+            largest[0] = np.maximum(largest[0], v_hat * mass)
+            v_hat = largest[0] / mass
+        return theta - lr * m_hat / (np.sqrt(v_hat) + eps)
+
+    return _run(update, theta, grads, lr, **options)
+
+
+def adamw(theta, grads, weight_decay=1e-2, decoupled_weight_decay=True, **settings):
+    """Adam with the decay taken out of the gradient."""
+    return adam(theta, grads, weight_decay=weight_decay, decoupled_weight_decay=decoupled_weight_decay, **settings)

@@ -1,0 +1,129 @@
+"""Every optimizer does what its paper says."""
+
+from __future__ import annotations
+
+import types
+
+import numpy as np
+import pytest
+from cases import CASES, Case
+
+import fastlr
+from fastlr.kernels import rules
+
+STEPS = 40
+# float64 against float64: different but equivalent orders of operations, over STEPS steps.
+FLOAT64 = 1e-12
+
+
+def test_every_optimizer_has_a_row():
+    public = {getattr(fastlr, name) for name in fastlr.optimizers.__all__}
+    assert public == {case.make for case in CASES}
+
+
+@pytest.mark.parametrize("case", CASES, ids=repr)
+def test_float64_against_the_paper(case: Case, rng):
+    start = rng.standard_normal(97)
+    grads = [rng.standard_normal(97) * 10.0 ** rng.integers(-3, 2) for _ in range(STEPS)]
+    expected = case.oracle(start, grads, **case.settings)
+    params = start.copy()
+    opt = case.make(params, **case.settings)
+    assert set(opt.state) == set(case.states)
+    for g, e in zip(grads, expected, strict=True):
+        opt.step(g)
+        np.testing.assert_allclose(params, e, rtol=FLOAT64, atol=FLOAT64)
+
+
+class Bounded:
+    """A float64 number with a bound on the error that float32 arithmetic may have made up to here."""
+
+    U = 2.0**-24  # half a unit in the last place of float32, relative
+    TINY = 2.0**-149  # smallest subnormal of float32
+
+    def __init__(self, value, error=0.0):
+        self.value, self.error = np.asarray(value, np.float64), np.asarray(error, np.float64)
+
+    @classmethod
+    def of(cls, x):
+        return x if isinstance(x, cls) else cls(x, np.abs(x) * cls.U)  # a hyperparameter, rounded to float32
+
+    def _rounded(self, value, error):
+        return Bounded(value, error + (np.abs(value) + error) * self.U + self.TINY)
+
+    def __add__(self, other):
+        o = Bounded.of(other)
+        return self._rounded(self.value + o.value, self.error + o.error)
+
+    def __neg__(self):
+        return Bounded(-self.value, self.error)
+
+    def __sub__(self, other):
+        return self + -Bounded.of(other)
+
+    def __mul__(self, other):
+        o = Bounded.of(other)
+        error = np.abs(self.value) * o.error + np.abs(o.value) * self.error + self.error * o.error
+        return self._rounded(self.value * o.value, error)
+
+    def __truediv__(self, other):
+        o = Bounded.of(other)
+        least = np.maximum(np.abs(o.value) - o.error, 1e-300)
+        quotient = self.value / o.value
+        # A division by a uniform is a multiplication by its rounded inverse: one more rounding.
+        return self._rounded(quotient, (self.error + np.abs(quotient) * o.error) / least + np.abs(quotient) * self.U)
+
+    def __pow__(self, n):
+        assert n == 2
+        return self * self
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    def __rsub__(self, other):
+        return Bounded.of(other) - self
+
+    def __rtruediv__(self, other):
+        return Bounded.of(other) / self
+
+    def sqrt(self):
+        low = np.sqrt(np.maximum(self.value - self.error, 0.0))
+        high = np.sqrt(self.value + self.error)
+        return self._rounded(np.sqrt(self.value), np.maximum(high - np.sqrt(self.value), np.sqrt(self.value) - low))
+
+    def max(self, other):
+        o = Bounded.of(other)
+        return Bounded(np.maximum(self.value, o.value), np.maximum(self.error, o.error))
+
+
+def bounded(function):
+    """A rule that computes with bounds: the same code, other primitives."""
+    names = {"sqrt": Bounded.sqrt, "max": Bounded.max}
+    made = types.FunctionType(function.__code__, {**function.__globals__, **names})
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
+
+
+@pytest.mark.parametrize("case", CASES, ids=repr)
+def test_float32_within_the_bound_of_its_terms(case: Case, rng):
+    """One step from random states, in float32, against the rule in float64 with a running error bound."""
+    n = 1009
+    params = rng.standard_normal(n).astype(np.float32)
+    opt = case.make(params, **case.settings)
+    for _ in range(3):
+        opt.step((rng.standard_normal(n) * 10.0 ** rng.integers(-3, 2)).astype(np.float32))
+    g = rng.standard_normal(n).astype(np.float32)
+    states = opt._source.states
+    exact = {s: Bounded(opt._data[s].astype(np.float64)) if s in opt._data else Bounded(0.0) for s in states}
+    values = opt._hyper.uniforms()[0]
+    before = {k: values[k] for k in ("maximize", "weight_decay", "decoupled_weight_decay")}
+    p, g_in = bounded(rules.step_options)(Bounded(params.astype(np.float64)), Bounded(g.astype(np.float64)), lr=values["lr"], **before)
+    arguments = {k: values[k] for k in opt._source.hyperparameters}
+    if "t" in opt._source.function.__code__.co_varnames:
+        arguments["t"] = 4
+    results = bounded(opt._source.function)(p, g_in, *exact.values(), **arguments)
+    opt.step(g)
+    got = {"p": params, **opt._data}
+    for name, result in zip(("p", *states), results, strict=True):
+        if name in got:
+            excess = np.abs(got[name].astype(np.float64) - result.value) - result.error
+            assert excess.max() <= 0, f"{name}: outside the bound by {excess.max():.3g}"
+            assert np.median(result.error) < 1e-4  # the bound says something
