@@ -90,8 +90,9 @@ class Groups(Mapping[str, Group]):
         for pattern, override in (overrides or {}).items():
             matched = [p for p in paths if fnmatchcase(p, pattern)]
             if not matched:
-                close = difflib.get_close_matches(pattern, paths, n=1) or list(paths[:5])
-                raise ValueError(f"groups: the pattern {pattern!r} matches no parameter. There are {', '.join(close)}, ...")
+                shown = ", ".join(difflib.get_close_matches(pattern, paths, n=3) or paths[:5])
+                more = ", ..." if len(paths) > 5 else ""
+                raise ValueError(f"groups: the pattern {pattern!r} matches no parameter. There are {shown}{more}.")
             if not isinstance(override, Mapping):
                 raise TypeError(f"groups[{pattern!r}] must be a dict of hyperparameters, got {override!r}.")
             group = self._groups[pattern] = Group(self, pattern, matched)

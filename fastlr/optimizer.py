@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import inspect
 import operator
 import os
 import threading
@@ -26,6 +27,7 @@ __all__ = ["Optimizer", "StepInfo", "StepOptions", "warmup"]
 
 _BACKENDS: dict[str, Callable[[Staged, str], Kernel]] = {"numba": cpu.build, "numpy": reference.build}
 _BEFORE = Before(rules.step_options)
+_OPTIONS = _BEFORE.hyperparameters
 _is = operator.is_
 
 _IN_ORDER = 0x101  # NumPy's flags C_CONTIGUOUS and ALIGNED
@@ -38,6 +40,16 @@ _REMEMBERED_BYTES = 4 << 20
 @functools.cache
 def _kernel(staged: Staged, dtype: str, backend: str) -> Kernel:
     return _BACKENDS[backend](staged, dtype)
+
+
+@functools.cache
+def _kinds(optimizer: type) -> dict[str, Any]:
+    """A value of the right kind for each hyperparameter of a class: its default, a number where there is none."""
+    kinds: dict[str, Any] = {}
+    for cls in reversed(optimizer.__mro__):
+        if "__init__" in vars(cls) and cls is not object:
+            kinds.update({n: p.default for n, p in inspect.signature(vars(cls)["__init__"]).parameters.items()})
+    return {n: default if isinstance(default, bool | tuple) else 0.0 for n, default in kinds.items()}
 
 
 class StepOptions(TypedDict, total=False):
@@ -87,7 +99,7 @@ class Optimizer:
         rule: a rule made by `fastlr.rule`.
         lr: learning rate, >= 0; as every numeric hyperparameter an array `(population,)` if the parameters are a
             population.
-        weight_decay: >= 0. Default 0.
+        weight_decay: >= 0. Default: that of a rule that names it itself, else 0.
         decoupled_weight_decay: False: L2, `g + weight_decay * p` goes into the rule. True: the rule starts from
             `p - lr * weight_decay * p`.
         maximize: ascend instead of descend: `g = -g` before anything else.
@@ -131,7 +143,7 @@ class Optimizer:
         rule: Rule | None = None,
         *,
         lr: Any,
-        weight_decay: Any = 0.0,
+        weight_decay: Any = None,
         decoupled_weight_decay: bool = False,
         maximize: bool = False,
         groups: Mapping[str, Mapping[str, Any]] | None = None,
@@ -150,14 +162,17 @@ class Optimizer:
         self._attach(params)
 
         spelled = {n: k for k, names in self._spelling.items() for n in names}
-        known = {spelled.get(n, n): rule.defaults.get(n) for n in rule.hyperparameters}
-        known.update(lr=lr, weight_decay=weight_decay, decoupled_weight_decay=decoupled_weight_decay, maximize=maximize)
+        known: dict[str, Any] = {spelled.get(n, n): rule.defaults.get(n) for n in rule.hyperparameters}
+        own_decay = rule.defaults.get("weight_decay", 0.0)
+        known.update(lr=lr, weight_decay=own_decay if weight_decay is None else weight_decay)
+        known.update(decoupled_weight_decay=decoupled_weight_decay, maximize=maximize)
         checks.choices("hyperparameter", hyperparameters, known)
         known.update(hyperparameters)
-        missing = [n for n, v in known.items() if v is None]
+        missing = [n for n, v in known.items() if v is None and n not in (*hyperparameters, *_OPTIONS)]
         if missing:
             raise TypeError(f"rule {rule.name!r} needs a value for {', '.join(missing)}.")
-        values = {n: checks.hyperparameter(n, v, v, self._models) for n, v in known.items()}
+        kinds = {**rule.defaults, **_kinds(type(self))}
+        values = {n: checks.hyperparameter(n, v, kinds.get(n, v), self._models) for n, v in known.items()}
         self._put(_hyper=Groups(values, groups, self._structure.paths, self._models, self._spelling))
         flags = {n for n, v in values.items() if isinstance(v, bool)}
         switches = {spelled.get(n, n) for n in rule.switches | _BEFORE.switches}
@@ -192,6 +207,7 @@ class Optimizer:
             _dtype=dtype,
             _starts=np.cumsum([0, *sizes])[:-1],
             _is_array=isinstance(params, np.ndarray),
+            _only_shape=leaves[0].shape if structure.paths == ("",) else None,
             _is_flat=isinstance(params, np.ndarray | FlatBuffer),
         )
 
@@ -359,7 +375,7 @@ class Optimizer:
     def _bind_flat(self, grads: Any) -> tuple[Plan, Any]:
         if grads is self._remembered:
             return self._plan(True), None
-        array = checks.flat_gradient(grads, sum(self._sizes), self._shapes[0] if self._is_array else None, self._dtype)
+        array = checks.flat_gradient(grads, sum(self._sizes), self._only_shape, self._dtype)
         everyone = (True,) * len(self._leaves)
         if self._active != everyone:
             self._refresh(everyone)

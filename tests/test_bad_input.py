@@ -1,0 +1,150 @@
+"""Bad input gets a clear error before anything is written: the table of messages."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from cases import CASES
+
+import fastlr
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "message"),
+    [pytest.param(c.make, s, m, id=f"{c.name}-{k}") for c in CASES for k, (s, m) in enumerate(c.bad)],
+)
+def test_settings(make, settings, message):
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        make(np.ones(3), **settings)
+
+
+def read_only():
+    x = np.ones(3)
+    x.flags.writeable = False
+    return x
+
+
+def unaligned():
+    return np.frombuffer(bytearray(33), np.uint8)[1:].view(np.float64)
+
+
+SHARED = np.ones(10)
+
+PARAMETERS = [
+    ({}, ValueError, "params holds no arrays. Pass at least one array of float32 or float64."),
+    ({"w": None}, ValueError, "params holds no arrays"),
+    ({"a": {"w": 1.0}}, TypeError, "params['a.w'] is a float, expected a NumPy array that can be updated in place."),
+    ({"w": "text"}, TypeError, "params['w'] is a str"),
+    ({"w": np.ones(3, np.int64)}, TypeError, "params['w'] has dtype int64, expected float32 or float64."),
+    ({"w": np.ones(3, np.complex64)}, TypeError, "params['w'] has dtype complex64"),
+    ({"w": np.ones(3, np.float16)}, TypeError, "params['w'] has dtype float16"),
+    ({"w": np.ones(3, ">f8")}, TypeError, "params['w'] has dtype >f8"),
+    (
+        {"w": np.ones(3), "b": np.ones(3, np.float32)},
+        TypeError,
+        "params['b'] has dtype float32, but params['w'] has float64. Give all parameters one dtype",
+    ),
+    ([np.ones((4, 4))[:, 1]], ValueError, "params['0'] is not C-contiguous, so it cannot be updated in place."),
+    ([np.asfortranarray(np.ones((4, 4)))], ValueError, "params['0'] is not C-contiguous"),
+    ([unaligned()], ValueError, "params['0'] is not C-contiguous"),
+    (read_only(), ValueError, "params is read-only, so it cannot be updated in place. Pass a copy of it."),
+    ([SHARED, SHARED], ValueError, "params['0'] and params['1'] share memory, so both cannot be updated."),
+    ({"a": SHARED[:6], "b": SHARED[5:]}, ValueError, "params['a'] and params['b'] share memory"),
+    ({"a.b": np.ones(1), "a": {"b": np.ones(1)}}, ValueError, "params has two leaves with the path 'a.b'. Rename a key"),
+]
+
+
+@pytest.mark.parametrize(("params", "error", "message"), PARAMETERS)
+def test_parameters(params, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        fastlr.SGD(params)
+
+
+GRADIENTS = [
+    ({"w": np.ones((2, 3))}, ValueError, "grads does not have the structure of params: missing b."),
+    ({"w": np.ones((2, 3)), "b": np.ones(3), "c": np.ones(1)}, ValueError, "unexpected c. Pass one gradient per parameter."),
+    ({"w": np.ones((3, 2)), "b": np.ones(3)}, ValueError, "grads['w'] has shape (3, 2), but the parameter has (2, 3)."),
+    ({"w": np.ones((2, 3), np.float32), "b": np.ones(3)}, TypeError, "grads['w'] has dtype float32, but the parameters have float64."),
+    ({"w": {"x": np.ones(3)}, "b": np.ones(3)}, TypeError, "grads['w'] has dtype object"),
+    ([np.ones((2, 3)), np.ones(3)], ValueError, "grads does not have the structure of params: missing w, b; unexpected 0, 1."),
+    (np.ones(8), ValueError, "grads has shape (8,), params has 9 elements. Pass the structure of params, or one gradient per"),
+    (np.ones((3, 3)), ValueError, "grads has shape (3, 3), params has 9 elements."),
+    (np.ones(9, np.float32), TypeError, "grads has dtype float32, but the parameters have float64. Convert it with .astype."),
+    (1.5, ValueError, "grads has shape (), params has 9 elements."),
+    ("gradient", TypeError, "grads has dtype <U8"),
+    (fastlr.flatten({"x": np.ones(9)}), ValueError, "grads is a buffer of other leaves than params."),
+]
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize(("grads", "error", "message"), GRADIENTS)
+def test_gradients(grads, error, message, flat):
+    tree = {"w": np.ones((2, 3)), "b": np.zeros(3)}
+    params = fastlr.flatten(tree) if flat else tree
+    opt = fastlr.Adam(params)
+    with pytest.raises(error, match=re.escape(message)):
+        opt.step(grads)
+    assert opt.steps == 0
+    np.testing.assert_array_equal(params["w"], 1.0)
+    np.testing.assert_array_equal(params["b"], 0.0)
+    opt.step({"w": np.ones((2, 3)), "b": np.ones(3)})
+    assert opt.steps == 1
+
+
+def test_nested_structures_name_the_place():
+    params = {"layers": [{"w": np.ones(2)}, {"w": np.ones(2)}]}
+    opt = fastlr.SGD(params)
+    with pytest.raises(ValueError, match=re.escape("grads['layers.1'] does not have the structure of params: missing w")):
+        opt.step({"layers": [{"w": np.ones(2)}, {"v": np.ones(2)}]})
+    with pytest.raises(ValueError, match=re.escape("grads['layers'] is a ndarray, expected a list with 0, 1.")):
+        opt.step({"layers": np.ones(4)})
+
+
+GROUPS = [
+    ({"bias": {"lr": 0.1}}, ValueError, "groups: the pattern 'bias' matches no parameter. There are w, b."),
+    ({"b": {"lr": -0.1}}, ValueError, "groups['b']: lr must be non-negative and finite, got -0.1."),
+    ({"b": {"speed": 0.1}}, TypeError, "groups['b']: hyperparameter 'speed' is not known; there are lr, momentum"),
+    ({"b": {"frozen": 1}}, TypeError, "groups['b']: frozen must be True or False, got 1."),
+    ({"b": 0.1}, TypeError, "groups['b'] must be a dict of hyperparameters, got 0.1."),
+    ({"b": {"nesterov": True}}, ValueError, "nesterov=True needs a momentum above 0"),
+]
+
+
+@pytest.mark.parametrize(("groups", "error", "message"), GROUPS)
+def test_groups(groups, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        fastlr.SGD({"w": np.ones(2), "b": np.ones(2)}, groups=groups)
+
+
+def test_a_bad_value_between_steps_changes_nothing():
+    opt = fastlr.Adam({"w": np.ones(2)}, groups={"w": {"lr": 0.5}})
+    for change in (lambda: setattr(opt, "lr", -1.0), lambda: setattr(opt.groups["w"], "betas", (2.0, 0.5))):
+        with pytest.raises(ValueError, match="must be"):
+            change()
+    assert (opt.lr, opt.groups["w"].lr, opt.groups["w"].betas) == (1e-3, 0.5, (0.9, 0.999))
+    with pytest.raises(AttributeError, match="group 'w' has no 'momentum'; it has lr"):
+        _ = opt.groups["w"].momentum
+
+
+def test_flatten():
+    for population, error, message in (
+        (0, ValueError, "population must be at least 1, got 0."),
+        (2.5, TypeError, "population must be a whole number, got 2.5."),
+    ):
+        with pytest.raises(error, match=re.escape(message)):
+            fastlr.flatten({"w": np.ones(2)}, population=population)
+    with pytest.raises(TypeError, match="params\\['w'\\] has dtype int64"):
+        fastlr.flatten({"w": np.arange(3)})
+    with pytest.raises(TypeError, match="is a list|is a int|expected a NumPy array"):
+        fastlr.flatten({"w": [1, 2]})
+
+
+def test_threads_and_warmup():
+    with pytest.raises(ValueError, match="n must be at least 1, got 0"):
+        fastlr.set_num_threads(0)
+    with pytest.raises(TypeError, match="n must be a whole number, got 'all'"):
+        fastlr.set_num_threads("all")
+    with pytest.raises(TypeError, match="dtype 'float16' is not known; there are float32, float64"):
+        fastlr.warmup(fastlr.Adam, dtypes=["float16"])

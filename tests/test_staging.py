@@ -1,0 +1,343 @@
+"""Staging: what is computed when, and what cannot be staged."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+import fastlr
+from fastlr.kernels import primitives, rules
+from fastlr.kernels.primitives import clip, max, min, sign, sqrt, where
+
+HALF = 0.5
+SLOW = False
+
+
+def compiled_and_reference(rule, params, grads, **settings):
+    out = []
+    for backend in ("numba", "numpy"):
+        p = params.copy()
+        opt = fastlr.Optimizer(p, rule, backend=backend, **settings)
+        for g in grads:
+            opt.step(g)
+        out.append(p)
+    return out
+
+
+def test_the_staged_code_of_adam():
+    text = str(fastlr.Adam(np.zeros(1)).rule)
+    assert "v_max" not in text  # a state that nobody uses does not exist
+    assert "h_1 * g" in text and "(1 - beta1) * g" not in text  # lifted
+    assert "m_hat = m * h_3" in text  # a division by something uniform is a multiplication
+    assert "1.0 / (1 - power(beta1, t))" in text  # in decide, in float64
+    assert "g * g" in text and "**" not in text
+    update = text[text.index("def update") :]
+    assert not any(character.isdigit() and update[k - 1] in " (*+-/" for k, character in enumerate(update))  # no literals
+
+
+def test_show_prints_it(capsys):
+    opt = fastlr.Adam(np.zeros(1), amsgrad=True)
+    opt.rule.show()
+    assert capsys.readouterr().out.strip() == str(opt.rule)
+    assert opt.rule.states == ("m", "v", "v_max")
+
+
+def test_options_that_are_off_are_not_there():
+    plain = str(fastlr.Adam(np.zeros(1)).rule)
+    assert "weight_decay" not in plain and "maximize" not in plain and "where" not in plain
+    assert "weight_decay" in str(fastlr.Adam(np.zeros(1), weight_decay=0.1).rule)
+    assert "-g" in str(fastlr.Adam(np.zeros(1), maximize=True).rule)
+
+
+def test_a_flag_that_differs_between_groups_becomes_a_select(rng):
+    params = {"a": rng.standard_normal(5), "b": rng.standard_normal(5)}
+    alone = {k: v.copy() for k, v in params.items()}
+    groups = {"b": {"amsgrad": True, "maximize": True, "weight_decay": 0.1}}
+    opt = fastlr.Adam(params, lr=0.1, groups=groups)
+    others = [fastlr.Adam(alone["a"], lr=0.1), fastlr.Adam(alone["b"], lr=0.1, **groups["b"])]
+    for k in range(5):
+        g = {k: rng.standard_normal(5) for k in params}
+        opt.step(g)
+        for other, name in zip(others, params, strict=True):
+            other.step(g[name])
+    for name in params:
+        np.testing.assert_array_equal(params[name], alone[name])
+    assert "where" in str(opt.rule)
+
+
+def test_a_rule_runs_as_ordinary_python():
+    rule = fastlr.rule(rules.adam)
+    p, m, v, _ = rule(1.0, 2.0, 0.0, 0.0, 0.0, lr=0.1, t=1, beta1=0.9, beta2=0.999, eps=0.0, amsgrad=False)
+    assert (p, m, v) == pytest.approx((0.9, 0.2, 0.004))
+
+
+def radam(p, g, m, v, *, lr, t, beta1=0.9, beta2=0.999, eps=1e-8):
+    """Liu et al. 2020, arXiv:1908.03265, Algorithm 2; eps as in PyTorch."""
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g**2
+    m_hat = m / (1 - beta1**t)
+    rho_inf = 2 / (1 - beta2) - 1
+    rho = rho_inf - 2 * t * beta2**t / (1 - beta2**t)
+    if rho > 5:
+        r = ((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)) ** 0.5
+        step = r * m_hat * (1 - beta2**t) ** 0.5 / (v**0.5 + eps)
+    else:
+        step = m_hat
+    return p - lr * step, m, v
+
+
+def test_radam_equals_pytorch(rng):
+    """Uniform values pass through assignments; what is lifted out of a conditional keeps its guard."""
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    start, grads = rng.standard_normal(20), [rng.standard_normal(20) for _ in range(30)]
+    for got in compiled_and_reference(fastlr.rule(radam), start, grads, lr=0.01):
+        theirs = torch.tensor(start, requires_grad=True)
+        reference = torch.optim.RAdam([theirs], lr=0.01)
+        for g in grads:
+            theirs.grad = torch.tensor(g)
+            reference.step()
+        np.testing.assert_allclose(got, theirs.detach().numpy(), rtol=1e-10)
+
+
+def everything(p, g, m, *, lr, t, beta=0.9, low=-1.0, fancy=True):
+    """One of each thing that a rule may do."""
+    m = beta * m + (1 - beta) * g
+    a, b = abs(m), np.sign(g)
+    a, b = b, a
+    u = 0.5 * m if (g > 0 and m < 1) or not a >= 0 else -m / 3
+    if u > low:
+        u = clip(u, low, 1.0)
+        k = 2
+    else:
+        k = 1
+        u = min(u, g)
+    u *= k
+    u -= HALF * math.sqrt(a * a) + (g > 0) * 0.25
+    if fancy:
+        u = u + where(t > 2, b, 0.0) ** 3 + np.maximum(m, 0) ** -2 * 0.0
+    else:
+        pass
+    w = lr if t < 3 else lr / t**0.5
+    return p - w * u, m
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("fancy", [True, False])
+def test_everything_that_a_rule_may_do(fancy, dtype, rng):
+    rule = fastlr.rule(everything)
+    start = rng.standard_normal(501).astype(dtype)
+    grads = [rng.standard_normal(501).astype(dtype) for _ in range(5)]
+    a, b = compiled_and_reference(rule, start, grads, lr=0.1, fancy=fancy)
+    np.testing.assert_array_equal(a, b)
+    if dtype == "float64" and not fancy:  # as ordinary Python, element by element
+        p, m = start.tolist(), [0.0] * 501
+        for t, g in enumerate(grads, 1):
+            p, m = zip(*(everything(x, float(y), z, lr=0.1, t=t, fancy=False) for x, y, z in zip(p, g, m, strict=True)), strict=True)
+        np.testing.assert_allclose(a, p, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["max", "min", "sign", "clip"])
+def test_composed_primitives_agree_on_awkward_numbers(name):
+    values = [0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan]
+    x, y = (np.array(v) for v in zip(*[(a, b) for a in values for b in values], strict=True))
+    functions = {"max": lambda p, g: max(p, g), "min": lambda p, g: min(p, g), "sign": sign, "clip": clip}
+
+    def by_max(p, g, *, lr):
+        return max(p, g)
+
+    def by_min(p, g, *, lr):
+        return min(p, g)
+
+    def by_sign(p, g, *, lr):
+        return sign(g)
+
+    def by_clip(p, g, *, lr):
+        return clip(g, p, 1.0)
+
+    rule = {"max": by_max, "min": by_min, "sign": by_sign, "clip": by_clip}[name]
+    assert functions[name] is not None
+    a, b = compiled_and_reference(fastlr.rule(rule), x, [y], lr=1.0)
+    c = np.array([rule(float(p), float(g), lr=1.0) for p, g in zip(x, y, strict=True)])
+    for other in (b, c):
+        np.testing.assert_array_equal(a, other)
+        np.testing.assert_array_equal(np.signbit(a), np.signbit(other))
+
+
+def test_integer_powers_are_the_same_products_everywhere():
+    for base in (0.9, 0.999, 1.0001, -0.3):
+        for t in (0, 1, 2, 7, 1000, 123_457, -3):
+            expected = primitives.power(np.float64(base), t)
+
+            def power_rule(p, g, *, lr, t, base):
+                return p * 0.0 + base**t
+
+            p = np.ones(1)
+            opt = fastlr.Optimizer(p, fastlr.rule(power_rule), lr=0.0, base=base)
+            if t >= 1:
+                opt._counters[:-1, 0] = t - 1
+                opt._rows_for(*opt._counters_of_leaves(), 0)
+                opt.step(np.zeros(1))
+                assert p[0] == expected
+            assert expected == pytest.approx(base**t, rel=1e-9)
+
+
+def test_transcendental_functions_take_a_rule_out_of_the_contract(rng):
+    def lively(p, g, *, lr):
+        return p - lr * np.tanh(g)
+
+    rule = fastlr.rule(lively)
+    assert not rule.stage().exact
+    start, g = rng.standard_normal(9), rng.standard_normal(9)
+    for got in compiled_and_reference(rule, start, [g], lr=0.1):
+        np.testing.assert_allclose(got, start - 0.1 * np.tanh(g), rtol=1e-14)
+
+
+def loop(p, g, *, lr):
+    for _ in range(3):
+        p = p - lr * g
+    return p
+
+
+def unknown(p, g, *, lr):
+    return p - lr * np.cumsum(g)
+
+
+def undefined(p, g, *, lr):
+    return p - lr * velocity  # noqa: F821
+
+
+def half_assigned(p, g, *, lr):
+    if g > 0:
+        u = g
+    return p - lr * u
+
+
+def early(p, g, *, lr):
+    if g > 0:
+        return p
+    return p - lr * g
+
+
+def too_few(p, g, m, *, lr):
+    return p - lr * g
+
+
+def indexed(p, g, *, lr):
+    return p - lr * g[0]
+
+
+def modulo(p, g, *, lr):
+    return p - lr * (g % 2)
+
+
+def power_of_elements(p, g, *, lr):
+    return p - lr * g**5
+
+
+def fractional(p, g, *, lr, beta=0.5):
+    return p - lr * beta**0.3
+
+
+def no_return(p, g, *, lr):
+    p = p - lr * g
+
+
+def swapped(g, p, *, lr):
+    return p - lr * g
+
+
+def variadic(p, g, *states, lr):
+    return p - lr * g
+
+
+def wrong_arity(p, g, *, lr):
+    return p - lr * sqrt(g, 2)
+
+
+def divides_by_zero(p, g, *, lr):
+    return p - lr * g * (1 / 0)
+
+
+def chained_is(p, g, *, lr):
+    return p - lr * (g is p)
+
+
+def in_a_flag(p, g, *, lr, slow=False):
+    if slow:
+        while p > 0:
+            p = p - 1
+    return p - lr * g
+
+
+BAD = [
+    (loop, 1, "a for loop cannot be staged"),
+    (unknown, 1, "the function 'np.cumsum' is not known to staging; a rule may call sqrt, abs"),
+    (undefined, 1, "'velocity' is not an argument, an earlier assignment or a numeric constant"),
+    (half_assigned, 3, "'u' is assigned in one branch of a conditional only"),
+    (early, 2, "a return inside a conditional cannot be staged"),
+    (too_few, 1, "returns 1 values, expected 2: the new p, then m"),
+    (indexed, 1, "an index cannot be staged"),
+    (modulo, 1, "the operator `Mod` cannot be staged"),
+    (power_of_elements, 1, "an element can be raised to 0.5 or to a literal integer up to 4"),
+    (fractional, 1, "a power must have an integer exponent"),
+    (no_return, 0, "must end with a return"),
+    (swapped, 0, "the first two arguments must be p (parameter) and g (gradient), got g, p"),
+    (variadic, 0, "without *args"),
+    (wrong_arity, 1, "sqrt takes 1 arguments, got 2"),
+    (divides_by_zero, 1, "1 / 0: division by zero"),
+    (chained_is, 1, "the comparison `Is` cannot be staged"),
+    (in_a_flag, 2, "a while loop cannot be staged"),
+]
+
+
+@pytest.mark.parametrize(("function", "below", "message"), BAD, ids=lambda x: getattr(x, "__name__", ""))
+def test_what_cannot_be_staged_names_the_line(function, below, message):
+    with pytest.raises(fastlr.RuleError) as error:
+        fastlr.rule(function)
+    line = function.__code__.co_firstlineno + below
+    assert f"rule {function.__name__!r}, line {line}: " in str(error.value)
+    assert message in str(error.value)
+
+
+def test_a_missing_source():
+    scope: dict = {}
+    exec("def hidden(p, g, *, lr):\n    return p - lr * g", scope)
+    with pytest.raises(fastlr.RuleError, match="the source of rule 'hidden' cannot be read"):
+        fastlr.rule(scope["hidden"])
+    with pytest.raises(fastlr.RuleError, match="must be a function written with `def`"):
+        fastlr.rule(lambda p, g, *, lr: p - lr * g)
+
+
+def test_no_wrapped_rule_no_optimizer():
+    with pytest.raises(TypeError, match="rule must be made by fastlr.rule"):
+        fastlr.Optimizer(np.zeros(1), loop, lr=0.1)
+
+    def needs(p, g, *, lr, beta):
+        return p - lr * beta * g
+
+    with pytest.raises(TypeError, match="rule 'needs' needs a value for beta"):
+        fastlr.Optimizer(np.zeros(1), fastlr.rule(needs), lr=0.1)
+
+
+def test_a_rule_that_names_weight_decay_owns_it():
+    def owner(p, g, *, lr, weight_decay=0.5):
+        return p - lr * g - weight_decay
+
+    p = np.ones(1)
+    fastlr.Optimizer(p, fastlr.rule(owner), lr=0.0, weight_decay=0.25).step(np.ones(1))
+    assert p[0] == 0.75
+    fastlr.Optimizer(p, fastlr.rule(owner), lr=0.0).step(np.ones(1))
+    assert p[0] == 0.25
+
+
+def test_constants_of_the_module_are_part_of_the_rule():
+    def scaled(p, g, *, lr):
+        return p - lr * HALF * g if not SLOW else p
+
+    p = np.ones(1)
+    opt = fastlr.Optimizer(p, fastlr.rule(scaled), lr=1.0)
+    opt.step(np.ones(1))
+    assert p[0] == 0.5
+    assert "0.5" in str(opt.rule)
