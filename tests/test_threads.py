@@ -1,0 +1,260 @@
+"""Threads, forks and neighbours: never an abort or a hang, and the same bits."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import numpy as np
+import pytest
+
+import fastlr
+from fastlr import threads
+
+PRELUDE = """
+import os, signal, sys, threading, time
+import numpy as np, numba, fastlr
+from fastlr import plans
+plans._WORTH_WAKING = 0          # helpers for every step
+N = 200_003
+def fresh(seed):
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal(N).astype(np.float32), rng.standard_normal(N).astype(np.float32)
+def expected(seed, steps):
+    p, g = fresh(seed)
+    opt = fastlr.Adam(p, threads=1)
+    for _ in range(steps): opt.step(g)
+    return p
+"""
+
+LAYERS = ["default", "workqueue", "omp", "tbb"]
+
+
+def with_layer(layer: str) -> dict[str, str]:
+    return {} if layer == "default" else {"NUMBA_THREADING_LAYER": layer}
+
+
+def loads(in_subprocess, layer: str) -> bool:
+    program = """
+import numba
+@numba.njit(parallel=True)
+def f(n):
+    s = 0
+    for i in numba.prange(n): s += i
+    return s
+try:
+    f(10); print("yes")
+except ValueError:
+    print("no")
+"""
+    return "yes" in in_subprocess(program, **with_layer(layer))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_several_threads_and_foreign_parallel_code(layer, in_subprocess):
+    """Different optimizers from several Python threads, beside a user's own parallel Numba code.
+
+    Under workqueue Numba itself aborts when two threads are in *its* parallel code, so there only one is.
+    """
+    if not loads(in_subprocess, layer):
+        pytest.skip(f"Numba's threading layer {layer} does not load here")
+    out = in_subprocess(
+        PRELUDE
+        + """
+@numba.njit(parallel=True)
+def foreign(x):
+    for i in numba.prange(x.size): x[i] += 1.0
+stop = False
+def neighbour():
+    x = np.zeros(100_000)
+    while not stop: foreign(x)
+results = {}
+def train(seed):
+    p, g = fresh(seed)
+    opt = fastlr.Adam(p, threads=3)
+    for _ in range(60): opt.step(g)
+    results[seed] = p
+foreign(np.zeros(10))
+beside = threading.Thread(target=neighbour); beside.start()
+workers = [threading.Thread(target=train, args=(s,)) for s in range(4)]
+for w in workers: w.start()
+for w in workers: w.join()
+stop = True; beside.join()
+for s in range(4): assert np.array_equal(results[s], expected(s, 60)), s
+print("done")
+""",
+        **with_layer(layer),
+    )
+    assert "done" in out
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.parametrize("layer", LAYERS)
+def test_fork_after_a_step(layer, in_subprocess):
+    if not loads(in_subprocess, layer):
+        pytest.skip(f"Numba's threading layer {layer} does not load here")
+    out = in_subprocess(
+        PRELUDE
+        + """
+p, g = fresh(0)
+opt = fastlr.Adam(p, threads=2)
+for _ in range(5): opt.step(g)
+for _ in range(3):
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(60)
+        for _ in range(20): opt.step(g)
+        good = np.array_equal(p, expected(0, 25))
+        other, h = fresh(1)
+        another = fastlr.Adam(other, threads=2)
+        for _ in range(5): another.step(h)
+        os._exit(0 if good and np.array_equal(other, expected(1, 5)) else 1)
+    _, status = os.waitpid(pid, 0)
+    assert status == 0, status
+for _ in range(20): opt.step(g)
+assert np.array_equal(p, expected(0, 25))
+print("done")
+""",
+        **with_layer(layer),
+    )
+    assert "done" in out
+
+
+def test_one_optimizer_in_two_threads_raises(in_subprocess):
+    out = in_subprocess(
+        PRELUDE
+        + """
+rng = np.random.default_rng(0)
+p = rng.standard_normal(4_000_000); g = rng.standard_normal(4_000_000)
+opt = fastlr.Adam(p, threads=1)
+opt.step(g)
+refused = []
+done = False
+def other():
+    while not done:
+        try: opt.step(g)
+        except RuntimeError as error: refused.append(str(error))
+thread = threading.Thread(target=other); thread.start()
+made = 0
+while not refused and made < 2000:
+    try: opt.step(g); made += 1
+    except RuntimeError as error: refused.append(str(error))
+done = True; thread.join()
+assert "this optimizer is in a step in another thread" in refused[0], refused
+before = opt.steps
+opt.step(g)
+assert opt.steps == before + 1
+print("done")
+"""
+    )
+    assert "done" in out
+
+
+def test_a_step_releases_the_gil(in_subprocess):
+    out = in_subprocess(
+        PRELUDE
+        + """
+p, g = np.ones(30_000_000, np.float32), np.ones(30_000_000, np.float32)
+opt = fastlr.SGD(p, threads=1); opt.step(g)
+ticks = 0; done = False
+def count():
+    global ticks
+    while not done:
+        ticks += 1; time.sleep(0)
+sys.setswitchinterval(1000)      # nobody gets the GIL unless it is given up
+thread = threading.Thread(target=count); thread.start()
+for _ in range(20): opt.step(g)
+done = True; thread.join()
+assert ticks > 20, ticks
+print("done")
+"""
+    )
+    assert "done" in out
+
+
+def test_ctrl_c_leaves_a_usable_optimizer(in_subprocess):
+    """The signal comes again and again, anywhere; counters and parameters always agree afterwards."""
+    out = in_subprocess(
+        PRELUDE
+        + """
+p, g = fresh(0)
+opt = fastlr.Adam(p, threads=2); opt.step(g)
+main = threading.main_thread().ident
+done = False
+def press():
+    while not done:
+        time.sleep(0.0007); signal.pthread_kill(main, signal.SIGINT)
+interrupted = 0
+thread = threading.Thread(target=press)
+try:
+    thread.start()
+except KeyboardInterrupt:
+    pass
+end = time.time() + 3
+while time.time() < end:
+    try:
+        while time.time() < end: opt.step(g)
+    except KeyboardInterrupt:
+        interrupted += 1
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+done = True
+thread.join()
+assert interrupted > 50, interrupted
+opt.step(g)
+assert np.array_equal(p, expected(0, opt.steps)), opt.steps
+print("done", interrupted, opt.steps)
+"""
+    )
+    assert "done" in out
+
+
+def test_the_program_ends_with_helpers_asleep_and_awake(in_subprocess):
+    for wait in ("", "time.sleep(0.05)"):
+        in_subprocess(PRELUDE + "p, g = fresh(0)\nopt = fastlr.Adam(p, threads=4)\nfor _ in range(50): opt.step(g)\n" + wait, timeout=60)
+
+
+def test_number_of_threads(monkeypatch, tmp_path):
+    monkeypatch.setattr(threads, "_threads", None)
+    assert fastlr.get_num_threads() == threads.available_cpus() >= 1
+    fastlr.set_num_threads(3)
+    assert fastlr.get_num_threads() == 3
+    opt = fastlr.SGD(np.ones(3))
+    opt.step(np.ones(3))
+    fastlr.set_num_threads(5)
+    opt.step(np.ones(3))
+    assert opt.steps == 2
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu.max": "150000 100000\n"}, 1.5),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3.0),
+        ({}, None),
+    ],
+)
+def test_cgroup_quota(files, expected, tmp_path):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert threads._cgroup_quota(tmp_path) == expected
+
+
+def test_quota_limits_the_threads(monkeypatch):
+    monkeypatch.setattr(threads, "_cgroup_quota", lambda: 0.5)
+    assert threads.available_cpus() == 1
+
+
+def test_helpers_are_shared_and_few(monkeypatch):
+    from fastlr import plans
+
+    monkeypatch.setattr(plans, "_WORTH_WAKING", 0)
+    for _ in range(5):
+        p = np.ones(100_000)
+        opt = fastlr.SGD(p, threads=3)
+        for _ in range(5):
+            opt.step(np.ones(100_000))
+    helpers = [t for t in threading.enumerate() if t.name.startswith("fastlr-")]
+    assert 2 <= len(helpers) <= 8 and all(t.daemon for t in helpers)
