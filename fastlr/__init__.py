@@ -12,7 +12,6 @@ from .threads import get_num_threads, set_num_threads
 rule = Rule
 
 
-
 __all__ = [
     "SGD",
     "Adadelta",

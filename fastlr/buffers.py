@@ -146,7 +146,10 @@ class FlatBuffer(Mapping[str, Any]):
 
     def __repr__(self) -> str:
         """Sizes, dtype and leaves."""
-        leaves = ", ".join(f"{path or '(the array)'} {'x'.join(map(str, v.shape)) or 'scalar'}" for path, v in list(self._views.items())[:6])
+        leaves = ", ".join(
+            f"{path or '(the array)'} {'x'.join(map(str, v.shape)) or 'scalar'}"
+            for path, v in list(self._views.items())[:6]
+        )
         more = f", ... {len(self) - 6} more" if len(self) > 6 else ""
         models = f", population={self.population}" if self.population is not None else ""
         return f"FlatBuffer({self.size} x {self.dtype}{models}: {leaves}{more})"
@@ -181,7 +184,9 @@ def flatten(tree: Any, *, population: int | None = None, alloc: Alloc | None = N
     if population is not None:
         population = checks.count("population", population)
     structure = Structure(tree)
-    leaves = [np.asarray(leaf) if isinstance(leaf, np.ndarray | np.generic) else leaf for _, leaf in leaves_with_paths(tree)]
+    leaves = [
+        np.asarray(leaf) if isinstance(leaf, np.ndarray | np.generic) else leaf for _, leaf in leaves_with_paths(tree)
+    ]
     dtype = checks.arrays(structure.paths, leaves)
     rows = () if population is None else (population,)
     shapes = [(*rows, *leaf.shape) for leaf in leaves]

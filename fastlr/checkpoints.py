@@ -85,9 +85,13 @@ def apply(opt: Optimizer, state: Mapping[str, np.ndarray]) -> None:
             raise ValueError(f"the state has no {key!r}; it is incomplete.")
         arrays[key] = array = np.asarray(state[key])
         if array.shape != expected or array.dtype != dtype:
-            raise ValueError(f"{key!r} in the state is {array.dtype} {array.shape}, expected {np.dtype(dtype)} {expected}.")
+            raise ValueError(
+                f"{key!r} in the state is {array.dtype} {array.shape}, expected {np.dtype(dtype)} {expected}."
+            )
     frozen = own.pop("frozen")
-    hyper = Groups(_as_given(own), {p: _as_given(v) for p, v in groups.items()}, opt._structure.paths, opt._models, opt._spelling)
+    hyper = Groups(
+        _as_given(own), {p: _as_given(v) for p, v in groups.items()}, opt._structure.paths, opt._models, opt._spelling
+    )
     hyper.defaults.frozen = frozen
 
     opt._put(_hyper=hyper)
@@ -186,7 +190,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         except Exception as error:  # safetensors' own error type has no common base
             raise ValueError(f"{str(path)!r} is cut short or not a .safetensors file: {error}.") from None
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             return {key: file[key] for key in file.files}
     except (zipfile.BadZipFile, ValueError, EOFError, OSError, AttributeError) as error:
         if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):

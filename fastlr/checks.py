@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -35,7 +36,7 @@ def _expected(name: str) -> str:
 
 def _number(name: str, label: str, value: Any, population: int | None) -> float | np.ndarray:
     low, high, closed = _RANGES.get(name, (-math.inf, math.inf, False))
-    if isinstance(value, bool | np.bool_) or isinstance(value, str) or value is None:
+    if value is None or isinstance(value, bool | np.bool_ | str):
         raise TypeError(f"{label} must be a number, got {value!r}.")
     try:
         array = np.array(value, dtype=np.float64)
@@ -133,7 +134,7 @@ def parameters(paths: Sequence[str], leaves: Sequence[Any]) -> str:
         if not leaf.flags.writeable:
             raise ValueError(f"{called} is read-only, so it cannot be updated in place. Pass a copy of it.")
     spans = sorted((address(leaf), leaf.nbytes, path) for path, leaf in zip(paths, leaves, strict=True) if leaf.size)
-    for (start, nbytes, path), (after, _, other) in zip(spans, spans[1:], strict=False):
+    for (start, nbytes, path), (after, _, other) in itertools.pairwise(spans):
         if start + nbytes > after:
             raise ValueError(
                 f"{_called(path)} and {_called(other)} share memory, so both cannot be updated. "
@@ -151,7 +152,9 @@ def _readable(path: str, leaf: Any) -> np.ndarray:
     try:
         return leaf if isinstance(leaf, np.ndarray) else np.asarray(leaf)
     except Exception as error:  # whatever an array of another library raises: torch for requires_grad, say
-        raise TypeError(f"{_called(path, 'grads')} is a {type(leaf).__name__} that NumPy cannot read: {error}") from None
+        raise TypeError(
+            f"{_called(path, 'grads')} is a {type(leaf).__name__} that NumPy cannot read: {error}"
+        ) from None
 
 
 def gradient(path: str, leaf: Any, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

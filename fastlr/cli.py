@@ -57,7 +57,9 @@ def _bench(args: argparse.Namespace) -> None:
     sizes = args.sizes or ([1_000, 1_000_000, 25_000_000] if args.quick else [1_000, 10_000, 1_000_000, 25_000_000])
     seconds = args.seconds or (1.0 if args.quick else 3.0)
     rows = bench.run(rules, sizes, args.dtype, args.leaves, args.threads, args.in_loop, seconds)
-    print(f"{info.cpu_name()}, {rows[0]['threads']} threads, " + ", ".join(f"{k} {v}" for k, v in info.versions().items()))
+    print(
+        f"{info.cpu_name()}, {rows[0]['threads']} threads, " + ", ".join(f"{k} {v}" for k, v in info.versions().items())
+    )
     if args.in_loop:
         report.show("One optimizer step between other work", *report.loop_table(rows))
     else:

@@ -31,7 +31,12 @@ def cpu_name() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of what a step depends on or is compared with."""
-    out = {"fastlr": __version__, "python": platform.python_version(), "numpy": np.__version__, "numba": numba.__version__}
+    out = {
+        "fastlr": __version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "numba": numba.__version__,
+    }
     for name in ("llvmlite", "torch", "numba-cuda"):
         try:
             out[name] = importlib.metadata.version(name)
@@ -44,7 +49,12 @@ def _vector_width() -> str:
     import llvmlite.binding as llvm
 
     features = llvm.get_host_cpu_features()
-    for name, width in (("avx512f", "512 bits (AVX-512)"), ("avx2", "256 bits (AVX2)"), ("sse2", "128 bits (SSE2)"), ("neon", "128 bits (NEON)")):
+    for name, width in (
+        ("avx512f", "512 bits (AVX-512)"),
+        ("avx2", "256 bits (AVX2)"),
+        ("sse2", "128 bits (SSE2)"),
+        ("neon", "128 bits (NEON)"),
+    ):
         if features.get(name):
             return width
     return "unknown"

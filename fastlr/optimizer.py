@@ -8,15 +8,17 @@ import inspect
 import operator
 import os
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, TypedDict
 
 import numpy as np
 
-from . import checkpoints, checks, threads as _threads
+from . import checkpoints, checks
+from . import threads as _threads
 from .buffers import Alloc, FlatBuffer, allocate
-from .groups import Group, Groups
+from .groups import Groups
 from .kernels import cpu, reference, rules
 from .kernels.cpu import CLOCK, CLOCK_STEP, T_STEP, Kernel, T
 from .kernels.staging import Before, Rule, Staged
@@ -32,8 +34,8 @@ _is = operator.is_
 
 _IN_ORDER = 0x101  # NumPy's flags C_CONTIGUOUS and ALIGNED
 
-# Gradients that are the same arrays as in the step before need no new check. Keeping hold of larger ones than this
-# would cost their memory, and checking them costs nothing beside updating them.
+# Gradients that are the same arrays as in the step before need no new check. Up to this size they are simply kept;
+# keeping larger ones would cost the user memory, so they are remembered by weak references.
 _REMEMBERED_BYTES = 4 << 20
 
 
@@ -42,7 +44,6 @@ def _kernel(staged: Staged, dtype: str, backend: str) -> Kernel:
     return _BACKENDS[backend](staged, dtype)
 
 
-@functools.cache
 def _kinds(optimizer: type) -> dict[str, Any]:
     """A value of the right kind for each hyperparameter of a class: its default, a number where there is none."""
     kinds: dict[str, Any] = {}
@@ -241,7 +242,7 @@ class Optimizer:
                 static[name] = 0.0
             elif name in switches and all(np.all(v) for v in values):
                 on.add(name)
-        return self._source.stage(_BEFORE, frozenset(on), **static)
+        return self._source.stage(static, before=_BEFORE, on=frozenset(on))
 
     # Rows: leaves (of one model) that share hyperparameters and counters
 
@@ -368,12 +369,14 @@ class Optimizer:
             return self._bind_flat(grads)
         leaves = self._structure.leaves(grads)
         last = self._remembered
+        if type(last) is tuple:
+            last = [reference() for reference in last]
         if type(last) is list and len(last) == len(leaves) and all(map(_is, last, leaves)):
             return self._plan(False), None
         return self._bind_leaves(leaves)
 
     def _bind_flat(self, grads: Any) -> tuple[Plan, Any]:
-        if grads is self._remembered:
+        if grads is self._remembered or (type(self._remembered) is weakref.ref and self._remembered() is grads):
             return self._plan(True), None
         array = checks.flat_gradient(grads, sum(self._sizes), self._only_shape, self._dtype)
         everyone = (True,) * len(self._leaves)
@@ -386,8 +389,9 @@ class Optimizer:
             array = gathered
         plan = self._plan(True)
         plan.point_flat_gradient(checks.address(array))
-        remember = in_place and array is grads and array.nbytes <= _REMEMBERED_BYTES
-        self._put(_remembered=grads if remember else None)
+        small = array.nbytes <= _REMEMBERED_BYTES
+        remember = in_place and array is grads
+        self._put(_remembered=None if not remember else grads if small else weakref.ref(grads))
         return plan, array
 
     def _bind_leaves(self, leaves: list[Any]) -> tuple[Plan, Any]:
@@ -420,7 +424,7 @@ class Optimizer:
         plan = self._plan(False)
         plan.point_gradients(addresses)
         small = sum(self._sizes) * dtype.itemsize <= _REMEMBERED_BYTES
-        self._put(_remembered=leaves if fast and small else None)
+        self._put(_remembered=None if not fast else leaves if small else tuple(map(weakref.ref, leaves)))
         return plan, arrays
 
     def _readable(self, array: np.ndarray) -> bool:
@@ -476,7 +480,9 @@ class Optimizer:
             RuntimeError: if there are no gradients, or another thread is in a step of this optimizer.
         """
         if not self._lock.acquire(blocking=False):
-            raise RuntimeError("this optimizer is in a step in another thread. Use one optimizer per thread, or a lock.")
+            raise RuntimeError(
+                "this optimizer is in a step in another thread. Use one optimizer per thread, or a lock."
+            )
         try:
             if self._hyper.changed or self._staged is None or self._epoch != _threads.epoch:
                 self._refresh()
@@ -506,7 +512,8 @@ class Optimizer:
         """Set a hyperparameter of the optimizer itself; the next step uses it."""
         if name not in self._hyper.names:
             raise AttributeError(
-                f"{type(self).__name__} has no hyperparameter {name!r} to set; there are {', '.join(self._hyper.names)}."
+                f"{type(self).__name__} has no hyperparameter {name!r} to set; "
+                f"there are {', '.join(self._hyper.names)}."
             )
         setattr(self._hyper.defaults, name, value)
 
@@ -529,7 +536,8 @@ class Optimizer:
     def __repr__(self) -> str:
         """The class, its own hyperparameters and what it updates."""
         values = ", ".join(f"{n}={v!r}" for n, v in self._hyper.defaults._values.items() if n != "frozen")
-        return f"<{type(self).__name__}({values}) of {sum(self._sizes)} x {self._dtype} in {len(self._leaves)} leaves, {self.steps} steps>"
+        size = f"{sum(self._sizes)} x {self._dtype} in {len(self._leaves)} leaves"
+        return f"<{type(self).__name__}({values}) of {size}, {self.steps} steps>"
 
     # Gradients and states in the parameters' structure
 
@@ -687,6 +695,10 @@ def warmup(*rules: type[Optimizer] | Rule, dtypes: Sequence[str] = ("float32",),
         for dtype in dtypes:
             checks.choices("dtype", [dtype], checks.DTYPES)
             nothing = np.zeros(1, dtype)
-            opt = Optimizer(nothing, rule, **{"lr": 0.0, **settings}) if isinstance(rule, Rule) else rule(nothing, **settings)
+            opt = (
+                Optimizer(nothing, rule, **{"lr": 0.0, **settings})
+                if isinstance(rule, Rule)
+                else rule(nothing, **settings)
+            )
             seconds[f"{getattr(rule, '__name__', rule)} {dtype}"] = opt.warmup()
     return seconds

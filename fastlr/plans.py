@@ -77,7 +77,9 @@ class Plan:
         per = -(-totals // BLOCK)
         which = np.repeat(np.arange(len(starts)), per)
         begin = (np.arange(len(which)) - np.repeat(np.cumsum(per) - per, per)) * BLOCK
-        self.tiles = np.ascontiguousarray(np.stack([which, begin, np.minimum(BLOCK, totals[which] - begin)], axis=1), np.int64)
+        self.tiles = np.ascontiguousarray(
+            np.stack([which, begin, np.minimum(BLOCK, totals[which] - begin)], axis=1), np.int64
+        )
         self.elements = int(totals.sum())
         self._work = self.elements * itemsize * (1 + columns.shape[0])
         self._tables = (self.leaves, self.tiles, table, counters, h)

@@ -83,7 +83,9 @@ class _Pool:
     def _start(self, helpers: int) -> None:
         with self.lock:
             while self.started < min(helpers, _MAX_HELPERS):
-                thread = threading.Thread(target=_help, args=(self.requests,), name=f"fastlr-{self.started}", daemon=True)
+                thread = threading.Thread(
+                    target=_help, args=(self.requests,), name=f"fastlr-{self.started}", daemon=True
+                )
                 thread.start()
                 self.started += 1
 

@@ -166,7 +166,9 @@ class _Node:
             problem = "; ".join(
                 f"{word} {', '.join(keys)}" for word, keys in (("missing", missing), ("unexpected", extra)) if keys
             )
-            raise ValueError(f"{where} does not have the structure of params: {problem}. Pass one gradient per parameter.")
+            raise ValueError(
+                f"{where} does not have the structure of params: {problem}. Pass one gradient per parameter."
+            )
         for key, child in zip(self.keys, self.children, strict=True):
             child.take(parts[key], out, name)
 

@@ -4,8 +4,9 @@ One compiled function carries out a whole step, counters included, so that a ste
 Python next looks (a KeyboardInterrupt waits for it). It takes the tables of a plan and never names an optimizer.
 
 The tiles are cut into a share for each thread and handed out by atomic counters, to the calling thread and to any
-helper that has come in meanwhile (`fastlr.threads`); whoever is done with one share goes on with the others. Nobody waits for a helper that has not come, so a core that is busy with something else costs
-only its share. Which thread does which tile does not show in the result.
+helper that has come in meanwhile (`fastlr.threads`); whoever is done with one share goes on with the others. Nobody
+waits for a helper that has not come, so a core that is busy with something else costs only its share. Which thread
+does which tile does not show in the result.
 """
 
 import hashlib
@@ -74,7 +75,15 @@ def _compiled(function: Callable[..., Any], digest: str) -> Any:
     return njit(**_FLAGS)(own)
 
 
-_ELEMENT = {"sqrt": math.sqrt, "abs": abs, "exp": math.exp, "log": math.log, "tanh": math.tanh, "sin": math.sin, "cos": math.cos}
+_ELEMENT = {
+    "sqrt": math.sqrt,
+    "abs": abs,
+    "exp": math.exp,
+    "log": math.log,
+    "tanh": math.tanh,
+    "sin": math.sin,
+    "cos": math.cos,
+}
 
 
 def _digest(staged: Staged, dtype: str) -> str:

@@ -27,7 +27,7 @@ CAN_YIELD = os.name == "posix"
 def view(address: int, count: int, dtype: str) -> np.ndarray:
     """The memory at an address as a NumPy array; for the NumPy reference."""
     buffer = (ctypes.c_char * (count * np.dtype(dtype).itemsize)).from_address(address)
-    return np.frombuffer(buffer, dtype)
+    return np.frombuffer(buffer, dtype)  # type: ignore[call-overload]
 
 
 def _pointer(builder: Any, address: Any, kind: str, index: Any = None) -> Any:
@@ -35,7 +35,9 @@ def _pointer(builder: Any, address: Any, kind: str, index: Any = None) -> Any:
     return pointer if index is None else builder.gep(pointer, [index])
 
 
-def elements(formats: Sequence[str], written: Sequence[int], compute: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def elements(
+    formats: Sequence[str], written: Sequence[int], compute: str
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Access to one element of every column of a plan.
 
     Args:

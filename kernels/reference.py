@@ -11,7 +11,16 @@ from .cpu import CLOCK, CLOCK_STEP, COUNT, FIRST_ADDRESS, LEAF, ROW, START, T_ST
 from .memory import view
 from .staging import Staged, define
 
-_NUMPY = {"sqrt": np.sqrt, "abs": np.abs, "where": np.where, "exp": np.exp, "log": np.log, "tanh": np.tanh, "sin": np.sin, "cos": np.cos}
+_NUMPY = {
+    "sqrt": np.sqrt,
+    "abs": np.abs,
+    "where": np.where,
+    "exp": np.exp,
+    "log": np.log,
+    "tanh": np.tanh,
+    "sin": np.sin,
+    "cos": np.cos,
+}
 
 
 def build(staged: Staged, dtype: str) -> Kernel:

@@ -35,7 +35,7 @@ def adadelta(p, g, v, u, *, lr, rho, eps):
 
 
 def rmsprop(p, g, v, m, b, *, lr, alpha, eps, momentum, centered):
-    """Tieleman and Hinton 2012, Coursera lecture 6.5, slide 29; centered as in Graves 2013, arXiv:1308.0850, eqs. 38-45."""
+    """Tieleman and Hinton 2012, Coursera lecture 6.5, slide 29; centered: Graves 2013, arXiv:1308.0850, eqs. 38-45."""
     v = alpha * v + (1 - alpha) * g**2
     if centered:
         m = alpha * m + (1 - alpha) * g

@@ -4,7 +4,7 @@
     uniform   hyperparameters, `t`, literals, what follows       once per step and group, in float64, by `decide`
     element   `p`, `g`, the states and what follows              per element, in the compute dtype, by `update`
 
-`Rule(function).stage(amsgrad=False, ...)` returns a `Staged` rule: the source of the two functions and what they need.
+`Rule(function).stage({"amsgrad": False})` returns a `Staged` rule: the source of the two functions and what they need.
 Binding times pass through assignments. What is uniform inside an element expression is lifted into a slot of the tuple
 `h` that `decide` returns, literals included, so that no float64 is left in a float32 loop; a division by something
 uniform becomes a multiplication; conditionals on elements become selects; what is lifted out of a conditional keeps
@@ -135,7 +135,7 @@ class Before(_Source):
 def define(source: str, name: str, namespace: Mapping[str, Any]) -> Callable[..., Any]:
     """The function `name` that a piece of staged text defines; `namespace` has the functions that it calls."""
     scope = {"__name__": __name__, **namespace}
-    exec(compile(source, f"<staged {name}>", "exec"), scope)  # noqa: S102
+    exec(compile(source, f"<staged {name}>", "exec"), scope)
     function: Callable[..., Any] = scope[name]
     return function
 
@@ -167,8 +167,8 @@ class Rule(_Source):
         self._staged: dict[Any, Staged] = {}
         flags = {name: value for name, value in self.defaults.items() if isinstance(value, bool)}
         for name in flags:  # every branch once, so that an error shows when the rule is written
-            self.stage(**{**flags, name: not flags[name]})
-        self.stage(**flags)
+            self.stage({**flags, name: not flags[name]})
+        self.stage(flags)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the rule as ordinary Python, on numbers."""
@@ -178,17 +178,24 @@ class Rule(_Source):
         """The rule with its arguments."""
         return f"<rule {self.name}{inspect.signature(self.function)}>"
 
-    def stage(self, before: Before | None = None, on: frozenset[str] = frozenset(), **static: Any) -> Staged:
+    def stage(
+        self,
+        static: Mapping[str, Any] | None = None,
+        *,
+        before: Before | None = None,
+        on: frozenset[str] = frozenset(),
+    ) -> Staged:
         """Stage the rule for given static values.
 
         Args:
+            static: hyperparameters whose value is known when the kernel is built; the others are uniform.
             before: what runs first on every element.
             on: switches that are nonzero in every group, so that the branch not taken does not exist.
-            static: hyperparameters whose value is known when the kernel is built; the others are uniform.
 
         Returns:
             The staged rule; the same object for the same arguments.
         """
+        static = static or {}
         key = (before, on, tuple(sorted((k, repr(v)) for k, v in static.items())))
         if key not in self._staged:
             self._staged[key] = _Stager(self, static, on).run(before)
@@ -196,7 +203,7 @@ class Rule(_Source):
 
     def show(self) -> None:
         """Print the code staged for the defaults."""
-        self.stage(**{k: v for k, v in self.defaults.items() if isinstance(v, bool)}).show()
+        self.stage({k: v for k, v in self.defaults.items() if isinstance(v, bool)}).show()
 
 
 def _parse(function: Callable[..., Any]) -> tuple[ast.FunctionDef, Mapping[str, Any]]:
@@ -349,12 +356,12 @@ class _Stager:
                     return [self._value(x) for x in self._returned(statement, [part])]
                 case ast.Assign(targets=[ast.Name(id=name)], value=value):
                     self._assign(name, self._value(value), statement)
-                case ast.Assign(targets=[ast.Tuple(elts=targets)], value=ast.Tuple(elts=parts)) if (
-                    len(targets) == len(parts) and all(isinstance(x, ast.Name) for x in targets)
-                ):
-                    values = [self._held(self._value(x)) for x in parts]
-                    for target, value in zip(targets, values, strict=True):
-                        self._assign(target.id, value, statement)  # type: ignore[attr-defined]
+                case ast.Assign(targets=[ast.Tuple(elts=targets)], value=ast.Tuple(elts=parts)) if len(targets) == len(
+                    parts
+                ) and all(isinstance(x, ast.Name) for x in targets):
+                    held = [self._held(self._value(x)) for x in parts]
+                    for target, one in zip(targets, held, strict=True):
+                        self._assign(target.id, one, statement)  # type: ignore[attr-defined]
                 case ast.AugAssign(target=ast.Name(id=name), op=op, value=value):
                     whole = ast.copy_location(ast.BinOp(ast.Name(name), op, value), statement)
                     self._assign(name, self._value(ast.copy_location(whole, statement)), statement)
@@ -400,9 +407,8 @@ class _Stager:
         return None
 
     def _assign(self, name: str, value: Value, statement: ast.AST) -> None:
-        if isinstance(value.node, ast.Name) and value.node.id == name:
-            self.env[name] = value
-        elif value.time is Time.STATIC or (value.time is Time.UNIFORM and self.depth):
+        itself = isinstance(value.node, ast.Name) and value.node.id == name
+        if itself or value.time is Time.STATIC or (value.time is Time.UNIFORM and self.depth):
             self.env[name] = value
         elif value.time is Time.UNIFORM:
             fresh = self._fresh(name) if self._used_in_decide(name) else name
@@ -522,15 +528,19 @@ class _Stager:
                 a = self._binary(node, a, ast.Mult(), base)
             return a if b.constant > 0 else self._binary(node, _static(1.0), ast.Div(), a)
         if Time.ELEMENT in (a.time, b.time):
-            self._fail(node, "an element can be raised to 0.5 or to a literal integer up to 4; for others use exp and log")
+            self._fail(
+                node, "an element can be raised to 0.5 or to a literal integer up to 4; for others use exp and log"
+            )
         if not b.integer:
-            self._fail(node, "a power must have an integer exponent (t, a literal) or be 0.5; for others use exp and log")
+            self._fail(
+                node, "a power must have an integer exponent (t, a literal) or be 0.5; for others use exp and log"
+            )
         call = ast.Call(ast.Name("power"), [_float(a), b.node], [])
         return Value(Time.UNIFORM, call)
 
     def _folded(self, node: ast.expr, expression: ast.expr) -> Any:
         try:
-            return eval(compile(ast.fix_missing_locations(ast.Expression(expression)), "<rule>", "eval"), {})  # noqa: S307
+            return eval(compile(ast.fix_missing_locations(ast.Expression(expression)), "<rule>", "eval"), {})
         except ArithmeticError as error:
             self._fail(node, f"{ast.unparse(expression)}: {error}")
 
@@ -674,13 +684,17 @@ class _Stager:
             return value.node
         node = self._number(value).node
         if isinstance(node, ast.Constant):
-            node = ast.Constant(float(node.value))
+            node = ast.Constant(float(node.value))  # type: ignore[arg-type]
         elif self.guards and not isinstance(node, ast.Name):
             test = self.guards[0] if len(self.guards) == 1 else ast.BoolOp(ast.And(), list(self.guards))
             node = ast.IfExp(test, node, ast.Constant(0.0))
         code = ast.unparse(node)
         if code not in self.slots:
-            free = isinstance(node, ast.Name) and node.id not in {t for t, _ in self.update} and node.id not in _reserved(self.rule)
+            free = (
+                isinstance(node, ast.Name)
+                and node.id not in {t for t, _ in self.update}
+                and node.id not in _reserved(self.rule)
+            )
             name = node.id if free and isinstance(node, ast.Name) else self._fresh("h")
             self.slots[code] = (name, node)
         return ast.Name(self.slots[code][0])
@@ -703,12 +717,18 @@ def _ordered(rule: Rule, free: set[str]) -> Iterator[str]:
 def _float(value: Value) -> ast.expr:
     """An argument of a function in `decide`, always float64."""
     if isinstance(value.node, ast.Constant):
-        return ast.Constant(float(value.node.value))
+        return ast.Constant(float(value.node.value))  # type: ignore[arg-type]
     return ast.Call(ast.Name("float"), [value.node], []) if value.integer else value.node
 
 
 def _kind(node: ast.AST) -> str:
-    words = {"For": "a for loop", "While": "a while loop", "With": "a with block", "Subscript": "an index", "Try": "a try block"}
+    words = {
+        "For": "a for loop",
+        "While": "a while loop",
+        "With": "a with block",
+        "Subscript": "an index",
+        "Try": "a try block",
+    }
     name = type(node).__name__
     return words.get(name, f"`{name}`")
 

@@ -40,7 +40,10 @@ _LR = [
     ({"lr": -1.0}, "lr must be non-negative and finite, got -1.0."),
     ({"lr": float("nan")}, "lr must be non-negative and finite, got nan."),
     ({"lr": "fast"}, "lr must be a number, got 'fast'."),
-    ({"lr": [1e-3, 1e-4]}, "lr must be one number, got shape (2,) (only a population takes arrays: see fastlr.flatten)."),
+    (
+        {"lr": [1e-3, 1e-4]},
+        "lr must be one number, got shape (2,) (only a population takes arrays: see fastlr.flatten).",
+    ),
     ({"lr": True}, "lr must be a number, got True."),
     ({"weight_decay": -0.1}, "weight_decay must be non-negative and finite, got -0.1."),
     ({"maximize": 1}, "maximize must be True or False, got 1."),
@@ -82,7 +85,10 @@ CASES = [
         [
             *_LR,
             ({"lr_decay": -1.0}, "lr_decay must be non-negative and finite, got -1.0."),
-            ({"initial_accumulator_value": -1.0}, "initial_accumulator_value must be non-negative and finite, got -1.0."),
+            (
+                {"initial_accumulator_value": -1.0},
+                "initial_accumulator_value must be non-negative and finite, got -1.0.",
+            ),
             ({"eps": -1e-8}, "eps must be non-negative and finite, got -1e-08."),
         ],
     ),

@@ -12,7 +12,9 @@ import numpy as np
 Arrays = Sequence[np.ndarray]
 
 
-def _prepared(theta: np.ndarray, grads: Arrays, lr: float, weight_decay: float, decoupled: bool, maximize: bool) -> Iterator:
+def _prepared(
+    theta: np.ndarray, grads: Arrays, lr: float, weight_decay: float, decoupled: bool, maximize: bool
+) -> Iterator:
     """Yield (theta, g) for each step; the caller sends back the next theta."""
     theta = theta.astype(np.float64)
     for g in grads:

@@ -52,7 +52,11 @@ PARAMETERS = [
     (read_only(), ValueError, "params is read-only, so it cannot be updated in place. Pass a copy of it."),
     ([SHARED, SHARED], ValueError, "params['0'] and params['1'] share memory, so both cannot be updated."),
     ({"a": SHARED[:6], "b": SHARED[5:]}, ValueError, "params['a'] and params['b'] share memory"),
-    ({"a.b": np.ones(1), "a": {"b": np.ones(1)}}, ValueError, "params has two leaves with the path 'a.b'. Rename a key"),
+    (
+        {"a.b": np.ones(1), "a": {"b": np.ones(1)}},
+        ValueError,
+        "params has two leaves with the path 'a.b'. Rename a key",
+    ),
 ]
 
 
@@ -64,14 +68,34 @@ def test_parameters(params, error, message):
 
 GRADIENTS = [
     ({"w": np.ones((2, 3))}, ValueError, "grads does not have the structure of params: missing b."),
-    ({"w": np.ones((2, 3)), "b": np.ones(3), "c": np.ones(1)}, ValueError, "unexpected c. Pass one gradient per parameter."),
+    (
+        {"w": np.ones((2, 3)), "b": np.ones(3), "c": np.ones(1)},
+        ValueError,
+        "unexpected c. Pass one gradient per parameter.",
+    ),
     ({"w": np.ones((3, 2)), "b": np.ones(3)}, ValueError, "grads['w'] has shape (3, 2), but the parameter has (2, 3)."),
-    ({"w": np.ones((2, 3), np.float32), "b": np.ones(3)}, TypeError, "grads['w'] has dtype float32, but the parameters have float64."),
+    (
+        {"w": np.ones((2, 3), np.float32), "b": np.ones(3)},
+        TypeError,
+        "grads['w'] has dtype float32, but the parameters have float64.",
+    ),
     ({"w": {"x": np.ones(3)}, "b": np.ones(3)}, TypeError, "grads['w'] has dtype object"),
-    ([np.ones((2, 3)), np.ones(3)], ValueError, "grads does not have the structure of params: missing w, b; unexpected 0, 1."),
-    (np.ones(8), ValueError, "grads has shape (8,), params has 9 elements. Pass the structure of params, or one gradient per"),
+    (
+        [np.ones((2, 3)), np.ones(3)],
+        ValueError,
+        "grads does not have the structure of params: missing w, b; unexpected 0, 1.",
+    ),
+    (
+        np.ones(8),
+        ValueError,
+        "grads has shape (8,), params has 9 elements. Pass the structure of params, or one gradient per",
+    ),
     (np.ones((3, 3)), ValueError, "grads has shape (3, 3), params has 9 elements."),
-    (np.ones(9, np.float32), TypeError, "grads has dtype float32, but the parameters have float64. Convert it with .astype."),
+    (
+        np.ones(9, np.float32),
+        TypeError,
+        "grads has dtype float32, but the parameters have float64. Convert it with .astype.",
+    ),
     (1.5, ValueError, "grads has shape (), params has 9 elements."),
     ("gradient", TypeError, "grads has dtype <U8"),
     (fastlr.flatten({"x": np.ones(9)}), ValueError, "grads is a buffer of other leaves than params."),
@@ -96,7 +120,9 @@ def test_gradients(grads, error, message, flat):
 def test_nested_structures_name_the_place():
     params = {"layers": [{"w": np.ones(2)}, {"w": np.ones(2)}]}
     opt = fastlr.SGD(params)
-    with pytest.raises(ValueError, match=re.escape("grads['layers.1'] does not have the structure of params: missing w")):
+    with pytest.raises(
+        ValueError, match=re.escape("grads['layers.1'] does not have the structure of params: missing w")
+    ):
         opt.step({"layers": [{"w": np.ones(2)}, {"v": np.ones(2)}]})
     with pytest.raises(ValueError, match=re.escape("grads['layers'] is a ndarray, expected a list with 0, 1.")):
         opt.step({"layers": np.ones(4)})

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import textwrap
 
-
 import numpy as np
 import pytest
 
@@ -70,7 +69,9 @@ def test_an_edited_rule_never_gets_the_old_kernel(in_subprocess, tmp_path):
     for factor in ("2.0", "3.0", "2.0"):
         source.write_text(RULE.format(factor=factor, argument=""))
         os.utime(source, (1e9, 1e9))
-        out = in_subprocess(USE.format(folder=str(tmp_path)), FASTLR_CACHE_DIR=str(tmp_path / "c"), PYTHONDONTWRITEBYTECODE="1")
+        out = in_subprocess(
+            USE.format(folder=str(tmp_path)), FASTLR_CACHE_DIR=str(tmp_path / "c"), PYTHONDONTWRITEBYTECODE="1"
+        )
         assert float(out) == -float(factor)
     assert len(list((tmp_path / "c").iterdir())) == 2
 
@@ -145,7 +146,9 @@ def test_a_damaged_file_is_compiled_again(damage, in_subprocess, tmp_path):
 
 def test_eight_processes_fill_a_cold_cache(tmp_path):
     env = {**os.environ, "FASTLR_CACHE_DIR": str(tmp_path)}
-    running = [subprocess.Popen([sys.executable, "-c", STEP], env=env, stdout=subprocess.PIPE, text=True) for _ in range(8)]
+    running = [
+        subprocess.Popen([sys.executable, "-c", STEP], env=env, stdout=subprocess.PIPE, text=True) for _ in range(8)
+    ]
     for process in running:
         process.communicate(timeout=240)
         assert process.returncode == 0
@@ -169,7 +172,9 @@ def test_spawned_processes_use_it(in_subprocess, tmp_path):
                 assert pool.map(work, [1, 2]) == [(-1.0, True), (-2.0, True)]
         """)
     )
-    done = subprocess.run([sys.executable, str(source)], env={**os.environ, "FASTLR_CACHE_DIR": str(tmp_path / "c")}, timeout=240)
+    done = subprocess.run(
+        [sys.executable, str(source)], env={**os.environ, "FASTLR_CACHE_DIR": str(tmp_path / "c")}, timeout=240
+    )
     assert done.returncode == 0
 
 
@@ -212,7 +217,8 @@ took = time.perf_counter() - began
 assert not any(name in sys.modules for name in ("torch", "rich", "safetensors", "matplotlib"))
 from numba.core.dispatcher import Dispatcher
 import gc
-assert not any(x.overloads for x in gc.get_objects() if isinstance(x, Dispatcher) and x.py_func.__module__.startswith("fastlr"))
+ours = [x for x in gc.get_objects() if isinstance(x, Dispatcher) and x.py_func.__module__.startswith("fastlr")]
+assert not any(x.overloads for x in ours)
 print(took)
 """
     assert float(in_subprocess(program, FASTLR_CACHE_DIR=str(tmp_path))) < 5

@@ -12,9 +12,7 @@ from numba import types
 
 from fastlr.kernels import cpu
 
-pytestmark = pytest.mark.skipif(
-    platform.machine() not in ("x86_64", "AMD64"), reason="reads x86-64 assembly"
-)
+pytestmark = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="reads x86-64 assembly")
 
 
 def assembly(case: Case, dtype: str) -> str:
@@ -32,7 +30,11 @@ def assembly(case: Case, dtype: str) -> str:
 def bodies(text: str) -> str:
     """The functions in some assembly that are not Numba's wrappers."""
     parts = re.split(r"(?m)^\s*\.type\s+(\S+),@function$", text)
-    own = [body for name, body in zip(parts[1::2], parts[2::2], strict=True) if not name.startswith(("_ZN7cpython", "cfunc"))]
+    own = [
+        body
+        for name, body in zip(parts[1::2], parts[2::2], strict=True)
+        if not name.startswith(("_ZN7cpython", "cfunc"))
+    ]
     assert own, "no function found"
     return "".join(body[: body.index(".size")] for body in own)
 
@@ -43,7 +45,9 @@ def test_float32(case: Case):
     vector = set(re.findall(r"\bv(?:mul|add|sub|div|sqrt)ps\b.*%([xyz])mm", text))
     assert vector & {"y", "z"} or "%ymm" not in text, "no vector arithmetic"
     assert re.search(r"\bv?(?:mul|add|sub)ps\b", text)
-    double = re.findall(r"\bv?(?:add|sub|mul|div|sqrt|min|max|cmp\w*|cvt\w*)(?:sd|pd)\b.*|\bv?cvt(?:ss2sd|ps2pd|sd2ss|pd2ps)\b.*", text)
+    double = re.findall(
+        r"\bv?(?:add|sub|mul|div|sqrt|min|max|cmp\w*|cvt\w*)(?:sd|pd)\b.*|\bv?cvt(?:ss2sd|ps2pd|sd2ss|pd2ps)\b.*", text
+    )
     assert not double, f"float64 in a float32 loop: {double[:5]}"
     fused = re.findall(r"\bvfn?m(?:add|sub)\w+", text)
     assert not fused, f"contracted: {fused[:3]}"

@@ -115,7 +115,9 @@ def test_float32_within_the_bound_of_its_terms(case: Case, rng):
     exact = {s: Bounded(opt._data[s].astype(np.float64)) if s in opt._data else Bounded(0.0) for s in states}
     values = opt._hyper.uniforms()[0]
     before = {k: values[k] for k in ("maximize", "weight_decay", "decoupled_weight_decay")}
-    p, g_in = bounded(rules.step_options)(Bounded(params.astype(np.float64)), Bounded(g.astype(np.float64)), lr=values["lr"], **before)
+    p, g_in = bounded(rules.step_options)(
+        Bounded(params.astype(np.float64)), Bounded(g.astype(np.float64)), lr=values["lr"], **before
+    )
     arguments = {k: values[k] for k in opt._source.hyperparameters}
     if "t" in opt._source.function.__code__.co_varnames:
         arguments["t"] = 4

@@ -257,7 +257,15 @@ def test_fresh_and_repeated_gradients_and_other_forms_in_turn(rng):
     params = {"w": np.zeros(4), "b": np.zeros(2)}
     opt = fastlr.SGD(params, lr=1.0)
     grads = {"w": np.ones(4), "b": np.ones(2)}
-    for g in (grads, grads, {"b": np.ones(2), "w": np.ones(4)}, np.ones(6), np.ones(6), {"w": np.ones(4), "b": None}, grads):
+    for g in (
+        grads,
+        grads,
+        {"b": np.ones(2), "w": np.ones(4)},
+        np.ones(6),
+        np.ones(6),
+        {"w": np.ones(4), "b": None},
+        grads,
+    ):
         opt.step(g)
     np.testing.assert_array_equal(params["w"], -7.0)
     np.testing.assert_array_equal(params["b"], -6.0)
@@ -275,8 +283,20 @@ def test_large_gradients_are_not_kept_alive():
     g = np.ones(2_000_000)
     seen = weakref.ref(g)
     opt.step(g)
+    opt.step(g)
+    assert params[0] == -2.0
     del g
     assert seen() is None
+    leaves = [np.zeros(2_000_000), np.zeros(3)]
+    opt = fastlr.SGD(leaves, lr=1.0)
+    grads = [np.ones(2_000_000), np.ones(3)]
+    seen = weakref.ref(grads[0])
+    for _ in range(2):
+        opt.step(grads)
+    grads[0] = np.full(2_000_000, 2.0)
+    assert seen() is None
+    opt.step(grads)
+    assert leaves[0][0] == -4.0 and leaves[1][0] == -3.0
 
 
 def test_arrays_of_other_libraries_as_gradients():
@@ -301,7 +321,8 @@ def test_population(rng):
     opt = fastlr.Adam(fleet, lr=lrs, betas=(betas1, 0.99), groups={"b": {"weight_decay": 0.1}})
     alone = [{k: v.copy() for k, v in one.items()} for _ in range(50)]
     opts = [
-        fastlr.Adam(p, lr=lrs[k], betas=(betas1[k], 0.99), groups={"b": {"weight_decay": 0.1}}) for k, p in enumerate(alone)
+        fastlr.Adam(p, lr=lrs[k], betas=(betas1[k], 0.99), groups={"b": {"weight_decay": 0.1}})
+        for k, p in enumerate(alone)
     ]
     for _ in range(5):
         g = {k: rng.standard_normal((50, *v.shape)) for k, v in one.items()}
@@ -325,8 +346,6 @@ def test_groups(rng):
         params,
         lr=0.1,
         weight_decay=0.5,
-
-
         groups={"*.bias": {"weight_decay": 0.0}, "head.*": {"lr": 0.01}, "embed": {"frozen": True}},
     )
     info = opt.step({n: np.ones(3) for n in names})
@@ -349,7 +368,9 @@ def test_groups(rng):
 
 
 def test_later_groups_win_and_case_matters():
-    opt = fastlr.SGD({"aB": np.ones(1), "b": np.ones(1)}, groups={"*": {"lr": 0.5}, "a*": {"lr": 0.25}, "aB": {"momentum": 0.0}})
+    opt = fastlr.SGD(
+        {"aB": np.ones(1), "b": np.ones(1)}, groups={"*": {"lr": 0.5}, "a*": {"lr": 0.25}, "aB": {"momentum": 0.0}}
+    )
     opt.step({"aB": np.ones(1), "b": np.ones(1)})
     assert (opt.params["aB"][0], opt.params["b"][0]) == (0.75, 0.5)
     with pytest.raises(ValueError, match="the pattern 'ab' matches no parameter"):

@@ -1,4 +1,4 @@
-"""The same bits everywhere: NumPy reference, any number of threads, any tiling, own arrays or flat, one group or many."""
+"""The same bits everywhere: NumPy reference, any threads, any tiling, own arrays or flat, one group or many."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def gradients(rng, n, dtype):
 
 def same(a, b):
     """Bit for bit; one NaN is as good as another."""
-    return np.array_equal(a, b, equal_nan=True) and np.array_equal(np.signbit(a[~np.isnan(a)]), np.signbit(b[~np.isnan(b)]))
+    return np.array_equal(a, b, equal_nan=True) and np.array_equal(
+        np.signbit(a[~np.isnan(a)]), np.signbit(b[~np.isnan(b)])
+    )
 
 
 def trained(case: Case, start, grads, **options):

@@ -34,7 +34,9 @@ def test_the_staged_code_of_adam():
     assert "1.0 / (1 - power(beta1, t))" in text  # in decide, in float64
     assert "g * g" in text and "**" not in text
     update = text[text.index("def update") :]
-    assert not any(character.isdigit() and update[k - 1] in " (*+-/" for k, character in enumerate(update))  # no literals
+    assert not any(
+        character.isdigit() and update[k - 1] in " (*+-/" for k, character in enumerate(update)
+    )  # no literals
 
 
 def test_show_prints_it(capsys):
@@ -134,7 +136,10 @@ def test_everything_that_a_rule_may_do(fancy, dtype, rng):
     if dtype == "float64" and not fancy:  # as ordinary Python, element by element
         p, m = start.tolist(), [0.0] * 501
         for t, g in enumerate(grads, 1):
-            p, m = zip(*(everything(x, float(y), z, lr=0.1, t=t, fancy=False) for x, y, z in zip(p, g, m, strict=True)), strict=True)
+            p, m = zip(
+                *(everything(x, float(y), z, lr=0.1, t=t, fancy=False) for x, y, z in zip(p, g, m, strict=True)),
+                strict=True,
+            )
         np.testing.assert_allclose(a, p, rtol=1e-12)
 
 
@@ -205,7 +210,7 @@ def unknown(p, g, *, lr):
 
 
 def undefined(p, g, *, lr):
-    return p - lr * velocity  # noqa: F821
+    return p - lr * velocity
 
 
 def half_assigned(p, g, *, lr):

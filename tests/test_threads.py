@@ -210,7 +210,10 @@ print("done", interrupted, opt.steps)
 
 def test_the_program_ends_with_helpers_asleep_and_awake(in_subprocess):
     for wait in ("", "time.sleep(0.05)"):
-        in_subprocess(PRELUDE + "p, g = fresh(0)\nopt = fastlr.Adam(p, threads=4)\nfor _ in range(50): opt.step(g)\n" + wait, timeout=60)
+        in_subprocess(
+            PRELUDE + "p, g = fresh(0)\nopt = fastlr.Adam(p, threads=4)\nfor _ in range(50): opt.step(g)\n" + wait,
+            timeout=60,
+        )
 
 
 def test_number_of_threads(monkeypatch, tmp_path):

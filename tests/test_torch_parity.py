@@ -32,17 +32,26 @@ SETTINGS = [
         for s in grid(momentum=[0.0, 0.9], dampening=[0.0, 0.4], weight_decay=[0.0, 0.01], maximize=[False, True])
     ],
     *[("SGD", {"lr": 0.05, "momentum": 0.9, "nesterov": True, **s}) for s in grid(weight_decay=[0.0, 0.01])],
-    *[("RMSprop", s) for s in grid(centered=[False, True], momentum=[0.0, 0.9], weight_decay=[0.0, 0.01], maximize=[False, True])],
+    *[
+        ("RMSprop", s)
+        for s in grid(centered=[False, True], momentum=[0.0, 0.9], weight_decay=[0.0, 0.01], maximize=[False, True])
+    ],
     *[("RMSprop", s) for s in grid(alpha=[0.5], eps=[1e-2], lr=[0.1])],
     *[
         ("Adagrad", s)
-        for s in grid(lr_decay=[0.0, 0.01], initial_accumulator_value=[0.0, 0.1], weight_decay=[0.0, 0.01], maximize=[False, True])
+        for s in grid(
+            lr_decay=[0.0, 0.01], initial_accumulator_value=[0.0, 0.1], weight_decay=[0.0, 0.01], maximize=[False, True]
+        )
     ],
     *[("Adadelta", s) for s in grid(rho=[0.9, 0.5], weight_decay=[0.0, 0.01], maximize=[False, True])],
 ]
 
 
-@pytest.mark.parametrize(("name", "settings"), SETTINGS, ids=lambda x: x if isinstance(x, str) else ",".join(f"{k}={v}" for k, v in x.items()))
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    SETTINGS,
+    ids=lambda x: x if isinstance(x, str) else ",".join(f"{k}={v}" for k, v in x.items()),
+)
 def test_float64(name, settings, rng):
     start = {"w": rng.standard_normal((11, 3)), "b": rng.standard_normal(5)}
     ours = {k: v.copy() for k, v in start.items()}

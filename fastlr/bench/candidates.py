@@ -53,7 +53,7 @@ class Candidate:
 
 
 def fastlr_candidate(problem: Problem, backend: str = "numba") -> Candidate:
-    """fastlr itself, or its NumPy reference."""
+    """Fastlr itself, or its NumPy reference."""
     settings = SETTINGS.get(problem.rule, {})
     make = RULES[problem.rule]
     if problem.leaves == 1:
@@ -120,7 +120,11 @@ def _adagrad(p: Any, g: Any, s: Any, x: Any, t: int, f: Any) -> None:
 
 
 # Written by hand for speed, in place and with one temporary: the number of states, and the passes over a block.
-_BY_HAND: dict[str, tuple[int, Callable[..., None]]] = {"adam": (2, _adam), "rmsprop": (1, _rmsprop), "adagrad": (1, _adagrad)}
+_BY_HAND: dict[str, tuple[int, Callable[..., None]]] = {
+    "adam": (2, _adam),
+    "rmsprop": (1, _rmsprop),
+    "adagrad": (1, _adagrad),
+}
 
 
 def numpy_candidate(problem: Problem, block: int | None = _BLOCK) -> Candidate:
@@ -180,9 +184,16 @@ def _touch(states: int) -> Callable[..., None]:
 
         names = [f"s{k}" for k in range(states)]
         lines = [f"        {s}[i] += c" for s in names]
-        text = "\n".join([f"def touch({', '.join(['p', 'g', *names, 'c'])}):", "    for i in prange(p.size):", "        p[i] += g[i]", *lines])
+        text = "\n".join(
+            [
+                f"def touch({', '.join(['p', 'g', *names, 'c'])}):",
+                "    for i in prange(p.size):",
+                "        p[i] += g[i]",
+                *lines,
+            ]
+        )
         scope: dict[str, Any] = {"prange": numba.prange}
-        exec(text, scope)  # noqa: S102
+        exec(text, scope)
         _TOUCHES[states] = numba.njit(parallel=True, error_model="numpy")(scope["touch"])
     return _TOUCHES[states]
 

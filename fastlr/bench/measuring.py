@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from .. import checks
 from .. import threads as _threads
-from ..checks import DTYPES
 from ..info import cpu_name, versions
 from . import candidates as c
 from . import competitors
@@ -67,8 +67,13 @@ def _checked(problem: c.Problem, build: Callable[[c.Problem], c.Candidate | None
         raise RuntimeError(f"{name} does not agree with the reference on {problem.rule}: by {np.abs(a - b).max():.3g}.")
 
 
-def _builders(problem: c.Problem, states: int, with_numpy: bool) -> dict[str, Callable[[c.Problem], c.Candidate | None]]:
-    out: dict[str, Callable[[c.Problem], c.Candidate | None]] = {"fastlr": c.fastlr_candidate, "torch_fused": c.torch_candidate}
+def _builders(
+    problem: c.Problem, states: int, with_numpy: bool
+) -> dict[str, Callable[[c.Problem], c.Candidate | None]]:
+    out: dict[str, Callable[[c.Problem], c.Candidate | None]] = {
+        "fastlr": c.fastlr_candidate,
+        "torch_fused": c.torch_candidate,
+    }
     if with_numpy:
         out["numpy"] = c.numpy_candidate
         if problem.rule in c._BY_HAND and problem.n > c._BLOCK:
@@ -90,12 +95,20 @@ def _environment() -> dict[str, Any]:
     commit = None
     try:
         here = Path(__file__).parent
-        done = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+        )
         commit = done.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         pass
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    return {"commit": commit, "date": now, "cpu": cpu_name(), "python": platform.python_version(), "versions": versions()}
+    return {
+        "commit": commit,
+        "date": now,
+        "cpu": cpu_name(),
+        "python": platform.python_version(),
+        "versions": versions(),
+    }
 
 
 def run(
@@ -110,14 +123,23 @@ def run(
 ) -> list[dict[str, Any]]:
     """See `fastlr.bench.run`."""
     rules = list(c.RULES) if rules is None else [r.lower() for r in rules]
-    for kind, given, known in (("rule", rules, c.RULES), ("dtype", dtypes, DTYPES)):
+    for kind, given, known in (("rule", rules, c.RULES), ("dtype", dtypes, checks.DTYPES)):
         unknown = [x for x in given if x not in known]
         if unknown:
             raise ValueError(f"{kind} {unknown[0]!r} is not known; there are {', '.join(known)}.")
-    count = threads or _threads.get_num_threads()
+    count = _threads.get_num_threads() if threads is None else checks.count("threads", threads)
     problems = [
-        c.Problem(r, n, k, d, count) for r in rules for d in dtypes for n in sizes for k in leaves if k == 1 or k * 10 <= n
+        c.Problem(r, n, k, d, count)
+        for r in rules
+        for d in dtypes
+        for n in sizes
+        for k in leaves
+        if k == 1 or k * 10 <= n
     ]
+    if not problems:
+        raise ValueError(
+            "nothing to measure: each leaf must have ten parameters or more. Choose other sizes or leaves."
+        )
     environment = _environment()
     rows: list[dict[str, Any]] = []
     for problem in progress(problems, quiet):
@@ -152,7 +174,9 @@ def _measure(problem: c.Problem, seconds: float) -> Iterator[dict[str, Any]]:
         yield _row(problem, name, "alone", samples[name], states, candidate.compile_s)
 
 
-def _row(problem: c.Problem, name: str, mode: str, samples: list[float], states: int, compile_s: float) -> dict[str, Any]:
+def _row(
+    problem: c.Problem, name: str, mode: str, samples: list[float], states: int, compile_s: float
+) -> dict[str, Any]:
     p10, p50, p90 = (float(x) for x in np.percentile(samples, [10, 50, 90]))
     entered = next((one for one in competitors if one.name == name), None)
     moved = entered.bytes_per_param if entered else (3 + 2 * states) * np.dtype(problem.dtype).itemsize

@@ -43,7 +43,21 @@ def _find(rows: Iterable[dict[str, Any]], row: dict[str, Any], **other: Any) -> 
 
 def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Header and lines of the report for steps measured alone."""
-    header = ["rule", "dtype", "parameters", "leaves", "implementation", "p50", "p10", "p90", "ns/param", "GB/s", "of roofline", "fastlr is", "compiled in"]
+    header = [
+        "rule",
+        "dtype",
+        "parameters",
+        "leaves",
+        "implementation",
+        "p50",
+        "p10",
+        "p90",
+        "ns/param",
+        "GB/s",
+        "of roofline",
+        "fastlr is",
+        "compiled in",
+    ]
     lines = []
     for row in rows:
         roof = _find(rows, row, impl="roofline")
@@ -59,7 +73,9 @@ def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
                 f"{row['ns_per_param']:.3g}",
                 f"{row['gb_per_s']:.3g}",
                 f"{roof['p50_s'] / row['p50_s']:.2f}" if roof else "",
-                f"{row['p50_s'] / own['p50_s']:.2f}x as fast" if own and row["impl"] not in ("fastlr", "roofline") else "",
+                f"{row['p50_s'] / own['p50_s']:.2f}x as fast"
+                if own and row["impl"] not in ("fastlr", "roofline")
+                else "",
                 _time(row["compile_s"]) if row["compile_s"] else "",
             ]
         )
@@ -68,7 +84,19 @@ def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
 
 def loop_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Header and lines of the report for steps in a loop."""
-    header = ["rule", "dtype", "parameters", "implementation", "between", "step alone", "in the loop", "ratio", "what follows, alone", "after a step", "ratio"]
+    header = [
+        "rule",
+        "dtype",
+        "parameters",
+        "implementation",
+        "between",
+        "step alone",
+        "in the loop",
+        "ratio",
+        "what follows, alone",
+        "after a step",
+        "ratio",
+    ]
     lines = [
         [
             row["rule"],
@@ -90,7 +118,18 @@ def loop_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str
 
 def comparison(rows: Sequence[dict[str, Any]], old: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Header and lines for what changed since an earlier run; relative to that run's roofline where there is one."""
-    header = ["rule", "dtype", "parameters", "leaves", "implementation", "then", "now", "now / then", "of roofline then", "now"]
+    header = [
+        "rule",
+        "dtype",
+        "parameters",
+        "leaves",
+        "implementation",
+        "then",
+        "now",
+        "now / then",
+        "of roofline then",
+        "now",
+    ]
     lines = []
     for row in rows:
         then = _find(old, row)

@@ -1,0 +1,133 @@
+"""Write the README's generated parts: the table of optimizers and the numbers measured last.
+
+`python bench/readme.py` writes them, `python bench/readme.py --check` fails if they are not up to date. The numbers
+come from the newest file in bench/results; each names the command that measured it.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import fastlr
+from fastlr.bench import report
+from fastlr.optimizers import __all__ as names
+
+ROOT = Path(__file__).parent.parent
+RULES = ("adam", "rmsprop", "adagrad")
+
+
+def newest() -> list[dict]:
+    """Rows of the files recorded on the newest day: cpu-<date>-<what>.json."""
+    files = sorted((ROOT / "bench" / "results").glob("cpu-*.json"))
+    day = files[-1].name[: len("cpu-2026-01-01")]
+    return [row for file in files if file.name.startswith(day) for row in report.load(str(file))]
+
+
+def optimizers() -> str:
+    """One line an optimizer, from its class."""
+    lines = ["| optimizer | in a line | defaults | states | source |", "|---|---|---|---|---|"]
+    for name in sorted(names):
+        cls = getattr(fastlr, name)
+        doc = cls.__doc__ or ""
+        first = doc.split("\n", 1)[0].split(": ", 1)[-1].rstrip(".")
+        source = " ".join(re.search(r"Source: (.*?)(?:\n\n|$)", doc, re.S)[1].split())  # type: ignore[index]
+        works = "; ".join(
+            re.findall(
+                r"[A-Z][\w, &]+? \d{4}, (?:arXiv:[\d.]+|doi:\S+|JMLR \d+:[\d-]+|Coursera)", source.replace('"', "")
+            )
+        )
+        opt = cls(np.zeros(1))
+        values = ", ".join(
+            f"{k}={v}" for k, v in opt.groups.defaults._values.items() if k not in ("frozen", "maximize")
+        )
+        every = [cls._states.get(s, s) for s in cls._rule.states]
+        present = set(opt.state)
+        states = ", ".join(f"`{s}`" if s in present else f"(`{s}`)" for s in every)
+        lines.append(f"| `{name}` | {first} | {values} | {states} | {works or source} |")
+    return "\n".join(lines)
+
+
+def pick(rows: list[dict], **wanted: object) -> dict:
+    """The one row with these values."""
+    (row,) = [r for r in rows if all(r[k] == v for k, v in wanted.items())]
+    return row
+
+
+def headline(rows: list[dict]) -> str:
+    """The number of the first screen."""
+    big = {"rule": "adam", "n": 25_000_000, "leaves": 1, "dtype": "float32", "mode": "alone"}
+    own, roof, torch, plain = (pick(rows, impl=i, **big) for i in ("fastlr", "roofline", "torch_fused", "numpy_passes"))
+    return (
+        f"One Adam step over 25 million float32 parameters: **{own['p50_s'] * 1e3:.1f} ms**, "
+        f"{roof['p50_s'] / own['p50_s']:.0%} of the speed at which this machine can read and write those bytes at all; "
+        f"PyTorch `fused=True` {torch['p50_s'] * 1e3:.1f} ms, in-place NumPy {plain['p50_s'] * 1e3:.0f} ms "
+        f"({own['cpu']}, {own['threads']} cores; `fastlr bench`, {own['date'][:10]})."
+    )
+
+
+def measured(rows: list[dict]) -> str:
+    """The table of steps measured alone."""
+    lines = [
+        "| rule | parameters | fastlr | of the memory's speed | PyTorch fused | NumPy in blocks | NumPy in passes |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    keys = {
+        (r["rule"], r["n"], r["leaves"])
+        for r in rows
+        if r["mode"] == "alone" and r["dtype"] == "float32" and r["rule"] in RULES
+    }
+    for rule, n, leaves in sorted(keys, key=lambda k: (RULES.index(k[0]), k[2] > 1, k[1])):
+        at = [
+            r
+            for r in rows
+            if (r["rule"], r["n"], r["leaves"], r["dtype"], r["mode"]) == (rule, n, leaves, "float32", "alone")
+        ]
+        by = {r["impl"]: r for r in at}
+        own = by["fastlr"]["p50_s"]
+        size = f"{n:,}" + (f" in {leaves:,} arrays" if leaves > 1 else "")
+        others = [
+            f"{report._time(by[k]['p50_s'])} ({by[k]['p50_s'] / own:.1f}x)" if k in by else ""
+            for k in ("torch_fused", "numpy", "numpy_passes")
+        ]
+        lines.append(
+            f"| {rule} | {size} | {report._time(own)} | {by['roofline']['p50_s'] / own:.2f} | {' | '.join(others)} |"
+        )
+    row = rows[0]
+    versions = ", ".join(f"{k} {v}" for k, v in row["versions"].items())
+    lines.append("")
+    lines.append(
+        f"{row['cpu']}, {row['threads']} threads, {row['date'][:10]}; {versions}. "
+        "In brackets: how many times as long as fastlr."
+    )
+    return "\n".join(lines)
+
+
+def generated(text: str) -> str:
+    """The README with its generated parts written anew."""
+    rows = newest()
+    for name, content in (("optimizers", optimizers()), ("headline", headline(rows)), ("measured", measured(rows))):
+        pattern = rf"(<!-- {name}: bench/readme.py -->\n).*?(\n<!-- end -->)"
+        text, count = re.subn(pattern, lambda m, c=content: m[1] + c + m[2], text, flags=re.S)
+        assert count == 1, f"the README has no part {name!r}"
+    return text
+
+
+def main() -> int:
+    """Write or check."""
+    path = ROOT / "README.md"
+    old = path.read_text()
+    new = generated(old)
+    if "--check" in sys.argv:
+        if new != old:
+            print("README.md is not up to date: run python bench/readme.py")
+        return int(new != old)
+    path.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

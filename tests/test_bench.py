@@ -1,0 +1,133 @@
+"""The report: what it measures, what it shows, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import fastlr
+from fastlr import bench, cli
+from fastlr.bench import candidates, measuring, report
+
+KEYS = {"impl", "rule", "device", "dtype", "n", "leaves", "threads", "mode", "p10_s", "p50_s", "p90_s"}
+KEYS |= {"ns_per_param", "gb_per_s", "compile_s", "commit", "date", "cpu", "versions"}
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return bench.run(sizes=[1_000], leaves=[1, 7], seconds=0.0, threads=1, quiet=True)
+
+
+def test_every_optimizer_is_measured(rows):
+    assert {row["rule"] for row in rows} == {name.lower() for name in fastlr.optimizers.__all__}
+    for row in rows:
+        assert KEYS <= row.keys()
+        assert 0 < row["p10_s"] <= row["p50_s"] <= row["p90_s"]
+        assert row["ns_per_param"] == pytest.approx(row["p50_s"] * 1e6)
+    for rule in ("adam", "rmsprop", "sgd"):
+        assert {"fastlr", "numpy", "roofline"} <= {row["impl"] for row in rows if row["rule"] == rule}
+    adam = next(r for r in rows if r["rule"] == "adam" and r["impl"] == "fastlr")
+    assert adam["gb_per_s"] * adam["p50_s"] * 1e9 == pytest.approx(28 * 1_000)
+    assert json.loads(json.dumps(rows)) == rows
+
+
+def test_torch_is_measured_where_it_has_a_fused_kernel(rows):
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    assert {r["rule"] for r in rows if r["impl"] == "torch_fused"} == candidates._FUSED_IN_TORCH
+
+
+@pytest.mark.parametrize("rule", sorted(candidates._BY_HAND))
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("block", [64, None])
+def test_numpy_by_hand_is_right(rule, dtype, block):
+    problem = candidates.Problem(rule, 1_003, 3, dtype, 1)
+    by_hand, reference = candidates.numpy_candidate(problem, block), candidates.fastlr_candidate(problem, "numpy")
+    for _ in range(10):
+        by_hand.step()
+        reference.step()
+    np.testing.assert_allclose(by_hand.params(), reference.params(), rtol=0, atol=1e-6 if dtype == "float32" else 1e-13)
+
+
+def test_a_wrong_answer_is_not_timed():
+    def wrong(problem):
+        candidate = candidates.fastlr_candidate(problem)
+        candidate.params()[0] += 1.0
+        return candidate
+
+    with pytest.raises(RuntimeError, match="fastlr does not agree with the reference on adam"):
+        measuring._checked(candidates.Problem("adam", 100, 1, "float32", 1), wrong, "fastlr")
+
+
+def test_in_a_loop():
+    rows = bench.run(["sgd"], [1_000], in_loop=True, seconds=0.0, threads=1, quiet=True)
+    assert {r["mode"] for r in rows} >= {"in_loop_matmul"}
+    for row in rows:
+        assert row["alone_p50_s"] > 0 and row["neighbour_p50_s"] > 0 and row["neighbour_alone_p50_s"] > 0
+    _, lines = report.loop_table(rows)
+    assert len(lines) == len(rows)
+
+
+def test_competitors(monkeypatch):
+    monkeypatch.setattr(bench, "competitors", [])
+    monkeypatch.setattr(measuring, "competitors", bench.competitors)
+    bench.add("mine", lambda n, dtype: np.zeros(n, dtype), lambda a: a.fill(1), 4, rules=["sgd"])
+    rows = bench.run(["sgd", "adagrad"], [100], seconds=0.0, quiet=True)
+    (row,) = [r for r in rows if r["impl"] == "mine"]
+    assert row["rule"] == "sgd" and row["gb_per_s"] * row["p50_s"] * 1e9 == pytest.approx(400)
+    for taken in ("mine", "fastlr", "roofline"):
+        with pytest.raises(ValueError, match="there is an implementation called"):
+            bench.add(taken, lambda n, dtype: None, lambda a: None, 4)
+
+
+def test_command_line(capsys, tmp_path, monkeypatch):
+    out = tmp_path / "new.json"
+    arguments = ["bench", "--rules", "sgd", "--sizes", "1k", "--threads", "1", "--seconds", "0.01", "--json", str(out)]
+    assert cli.main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "sgd" in shown and "fastlr" in shown and "roofline" in shown and "rows written to" in shown
+    assert cli.main([*arguments, "--compare", str(out)]) == 0
+    assert "Changed since" in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "rich.table", None)
+    monkeypatch.setitem(sys.modules, "rich.progress", None)
+    assert cli.main(arguments) == 0
+    assert "implementation" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rules", "adagard"], "rule 'adagard' is not known; there are sgd, adadelta"),
+        (["--dtype", "float16"], "dtype 'float16' is not known"),
+        (["--compare", "{file}"], "is not a file written by fastlr bench --json"),
+        (["--compare", "missing.json"], "No such file"),
+        (["--threads", "0"], "threads must be at least 1, got 0"),
+        (["--leaves", "9000", "--sizes", "100"], "nothing to measure"),
+    ],
+)
+def test_command_line_refuses(arguments, message, capsys, tmp_path):
+    (tmp_path / "x.json").write_text("{}")
+    arguments = [a.format(file=tmp_path / "x.json") for a in arguments]
+    assert cli.main(["bench", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("sizes", ["0", "-1", "many", "1.5"])
+def test_sizes_that_are_none(sizes, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--sizes", sizes])
+    assert "is not a positive whole number" in capsys.readouterr().err
+
+
+def test_sizes():
+    assert cli._counts("1_000, 25M,1k,1e6") == [1_000, 25_000_000, 1_000, 1_000_000]
+
+
+def test_info_and_module(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "fastlr", "info"], capture_output=True, text=True, check=True)
+    for word in ("fastlr", "numba", "vector width", "threads", "kernel cache", "gpu"):
+        assert word in done.stdout
+    assert "not used" in done.stdout
