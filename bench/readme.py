@@ -33,21 +33,16 @@ def optimizers() -> str:
     for name in sorted(names):
         cls = getattr(fastlr, name)
         doc = cls.__doc__ or ""
-        first = doc.split("\n", 1)[0].split(": ", 1)[-1].rstrip(".")
+        first = doc.split("\n", 1)[0].removeprefix(f"{name}: ").rstrip(".")
         source = " ".join(re.search(r"Source: (.*?)(?:\n\n|$)", doc, re.S)[1].split())  # type: ignore[index]
-        works = "; ".join(
-            re.findall(
-                r"[A-Z][\w, &]+? \d{4}, (?:arXiv:[\d.]+|doi:\S+|JMLR \d+:[\d-]+|Coursera)", source.replace('"', "")
-            )
-        )
         opt = cls(np.zeros(1))
-        values = ", ".join(
-            f"{k}={v}" for k, v in opt.groups.defaults._values.items() if k not in ("frozen", "maximize")
-        )
+        settings = {k: v for k, v in opt.groups.defaults._values.items() if k not in ("frozen", "maximize")}
+        usual = {"weight_decay": 0.0, "decoupled_weight_decay": False}
+        values = ", ".join(f"{k}={v}" for k, v in settings.items() if usual.get(k) != v or k not in usual)
         every = [cls._states.get(s, s) for s in cls._rule.states]
         present = set(opt.state)
         states = ", ".join(f"`{s}`" if s in present else f"(`{s}`)" for s in every)
-        lines.append(f"| `{name}` | {first} | {values} | {states} | {works or source} |")
+        lines.append(f"| `{name}` | {first} | {values} | {states} | {source.rstrip('.')} |")
     return "\n".join(lines)
 
 
@@ -110,8 +105,8 @@ def generated(text: str) -> str:
     """The README with its generated parts written anew."""
     rows = newest()
     for name, content in (("optimizers", optimizers()), ("headline", headline(rows)), ("measured", measured(rows))):
-        pattern = rf"(<!-- {name}: bench/readme.py -->\n).*?(\n<!-- end -->)"
-        text, count = re.subn(pattern, lambda m, c=content: m[1] + c + m[2], text, flags=re.S)
+        pattern = rf"(<!-- {name}: bench/readme.py -->\n).*?(<!-- end -->)"
+        text, count = re.subn(pattern, lambda m, c=content: f"{m[1]}{c}\n{m[2]}", text, flags=re.S)
         assert count == 1, f"the README has no part {name!r}"
     return text
 

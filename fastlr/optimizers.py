@@ -132,11 +132,11 @@ class Adagrad(Optimizer):
 class Adadelta(Optimizer):
     """Adadelta: steps in the units of the parameters, from running averages of squared gradients and squared steps.
 
-    v = rho * v + (1 - rho) * g**2; delta = sqrt(u + eps) / sqrt(v + eps) * g; u = rho * u + (1 - rho) * delta**2;
-    p = p - lr * delta.
+    v = rho * v + (1 - rho) * g**2; delta = sqrt((u + eps) / (v + eps)) * g;
+    u = rho * u + (1 - rho) * delta**2; p = p - lr * delta.
 
-    eps is inside both roots. The paper has no lr; 1 is the paper (PyTorch's default; Keras has 0.001). No bias
-    correction. States: `square_avg` (v), `acc_delta` (u), from 0.
+    eps is inside both roots of the paper, here one root of the quotient. The paper has no lr; 1 is the paper
+    (PyTorch's default; Keras has 0.001). No bias correction. States: `square_avg` (v), `acc_delta` (u), from 0.
 
     Args:
         params: what to update in place; see `fastlr.Optimizer`.

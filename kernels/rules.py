@@ -29,7 +29,7 @@ def adagrad(p, g, s, *, lr, t, lr_decay, eps):
 def adadelta(p, g, v, u, *, lr, rho, eps):
     """Zeiler 2012, arXiv:1212.5701, Algorithm 1."""
     v = rho * v + (1 - rho) * g**2
-    delta = sqrt(u + eps) / sqrt(v + eps) * g
+    delta = sqrt((u + eps) / (v + eps)) * g  # RMS over RMS: one root, since two made float64 wait for the divider
     u = rho * u + (1 - rho) * delta**2
     return p - lr * delta, v, u
 

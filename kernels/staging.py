@@ -24,6 +24,9 @@ from typing import Any, NoReturn
 
 from . import primitives
 
+# What staged code calls: variables of a rule must have other names.
+_CALLED = {*primitives.BASIC, "power", "float"}
+
 
 class RuleError(ValueError):
     """A rule that cannot be staged; the message names the line."""
@@ -115,6 +118,16 @@ class _Source:
                 f"(gradient), got {', '.join(self.positional[:2]) or 'none'}."
             )
         self.hyperparameters = tuple(a.arg for a in arguments.kwonlyargs if a.arg != "t")
+        self.counts = any(a.arg == "t" for a in arguments.kwonlyargs)
+        stores = [n for n in ast.walk(self._tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+        for name, line in [(a.arg, a.lineno) for a in ast.walk(arguments) if isinstance(a, ast.arg)] + [
+            (n.id, n.lineno) for n in stores
+        ]:
+            if name in _CALLED:
+                raise RuleError(
+                    f"rule {self.name!r}, line {line}: {name!r} is the name of a function that staged code calls; "
+                    "call the variable something else."
+                )
         self.defaults = {
             name: p.default
             for name, p in inspect.signature(function).parameters.items()
@@ -239,7 +252,9 @@ class _Stager:
         self.decide: list[tuple[str, ast.expr]] = []
         self.update: list[tuple[str, ast.expr]] = []
         self.slots: dict[str, tuple[str, ast.expr]] = {}  # code in decide -> (name in update, node)
-        self.taken = {a.arg for a in ast.walk(rule._tree) if isinstance(a, ast.arg)} | _names(rule._tree) | {"h", "t"}
+        self.taken = {a.arg for a in ast.walk(rule._tree) if isinstance(a, ast.arg)} | _names(rule._tree) | {"t"}
+        self.h = "h" if "h" not in self.taken else self._fresh("h")
+        self.taken.add("h")
         self.guards: list[ast.expr] = []  # uniform conditions under which the present statement runs
         self.depth = 0  # conditionals (on uniforms or elements) around the present statement
         self.exact = True
@@ -264,7 +279,8 @@ class _Stager:
                 self._assign(name, value, before._tree)
             self.globals = rule._globals
         self._bind(owned)
-        self.env["t"] = Value(Time.UNIFORM, ast.Name("t"), integer=True)
+        if rule.counts:
+            self.env["t"] = Value(Time.UNIFORM, ast.Name("t"), integer=True)
         results = self._body(rule._tree)
         if len(results) != 1 + len(rule.states):
             self._fail(
@@ -316,8 +332,8 @@ class _Stager:
             _function("decide", ["t", *uniforms], decide, _tuple(values)),
             _function(
                 "update",
-                ["p", "g", *states, "h"],
-                [(f"({''.join(n + ', ' for n, _ in slots).strip()})", ast.Name("h")), *update],
+                ["p", "g", *states, self.h],
+                [(f"({''.join(n + ', ' for n, _ in slots).strip()})", ast.Name(self.h)), *update],
                 _tuple(results),
             ),
         )

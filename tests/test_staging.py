@@ -276,7 +276,18 @@ def in_a_flag(p, g, *, lr, slow=False):
     return p - lr * g
 
 
+def shadowing(p, g, *, lr, power=2.0):
+    return p - lr * power * g
+
+
+def shadowing_inside(p, g, *, lr):
+    where = g * g
+    return p - lr * where
+
+
 BAD = [
+    (shadowing, 0, "'power' is the name of a function that staged code calls"),
+    (shadowing_inside, 1, "'where' is the name of a function that staged code calls"),
     (loop, 1, "a for loop cannot be staged"),
     (unknown, 1, "the function 'np.cumsum' is not known to staging; a rule may call sqrt, abs"),
     (undefined, 1, "'velocity' is not an argument, an earlier assignment or a numeric constant"),
@@ -335,6 +346,27 @@ def test_a_rule_that_names_weight_decay_owns_it():
     assert p[0] == 0.75
     fastlr.Optimizer(p, fastlr.rule(owner), lr=0.0).step(np.ones(1))
     assert p[0] == 0.25
+
+
+def test_any_name_for_a_state(rng):
+    """`h` and `t` are staging's own names, unless the rule uses them."""
+
+    def awkward(p, g, h, t, h_1, *, lr, x_1=0.5):
+        h = x_1 * h + g
+        t = t + abs(h)
+        h_1 = max(h_1, 0.25 * t)
+        return p - lr * h / (h_1 + 1), h, t, h_1
+
+    start, grads = rng.standard_normal(9), [rng.standard_normal(9) for _ in range(3)]
+    a, b = compiled_and_reference(fastlr.rule(awkward), start, grads, lr=0.1)
+    np.testing.assert_array_equal(a, b)
+    h, t, h_1 = np.zeros(9), np.zeros(9), np.zeros(9)
+    for g in grads:
+        h = 0.5 * h + g
+        t = t + abs(h)
+        h_1 = np.maximum(h_1, 0.25 * t)
+        start = start - 0.1 * h / (h_1 + 1)
+    np.testing.assert_allclose(a, start, rtol=1e-14)
 
 
 def test_constants_of_the_module_are_part_of_the_rule():
