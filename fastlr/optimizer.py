@@ -388,6 +388,7 @@ class Optimizer:
             gathered.reshape(array.shape)[...] = array
             array = gathered
         plan = self._plan(True)
+        self._put(_remembered=None)  # an interrupt from here on must not leave new addresses under an old name
         plan.point_flat_gradient(checks.address(array))
         small = array.nbytes <= _REMEMBERED_BYTES
         remember = in_place and array is grads
@@ -422,6 +423,7 @@ class Optimizer:
                     place[...] = array
             addresses = [0 if a is None else checks.address(a) for a in arrays]
         plan = self._plan(False)
+        self._put(_remembered=None)  # as in _bind_flat
         plan.point_gradients(addresses)
         small = sum(self._sizes) * dtype.itemsize <= _REMEMBERED_BYTES
         self._put(_remembered=None if not fast else leaves if small else tuple(map(weakref.ref, leaves)))

@@ -101,7 +101,7 @@ class Plan:
         if threads != self._threads:
             self._make_control(threads)
         generation = next(self._generations)
-        if threads > 1 and self._work >= _WORTH_WAKING:
+        if threads > 1 and kernel.takes_helpers and self._work >= _WORTH_WAKING:
             missing = threads - 1 - int(self._control[WAITING])
             if missing > 0:
                 ask_helpers(missing, kernel.run, self.tables, generation)

@@ -55,11 +55,13 @@ class Kernel:
         run: `run(leaves, tiles, table, counters, h, control, generation)`; a helper passes the negative generation.
         compile_s: seconds spent compiling or loading it.
         cached: whether it came from disk.
+        takes_helpers: whether other threads may take part.
     """
 
     run: Callable[..., None]
     compile_s: float
     cached: bool
+    takes_helpers: bool
 
 
 def _compiled(function: Callable[..., Any], digest: str) -> Any:
@@ -187,4 +189,4 @@ def build(staged: Staged, dtype: str) -> Kernel:
     dispatcher._cache = cache = KernelCache(staged.name, staged, dtype, numba.config.DISABLE_JIT)
     dispatcher.compile(signature)
     dispatcher.disable_compile()
-    return Kernel(dispatcher, time.perf_counter() - began, cache.hit)
+    return Kernel(dispatcher, time.perf_counter() - began, cache.hit, takes_helpers=True)

@@ -52,4 +52,4 @@ def build(staged: Staged, dtype: str) -> Kernel:
         counters[:, T] += counters[:, T_STEP]
         counters[:, CLOCK] += counters[:, CLOCK_STEP]
 
-    return Kernel(run, time.perf_counter() - began, False)
+    return Kernel(run, time.perf_counter() - began, cached=False, takes_helpers=False)

@@ -62,6 +62,8 @@ def test_threads_and_tiles(case: Case, rng, monkeypatch):
     start, grads = rng.standard_normal(n).astype(np.float32), gradients(rng, n, np.float32)
     monkeypatch.setattr(plans, "_WORTH_WAKING", 0)
     expected = trained(case, start, grads, threads=1)
+    reference = trained(case, start, grads, threads=2, backend="numpy")
+    assert all(same(reference[name], expected[name]) for name in expected)
     for threads in (2, 4):
         got = trained(case, start, grads, threads=threads)
         assert all(same(got[name], expected[name]) for name in expected), f"{threads} threads"
