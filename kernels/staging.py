@@ -375,7 +375,7 @@ class _Stager:
                 case ast.Assign(targets=[ast.Tuple(elts=targets)], value=ast.Tuple(elts=parts)) if len(targets) == len(
                     parts
                 ) and all(isinstance(x, ast.Name) for x in targets):
-                    held = [self._held(self._value(x)) for x in parts]
+                    held = [self._copied(self._value(x)) for x in parts]
                     for target, one in zip(targets, held, strict=True):
                         self._assign(target.id, one, statement)  # type: ignore[attr-defined]
                 case ast.AugAssign(target=ast.Name(id=name), op=op, value=value):
@@ -404,7 +404,7 @@ class _Stager:
         if test.time is Time.STATIC:
             return self._block(statement.body if test.constant else statement.orelse)
         if test.time is Time.ELEMENT:
-            test = replace(self._held(replace(test, node=self._condition(test))), truth=True)
+            test = replace(self._copied(replace(test, node=self._condition(test))), truth=True)
         before = self.env
         outcomes = []
         for body, holds in ((statement.body, True), (statement.orelse, False)):
@@ -674,8 +674,15 @@ class _Stager:
             name = self._fresh("u")
             self.decide.append((name, value.node))
         else:
-            name = self._fresh("x")
-            self.update.append((name, value.node))
+            return self._copied(value)
+        return replace(value, node=ast.Name(name))
+
+    def _copied(self, value: Value) -> Value:
+        """The value under a name of its own, so that it outlives an assignment to what it was computed from."""
+        if value.time is not Time.ELEMENT:
+            return value
+        name = self._fresh("x")
+        self.update.append((name, value.node))
         return replace(value, node=ast.Name(name))
 
     def _number(self, value: Value) -> Value:
