@@ -103,7 +103,9 @@ for _ in range(3):
     pid = os.fork()
     if pid == 0:
         signal.alarm(60)
+        assert fastlr.threads._pool.started == 0
         for _ in range(20): opt.step(g)
+        assert fastlr.threads._pool.started == 1
         good = np.array_equal(p, expected(0, 25))
         other, h = fresh(1)
         another = fastlr.Adam(other, threads=2)
@@ -116,6 +118,32 @@ assert np.array_equal(p, expected(0, 25))
 print("done")
 """,
         **with_layer(layer),
+    )
+    assert "done" in out
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_fork_while_a_helper_looks_in(in_subprocess):
+    """A helper that was counted at the moment of the fork does not exist in the child, and nobody waits for it."""
+    out = in_subprocess(
+        PRELUDE
+        + """
+from fastlr.kernels.cpu import HELPERS, WAITING
+p, g = fresh(0)
+opt = fastlr.Adam(p, threads=2)
+opt.step(g)
+time.sleep(0.2)
+control = opt._plans[True]._control
+control[HELPERS] += 1; control[WAITING] += 1
+pid = os.fork()
+if pid == 0:
+    signal.alarm(30)
+    for _ in range(5): opt.step(g)
+    os._exit(0 if np.array_equal(p, expected(0, 6)) else 1)
+_, status = os.waitpid(pid, 0)
+assert status == 0, status
+print("done")
+"""
     )
     assert "done" in out
 
