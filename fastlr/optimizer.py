@@ -204,6 +204,8 @@ class Optimizer:
             _leaves=leaves,
             _shapes=[leaf.shape for leaf in leaves],
             _sizes=sizes,
+            _size=sum(sizes),
+            _everyone=(True,) * len(leaves),
             _nbytes=[leaf.nbytes for leaf in leaves],
             _dtype=dtype,
             _starts=np.cumsum([0, *sizes])[:-1],
@@ -217,7 +219,7 @@ class Optimizer:
         return 0.0
 
     def _allocate_state(self, place: int, letter: str) -> np.ndarray:
-        data = allocate(sum(self._sizes), self._dtype, 2 + place, self._alloc)
+        data = allocate(self._size, self._dtype, 2 + place, self._alloc)
         if self._initial(letter):
             data.fill(self._initial(letter))
         return data
@@ -378,18 +380,18 @@ class Optimizer:
     def _bind_flat(self, grads: Any) -> tuple[Plan, Any]:
         if grads is self._remembered or (type(self._remembered) is weakref.ref and self._remembered() is grads):
             return self._plan(True), None
-        array = checks.flat_gradient(grads, sum(self._sizes), self._only_shape, self._dtype)
-        everyone = (True,) * len(self._leaves)
-        if self._active != everyone:
-            self._refresh(everyone)
-        in_place = self._readable(array)
-        if not in_place:
+        array = checks.flat_gradient(grads, self._size, self._only_shape, self._dtype)
+        if self._active != self._everyone:
+            self._refresh(self._everyone)
+        address = self._place(array)
+        in_place = address is not None
+        if address is None:
             gathered = self._gather()
             gathered.reshape(array.shape)[...] = array
-            array = gathered
+            array, address = gathered, checks.address(gathered)
         plan = self._plan(True)
         self._put(_remembered=None)  # an interrupt from here on must not leave new addresses under an old name
-        plan.point_flat_gradient(checks.address(array))
+        plan.point_flat_gradient(address)
         small = array.nbytes <= _REMEMBERED_BYTES
         remember = in_place and array is grads
         self._put(_remembered=None if not remember else grads if small else weakref.ref(grads))
@@ -417,7 +419,7 @@ class Optimizer:
             self._refresh(active)
         if not fast:
             for k, array in enumerate(arrays):
-                if array is not None and not self._readable(array):
+                if array is not None and self._place(array) is None:
                     start = self._starts[k]
                     arrays[k] = place = self._gather()[start : start + self._sizes[k]].reshape(self._shapes[k])
                     place[...] = array
@@ -425,14 +427,16 @@ class Optimizer:
         plan = self._plan(False)
         self._put(_remembered=None)  # as in _bind_flat
         plan.point_gradients(addresses)
-        small = sum(self._sizes) * dtype.itemsize <= _REMEMBERED_BYTES
+        small = self._size * dtype.itemsize <= _REMEMBERED_BYTES
         self._put(_remembered=None if not fast else leaves if small else tuple(map(weakref.ref, leaves)))
         return plan, arrays
 
-    def _readable(self, array: np.ndarray) -> bool:
-        """Whether a gradient can be read where it is: in order, aligned, and no part of what the step writes."""
-        in_order = array.flags.num & _IN_ORDER == _IN_ORDER
-        return in_order and not self._overlaps(checks.address(array), array.nbytes)
+    def _place(self, array: np.ndarray) -> int | None:
+        """The address of a gradient that can be read where it is: in order, aligned, no part of what a step writes."""
+        if array.flags.num & _IN_ORDER != _IN_ORDER:
+            return None
+        address = checks.address(array)
+        return None if self._overlaps(address, array.nbytes) else address
 
     def _overlaps(self, begin: int, nbytes: int) -> bool:
         """Whether some memory is part of what the step writes."""
@@ -459,7 +463,7 @@ class Optimizer:
     def _gather(self) -> np.ndarray:
         """Memory for gradients that cannot be read where they are."""
         if self._scratch is None:
-            self._put(_scratch=allocate(sum(self._sizes), self._dtype, 1, self._alloc))
+            self._put(_scratch=allocate(self._size, self._dtype, 1, self._alloc))
         scratch: np.ndarray = self._scratch
         return scratch
 
@@ -538,7 +542,7 @@ class Optimizer:
     def __repr__(self) -> str:
         """The class, its own hyperparameters and what it updates."""
         values = ", ".join(f"{n}={v!r}" for n, v in self._hyper.defaults._values.items() if n != "frozen")
-        size = f"{sum(self._sizes)} x {self._dtype} in {len(self._leaves)} leaves"
+        size = f"{self._size} x {self._dtype} in {len(self._leaves)} leaves"
         return f"<{type(self).__name__}({values}) of {size}, {self.steps} steps>"
 
     # Gradients and states in the parameters' structure
@@ -558,7 +562,7 @@ class Optimizer:
         An array if the parameters are one, else a `FlatBuffer`: `opt.grads["layer.w"]` is a view.
         """
         if self._own is None:
-            self._put(_own=allocate(sum(self._sizes), self._dtype, 1, self._alloc))
+            self._put(_own=allocate(self._size, self._dtype, 1, self._alloc))
         return self._tree(self._own)
 
     def zero_grad(self) -> None:

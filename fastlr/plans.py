@@ -68,6 +68,7 @@ class Plan:
         self._inside = (starts % models) * lengths[starts] * itemsize if len(starts) else starts
         self._leaf = leaf
         self._flat_offsets = offsets[starts] * itemsize
+        self._first_offset = int(self._flat_offsets[0]) if len(starts) else 0
         self.leaves = np.zeros((max(1, len(starts)), 2 + columns.shape[0]), np.int64)
         if len(starts):
             self.leaves[:, ROW] = row[starts]
@@ -94,7 +95,10 @@ class Plan:
 
     def point_flat_gradient(self, address: int) -> None:
         """Enter the address of one array that holds all gradients in order."""
-        self.leaves[: len(self._leaf), _GRADIENT] = address + self._flat_offsets
+        if len(self._leaf) == 1:  # the usual case: one flat buffer
+            self.leaves[0, _GRADIENT] = address + self._first_offset
+        else:
+            self.leaves[: len(self._leaf), _GRADIENT] = address + self._flat_offsets
 
     def run(self, kernel: Kernel, threads: int) -> None:
         """Carry out the step."""

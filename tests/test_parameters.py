@@ -275,6 +275,19 @@ def test_fresh_and_repeated_gradients_and_other_forms_in_turn(rng):
     np.testing.assert_array_equal(params["w"], -9.0)
 
 
+def test_a_flat_gradient_with_leaves_left_out(rng):
+    """Each leaf reads its own part, wherever it stands."""
+    for container in (lambda x: x, fastlr.flatten):
+        for frozen in ("a", "b", "c"):
+            params = container({k: np.zeros(2) for k in "abc"})
+            opt = fastlr.SGD(params, lr=1.0, groups={f"[!{frozen}]": {"frozen": True}})
+            g = np.arange(6.0)
+            for gradient in (g, g.copy()):
+                opt.step(gradient)
+            for k, name in enumerate("abc"):
+                np.testing.assert_array_equal(params[name], -2 * g[2 * k : 2 * k + 2] if name == frozen else 0.0)
+
+
 def test_large_gradients_are_not_kept_alive():
     import weakref
 
