@@ -80,6 +80,10 @@ class FlatBuffer(Mapping[str, Any]):
             for path, a, b, shape in zip(structure.paths, ends[:-1], ends[1:], shapes, strict=True)
         }
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles get aligned memory of their own, with views of it."""
+        return _remade, (self._structure, self._shapes, self.data, self.population)
+
     @property
     def dtype(self) -> np.dtype:
         """The dtype of every leaf."""
@@ -153,6 +157,14 @@ class FlatBuffer(Mapping[str, Any]):
         more = f", ... {len(self) - 6} more" if len(self) > 6 else ""
         models = f", population={self.population}" if self.population is not None else ""
         return f"FlatBuffer({self.size} x {self.dtype}{models}: {leaves}{more})"
+
+
+def _remade(
+    structure: Structure, shapes: Sequence[tuple[int, ...]], data: np.ndarray, population: int | None
+) -> FlatBuffer:
+    own = allocate(data.size, data.dtype)
+    own[:] = data
+    return FlatBuffer(structure, shapes, own, population)
 
 
 def flatten(tree: Any, *, population: int | None = None, alloc: Alloc | None = None) -> FlatBuffer:

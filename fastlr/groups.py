@@ -87,7 +87,11 @@ class Groups(Mapping[str, Group]):
         self.defaults = Group(self, "", paths)
         self.defaults._values.update(values, frozen=False)
         self._groups: dict[str, Group] = {}
+        if overrides is not None and not isinstance(overrides, Mapping):
+            raise TypeError(f"groups must be a dict of pattern: hyperparameters, got {overrides!r}.")
         for pattern, override in (overrides or {}).items():
+            if not isinstance(pattern, str) or not pattern:
+                raise ValueError(f'groups: a pattern must be a string such as "*.bias" or "*", got {pattern!r}.')
             matched = [p for p in paths if fnmatchcase(p, pattern)]
             if not matched:
                 shown = ", ".join(difflib.get_close_matches(pattern, paths, n=3) or paths[:5])

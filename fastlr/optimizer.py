@@ -539,6 +539,13 @@ class Optimizer:
         """Steps made."""
         return int(self._counters[-1, CLOCK])
 
+    def __reduce_ex__(self, protocol: object) -> Any:
+        """Refuse copies and pickles, which would hold the addresses of somebody else's parameters."""
+        raise TypeError(
+            "an optimizer belongs to its parameters and cannot be copied or pickled. Build one over the new parameters "
+            "and hand it the state: new.load_state_dict(old.state_dict())."
+        )
+
     def __repr__(self) -> str:
         """The class, its own hyperparameters and what it updates."""
         values = ", ".join(f"{n}={v!r}" for n, v in self._hyper.defaults._values.items() if n != "frozen")
@@ -698,6 +705,8 @@ def warmup(*rules: type[Optimizer] | Rule, dtypes: Sequence[str] = ("float32",),
     """
     seconds = {}
     for rule in rules:
+        if not isinstance(rule, Rule) and not (isinstance(rule, type) and issubclass(rule, Optimizer)):
+            raise TypeError(f"warmup takes optimizer classes and rules, got {rule!r}.")
         for dtype in dtypes:
             checks.choices("dtype", [dtype], checks.DTYPES)
             nothing = np.zeros(1, dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 __all__ = ["Structure", "is_container", "leaves_with_paths"]
@@ -119,26 +119,21 @@ class _Node:
         self.keys = None if children is None else [key for key, _ in children]
         self.index = next(counter) if children is None else -1
         self.children = [_Node(child, _join(path, key), counter) for key, child in children or ()]
-        self.make: Callable[[dict[Any, Any]], Any] = self._maker(tree)
 
-    def _maker(self, tree: Any) -> Callable[[dict[Any, Any]], Any]:
-        kind = type(tree)
-        if isinstance(tree, Mapping):
-            return dict
-        if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-            return lambda parts: kind(**parts)
-        if isinstance(tree, list):
-            return lambda parts: list(parts.values())
-        if isinstance(tree, tuple):
-            return lambda parts: tuple(parts.values())
-
-        def dataclass(parts: dict[Any, Any]) -> Any:
-            made = object.__new__(kind)
-            for key, part in parts.items():
-                object.__setattr__(made, key, part)
-            return made
-
-        return dataclass
+    def make(self, parts: dict[Any, Any]) -> Any:
+        """A container like this one with other children."""
+        if issubclass(self.type, Mapping):
+            return parts
+        if issubclass(self.type, tuple) and hasattr(self.type, "_fields"):
+            return self.type(**parts)
+        if issubclass(self.type, list):
+            return list(parts.values())
+        if issubclass(self.type, tuple):
+            return tuple(parts.values())
+        made = object.__new__(self.type)  # a dataclass; frozen or not
+        for key, part in parts.items():
+            object.__setattr__(made, key, part)
+        return made
 
     def flat_keys(self) -> list[Any] | None:
         """The keys, if this is a dict, list or tuple of leaves."""

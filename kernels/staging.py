@@ -101,6 +101,8 @@ class _Source:
     """A function in the language of rules: its syntax tree, the names that it sees, and its arguments."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
+        if not inspect.isfunction(function):
+            raise RuleError(f"a rule must be a function written with `def`, got {function!r}.")
         self.function = function
         self.name = self.__name__ = function.__name__
         self.__doc__ = function.__doc__

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 
 import numpy as np
@@ -133,6 +135,9 @@ GROUPS = [
     ({"b": {"lr": -0.1}}, ValueError, "groups['b']: lr must be non-negative and finite, got -0.1."),
     ({"b": {"speed": 0.1}}, TypeError, "groups['b']: hyperparameter 'speed' is not known; there are lr, momentum"),
     ({"b": {"frozen": 1}}, TypeError, "groups['b']: frozen must be True or False, got 1."),
+    ([{"lr": 0.1}], TypeError, "groups must be a dict of pattern: hyperparameters, got [{'lr': 0.1}]."),
+    ({"": {"lr": 0.1}}, ValueError, 'groups: a pattern must be a string such as "*.bias" or "*", got \'\'.'),
+    ({3: {"lr": 0.1}}, ValueError, "groups: a pattern must be a string"),
     ({"b": 0.1}, TypeError, "groups['b'] must be a dict of hyperparameters, got 0.1."),
     ({"b": {"nesterov": True}}, ValueError, "nesterov=True needs a momentum above 0"),
 ]
@@ -167,10 +172,19 @@ def test_flatten():
         fastlr.flatten({"w": [1, 2]})
 
 
+def test_copies():
+    opt = fastlr.SGD(np.ones(2))
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="an optimizer belongs to its parameters and cannot be copied or pickled"):
+            copied(opt)
+
+
 def test_threads_and_warmup():
     with pytest.raises(ValueError, match="n must be at least 1, got 0"):
         fastlr.set_num_threads(0)
     with pytest.raises(TypeError, match="n must be a whole number, got 'all'"):
         fastlr.set_num_threads("all")
+    with pytest.raises(TypeError, match="warmup takes optimizer classes and rules, got 'adam'"):
+        fastlr.warmup("adam")
     with pytest.raises(TypeError, match="dtype 'float16' is not known; there are float32, float64"):
         fastlr.warmup(fastlr.Adam, dtypes=["float16"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import mmap
+import pickle
 from collections import OrderedDict, namedtuple
 
 import numpy as np
@@ -95,6 +97,16 @@ def test_buffer_views_and_assignment(rng):
         buf["layers.0.c"]
     with pytest.raises(KeyError, match="no leaf 'layers'"):
         buf["layers"] = np.ones(2)
+
+
+def test_copies_and_pickles_of_a_buffer(rng):
+    buf = fastlr.flatten(tree(rng))
+    for other in (copy.copy(buf), copy.deepcopy(buf), pickle.loads(pickle.dumps(buf))):
+        np.testing.assert_array_equal(other.data, buf.data)
+        assert other.data.ctypes.data % 64 == 0 and not np.shares_memory(other.data, buf.data)
+        other["layers.0.b"] = np.arange(4.0)
+        np.testing.assert_array_equal(other.data[12:16], np.arange(4.0))
+        assert type(other.unflatten()["head"]) is Head
 
 
 def test_states_are_staggered_and_aligned():

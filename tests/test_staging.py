@@ -333,6 +333,8 @@ def test_a_missing_source():
     exec("def hidden(p, g, *, lr):\n    return p - lr * g", scope)
     with pytest.raises(fastlr.RuleError, match="the source of rule 'hidden' cannot be read"):
         fastlr.rule(scope["hidden"])
+    with pytest.raises(fastlr.RuleError, match="a rule must be a function written with `def`, got 3"):
+        fastlr.rule(3)
     with pytest.raises(fastlr.RuleError, match="must be a function written with `def`"):
         fastlr.rule(lambda p, g, *, lr: p - lr * g)
 
