@@ -23,7 +23,7 @@ from numba import njit, types
 
 from . import primitives
 from .caching import KernelCache
-from .memory import CAN_YIELD, atomic_load, atomic_store, elements, fetch_add, pause, row, sched_yield, where
+from .memory import atomic_load, atomic_store, elements, fetch_add, pause, row, sched_yield, where
 from .staging import Staged, define
 
 BLOCK = 16_384  # elements of a tile, at most; sums over a leaf are taken in blocks of this size
@@ -158,7 +158,7 @@ def build(staged: Staged, dtype: str) -> Kernel:
             while atomic_load(base + 8 * HELPERS) != 0:
                 pause()
                 spins += 1
-                if CAN_YIELD and spins % _PATIENCE == 0:
+                if spins % _PATIENCE == 0:
                     sched_yield()
             for r in range(len(counters)):
                 counters[r, T] += counters[r, T_STEP]

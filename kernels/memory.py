@@ -14,14 +14,20 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, register_jitable
 
 _I64 = ir.IntType(64)
 _LLVM = {"float32": ir.FloatType(), "float64": ir.DoubleType(), "int64": _I64}
 _BYTES = {"float32": 4, "float64": 8, "int64": 8}
 
-sched_yield = types.ExternalFunction("sched_yield", types.int32())
-CAN_YIELD = os.name == "posix"
+if os.name == "posix":
+    sched_yield = types.ExternalFunction("sched_yield", types.int32())
+else:
+
+    @register_jitable
+    def sched_yield() -> int:
+        """Nothing to give way with."""
+        return 0
 
 
 def view(address: int, count: int, dtype: str) -> np.ndarray:

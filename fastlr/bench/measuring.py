@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import gc
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -93,14 +94,13 @@ def _entered(one: Any, problem: c.Problem) -> c.Candidate:
 def _environment() -> dict[str, Any]:
     """What every row says about where it was measured."""
     commit = None
-    try:
-        here = Path(__file__).parent
-        done = subprocess.run(
-            ["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True, check=True
-        )
-        commit = done.stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        pass
+    root = Path(__file__).parents[2]
+    if (root / ".git").exists() and shutil.which(
+        "git"
+    ):  # a checkout of fastlr, not an installation inside somebody else's
+        git = ["git", "rev-parse", "--short=12", "HEAD"]
+        done = subprocess.run(git, cwd=root, capture_output=True, text=True, check=False)
+        commit = done.stdout.strip() or None
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     return {
         "commit": commit,
