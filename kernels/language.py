@@ -1,0 +1,90 @@
+"""The language of rules: reading a function's source, and what may stand in it."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from . import primitives
+
+# What staged code calls: variables of a rule must have other names.
+CALLED = {*primitives.BASIC, "power", "float"}
+
+
+class RuleError(ValueError):
+    """A rule that cannot be staged; the message names the line."""
+
+
+class Source:
+    """A function in the language of rules: its syntax tree, the names that it sees, and its arguments."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        if not inspect.isfunction(function):
+            raise RuleError(f"a rule must be a function written with `def`, got {function!r}.")
+        self.function = function
+        self.name = self.__name__ = function.__name__
+        self.__doc__ = function.__doc__
+        self.tree, self.globals = parse(function)
+        arguments = self.tree.args
+        if arguments.vararg or arguments.kwarg or arguments.defaults:
+            raise RuleError(
+                f"rule {self.name!r}, line {self.tree.lineno}: take p, g and the states as plain positional arguments "
+                "and the rest as keyword-only arguments, without *args, **kwargs or positional defaults."
+            )
+        self.positional = tuple(a.arg for a in arguments.posonlyargs + arguments.args)
+        if self.positional[:2] != ("p", "g"):
+            raise RuleError(
+                f"rule {self.name!r}, line {self.tree.lineno}: the first two arguments must be p (parameter) and g "
+                f"(gradient), got {', '.join(self.positional[:2]) or 'none'}."
+            )
+        self.states = self.positional[2:]
+        self.hyperparameters = tuple(a.arg for a in arguments.kwonlyargs if a.arg != "t")
+        self.counts = any(a.arg == "t" for a in arguments.kwonlyargs)
+        stores = [n for n in ast.walk(self.tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+        for name, line in [(a.arg, a.lineno) for a in ast.walk(arguments) if isinstance(a, ast.arg)] + [
+            (n.id, n.lineno) for n in stores
+        ]:
+            if name in CALLED:
+                raise RuleError(
+                    f"rule {self.name!r}, line {line}: {name!r} is the name of a function that staged code calls; "
+                    "call the variable something else."
+                )
+        self.defaults = {
+            name: p.default
+            for name, p in inspect.signature(function).parameters.items()
+            if p.default is not p.empty and name != "t"
+        }
+        # A hyperparameter tested for truth by its bare name: where it is zero everywhere, the branch does not exist.
+        self.switches = frozenset(
+            node.test.id
+            for node in ast.walk(self.tree)
+            if isinstance(node, ast.If | ast.IfExp) and isinstance(node.test, ast.Name)
+        ) & set(self.hyperparameters)
+
+
+class Before(Source):
+    """What runs on every element before any rule: a function `(p, g, *, ...) -> (p, g)` in the language of rules."""
+
+
+def parse(function: Callable[..., Any]) -> tuple[ast.FunctionDef, Mapping[str, Any]]:
+    """The syntax tree of a function and the names that it sees."""
+    name = getattr(function, "__name__", repr(function))
+    try:
+        lines, first = inspect.getsourcelines(function)
+    except (OSError, TypeError) as error:
+        raise RuleError(
+            f"the source of rule {name!r} cannot be read ({error}). Define it with `def` in a file or a notebook cell."
+        ) from None
+    try:
+        node = ast.parse(textwrap.dedent("".join(lines))).body[0]
+    except SyntaxError:
+        node = None
+    if not isinstance(node, ast.FunctionDef):
+        raise RuleError(f"line {first}: rule {name!r} must be a function written with `def`, not a lambda or a class.")
+    ast.increment_lineno(node, first - 1)
+    closure = inspect.getclosurevars(function)
+    seen = {**closure.builtins, **function.__globals__, **closure.nonlocals}
+    return node, seen
