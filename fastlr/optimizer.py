@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import bisect
 import functools
 import inspect
-import operator
 import os
 import threading
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, TypedDict
@@ -18,6 +15,7 @@ import numpy as np
 from . import checkpoints, checks
 from . import threads as _threads
 from .buffers import Alloc, FlatBuffer, allocate
+from .gradients import Gradients
 from .groups import Groups
 from .kernels import cpu, reference, rules
 from .kernels.cpu import CLOCK, CLOCK_STEP, T_STEP, Kernel, T
@@ -30,13 +28,6 @@ __all__ = ["Optimizer", "StepInfo", "StepOptions", "warmup"]
 _BACKENDS: dict[str, Callable[[Staged, str], Kernel]] = {"numba": cpu.build, "numpy": reference.build}
 _BEFORE = Before(rules.step_options)
 _OPTIONS = _BEFORE.hyperparameters
-_is = operator.is_
-
-_IN_ORDER = 0x101  # NumPy's flags C_CONTIGUOUS and ALIGNED
-
-# Gradients that are the same arrays as in the step before need no new check. Up to this size they are simply kept;
-# keeping larger ones would cost the user memory, so they are remembered by weak references.
-_REMEMBERED_BYTES = 4 << 20
 
 
 @functools.cache
@@ -177,8 +168,8 @@ class Optimizer:
         self._put(_hyper=Groups(values, groups, self._structure.paths, self._models, self._spelling))
         flags = {n for n, v in values.items() if isinstance(v, bool)}
         switches = {spelled.get(n, n) for n in rule.switches | _BEFORE.switches}
-        self._put(_structural=flags | switches, _own=None, _scratch=None, _epoch=_threads.epoch)
-        self._put(_data={s: self._allocate_state(k, s) for k, s in enumerate(self._stage().states)})
+        self._put(_structural=flags | switches, _epoch=_threads.epoch)
+        self._allocate(self._stage().states)
         zeros = np.zeros((len(self._leaves), self._models or 1), np.int64)
         self._put(**self._rows_for(zeros, zeros, steps=0))
 
@@ -206,11 +197,9 @@ class Optimizer:
             _sizes=sizes,
             _size=sum(sizes),
             _everyone=(True,) * len(leaves),
-            _nbytes=[leaf.nbytes for leaf in leaves],
             _dtype=dtype,
             _starts=np.cumsum([0, *sizes])[:-1],
             _is_array=isinstance(params, np.ndarray),
-            _only_shape=leaves[0].shape if structure.paths == ("",) else None,
             _is_flat=isinstance(params, np.ndarray | FlatBuffer),
         )
 
@@ -218,11 +207,16 @@ class Optimizer:
         """The value at which a state starts; for subclasses."""
         return 0.0
 
-    def _allocate_state(self, place: int, letter: str) -> np.ndarray:
-        data = allocate(self._size, self._dtype, 2 + place, self._alloc)
-        if self._initial(letter):
-            data.fill(self._initial(letter))
-        return data
+    def _allocate(self, letters: Sequence[str]) -> None:
+        """States at their initial values, and what finds the gradients."""
+        data = {}
+        for k, letter in enumerate(letters):
+            data[letter] = allocate(self._size, self._dtype, 2 + k, self._alloc)
+            if self._initial(letter):
+                data[letter].fill(self._initial(letter))
+        written = [*self._leaves, *data.values()]
+        gradients = Gradients(self._structure.paths, self._shapes, self._dtype, written, self._alloc)
+        self._put(_data=data, _gradients=gradients)
 
     def _check_settings(self, uniforms: list[dict[str, Any]]) -> None:
         """What one hyperparameter demands of another, in each configuration; for subclasses."""
@@ -281,7 +275,6 @@ class Optimizer:
             "_stands": frozen[self._hyper.configuration],
             "_staged": None,
             "_plans": {},
-            "_remembered": None,
         }
 
     def _counters_of_leaves(self) -> tuple[np.ndarray, np.ndarray]:
@@ -331,8 +324,10 @@ class Optimizer:
                 value = values[name]
                 table[rows, column] = value[self._row_model[rows]] if isinstance(value, np.ndarray) else value
 
-    def _plan(self, flat: bool) -> Plan:
-        """The plan for gradients in one array, or in an array for each leaf."""
+    def _plan_for(self, active: tuple[bool, ...], flat: bool) -> Plan:
+        """The plan for leaves that have gradients, in one array or in an array for each leaf."""
+        if active != self._active:
+            self._refresh(active)
         if flat not in self._plans:
             models = self._models or 1
             itemsize = self._dtype.itemsize
@@ -352,120 +347,33 @@ class Optimizer:
         plan: Plan = self._plans[flat]
         return plan
 
-    # Gradients
-
     def _bind(self, grads: Any) -> tuple[Plan, Any]:
         """The plan for a step, with the addresses of the gradients in it, and what must live as long as the step."""
         if grads is None:
-            if self._own is None:
+            grads = self._gradients.own
+            if grads is None:
                 raise RuntimeError(
                     "step() without gradients uses opt.grads, which nobody has used yet. "
                     "Pass them, step(grads), or write them into opt.grads first."
                 )
-            grads = self._own
         elif isinstance(grads, FlatBuffer):
             if grads._structure.paths != self._structure.paths or grads._shapes != tuple(self._shapes):
                 raise ValueError("grads is a buffer of other leaves than params. Make it from the same structure.")
             grads = grads.data
         if isinstance(grads, np.ndarray) or not is_container(grads):
-            return self._bind_flat(grads)
+            if (plan := self._plans.get(True)) is not None and plan.points_at([grads]):
+                return plan, None
+            address, array = self._gradients.flat(grads)
+            plan = self._plan_for(self._everyone, flat=True)
+            plan.point_flat_gradient(address, [grads] if array is grads else None)
+            return plan, array
         leaves = self._structure.leaves(grads)
-        last = self._remembered
-        if type(last) is tuple:
-            last = [reference() for reference in last]
-        if type(last) is list and len(last) == len(leaves) and all(map(_is, last, leaves)):
-            return self._plan(False), None
-        return self._bind_leaves(leaves)
-
-    def _bind_flat(self, grads: Any) -> tuple[Plan, Any]:
-        if grads is self._remembered or (type(self._remembered) is weakref.ref and self._remembered() is grads):
-            return self._plan(True), None
-        array = checks.flat_gradient(grads, self._size, self._only_shape, self._dtype)
-        if self._active != self._everyone:
-            self._refresh(self._everyone)
-        address = self._place(array)
-        in_place = address is not None
-        if address is None:
-            gathered = self._gather()
-            gathered.reshape(array.shape)[...] = array
-            array, address = gathered, checks.address(gathered)
-        plan = self._plan(True)
-        self._put(_remembered=None)  # an interrupt from here on must not leave new addresses under an old name
-        plan.point_flat_gradient(address)
-        small = array.nbytes <= _REMEMBERED_BYTES
-        remember = in_place and array is grads
-        self._put(_remembered=None if not remember else grads if small else weakref.ref(grads))
-        return plan, array
-
-    def _bind_leaves(self, leaves: list[Any]) -> tuple[Plan, Any]:
-        dtype = self._dtype
-        arrays = leaves
-        addresses: list[int] = []
-        try:  # the usual case, fast: every leaf an array of the right dtype and shape, in order
-            for leaf, shape in zip(leaves, self._shapes, strict=True):
-                if leaf.dtype is not dtype or leaf.shape != shape or leaf.flags.num & _IN_ORDER != _IN_ORDER:
-                    break
-                addresses.append(leaf.__array_interface__["data"][0])
-        except (AttributeError, TypeError):
-            addresses.clear()
-        fast = len(addresses) == len(leaves) and not self._overlap(addresses)
-        if not fast:
-            arrays = [
-                None if leaf is None else checks.gradient(path, leaf, shape, dtype)
-                for path, leaf, shape in zip(self._structure.paths, leaves, self._shapes, strict=True)
-            ]
-        active = tuple(a is not None for a in arrays)
-        if active != self._active:
-            self._refresh(active)
-        if not fast:
-            for k, array in enumerate(arrays):
-                if array is not None and self._place(array) is None:
-                    start = self._starts[k]
-                    arrays[k] = place = self._gather()[start : start + self._sizes[k]].reshape(self._shapes[k])
-                    place[...] = array
-            addresses = [0 if a is None else checks.address(a) for a in arrays]
-        plan = self._plan(False)
-        self._put(_remembered=None)  # as in _bind_flat
-        plan.point_gradients(addresses)
-        small = self._size * dtype.itemsize <= _REMEMBERED_BYTES
-        self._put(_remembered=None if not fast else leaves if small else tuple(map(weakref.ref, leaves)))
+        if (plan := self._plans.get(False)) is not None and plan.points_at(leaves):
+            return plan, None
+        addresses, arrays = self._gradients.leaves(leaves)
+        plan = self._plan_for(tuple(a is not None for a in arrays), flat=False)
+        plan.point_gradients(addresses, leaves if arrays is leaves else None)
         return plan, arrays
-
-    def _place(self, array: np.ndarray) -> int | None:
-        """The address of a gradient that can be read where it is: in order, aligned, no part of what a step writes."""
-        if array.flags.num & _IN_ORDER != _IN_ORDER:
-            return None
-        address = checks.address(array)
-        return None if self._overlaps(address, array.nbytes) else address
-
-    def _overlaps(self, begin: int, nbytes: int) -> bool:
-        """Whether some memory is part of what the step writes."""
-        starts, ends = self._written
-        before = bisect.bisect_left(starts, begin + nbytes) - 1
-        return before >= 0 and ends[before] > begin and nbytes > 0
-
-    def _overlap(self, addresses: list[int]) -> bool:
-        """Whether any leaf of the gradients is part of what the step writes."""
-        if len(addresses) <= 8:
-            return any(map(self._overlaps, addresses, self._nbytes))
-        starts, ends = self._written
-        before = np.searchsorted(starts, np.add(addresses, self._nbytes)) - 1
-        reach = np.array([*ends, 0])[before]  # nothing before: -1, the zero
-        return bool(np.any((reach > addresses) & (np.array(self._nbytes) > 0)))
-
-    @functools.cached_property
-    def _written(self) -> tuple[list[int], list[int]]:
-        """Where the memory that a step writes begins and ends, in order."""
-        arrays = [a for a in (*self._leaves, *self._data.values()) if a.size]
-        spans = sorted((checks.address(a), checks.address(a) + a.nbytes) for a in arrays)
-        return [a for a, _ in spans], [b for _, b in spans]
-
-    def _gather(self) -> np.ndarray:
-        """Memory for gradients that cannot be read where they are."""
-        if self._scratch is None:
-            self._put(_scratch=allocate(self._size, self._dtype, 1, self._alloc))
-        scratch: np.ndarray = self._scratch
-        return scratch
 
     # The public step
 
@@ -568,14 +476,12 @@ class Optimizer:
 
         An array if the parameters are one, else a `FlatBuffer`: `opt.grads["layer.w"]` is a view.
         """
-        if self._own is None:
-            self._put(_own=allocate(self._size, self._dtype, 1, self._alloc))
-        return self._tree(self._own)
+        return self._tree(self._gradients.allocate_own())
 
     def zero_grad(self) -> None:
         """Set `opt.grads` to zero, if it has been used."""
-        if self._own is not None:
-            self._own.fill(0)
+        if self._gradients.own is not None:
+            self._gradients.own.fill(0)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -654,7 +560,7 @@ class Optimizer:
             ValueError: if the parameters do not fit, or a group's pattern matches none of them; then nothing changes.
         """
         new: Optimizer = object.__new__(type(self))
-        new.__dict__.update({k: v for k, v in self.__dict__.items() if k not in ("_written",)})
+        new.__dict__.update(self.__dict__)
         new._attach(params)
         if new._dtype != self._dtype or new._models != self._models:
             raise TypeError(
@@ -665,8 +571,8 @@ class Optimizer:
         values = {n: v for n, v in self._hyper.defaults._values.items() if n != "frozen"}
         hyper = Groups(values, dict(overrides), new._structure.paths, new._models, self._spelling)
         hyper.defaults.frozen = own[1]["frozen"]
-        new._put(_hyper=hyper, _own=None, _scratch=None)
-        new._put(_data={s: new._allocate_state(k, s) for k, s in enumerate(self._data)})
+        new._put(_hyper=hyper)
+        new._allocate(tuple(self._data))
         counters = np.zeros((2, len(new._leaves), new._models or 1), np.int64)
         old = {path: k for k, path in enumerate(self._structure.paths)}
         fresh = []
@@ -681,7 +587,6 @@ class Optimizer:
                 a, b = new._starts[k], self._starts[j]
                 data[a : a + new._sizes[k]] = self._data[letter][b : b + self._sizes[j]]
         new._put(**new._rows_for(counters[0], counters[1], self.steps))
-        self.__dict__.pop("_written", None)
         self.__dict__.update(new.__dict__)
         return tuple(fresh)
 

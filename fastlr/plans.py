@@ -8,6 +8,8 @@ and nowhere else, from arrays that the optimizer has checked and keeps alive.
 from __future__ import annotations
 
 import itertools
+import operator
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +19,10 @@ from .kernels.cpu import BLOCK, CHUNK, FIRST_ADDRESS, LINE, NEXT, ROW, SHARES, W
 from .threads import ask_helpers
 
 _GRADIENT = FIRST_ADDRESS + 1
+# Gradients that are the same arrays as in the step before need no new check. Up to this size they are simply kept;
+# keeping larger ones would cost the user memory, so they are remembered by weak references.
+_REMEMBERED_BYTES = 4 << 20
+
 # Below this many bytes one thread is done before another has been woken: that can take 70 us of the caller's time
 # (virtual machine, 2026-11), in which it moves some 3 MB.
 _WORTH_WAKING = 4 << 20
@@ -85,20 +91,43 @@ class Plan:
         self._work = self.elements * itemsize * (1 + columns.shape[0])
         self._tables = (self.leaves, self.tiles, table, counters, h)
         self._generations = itertools.count(1)
+        self._itemsize = itemsize
+        self._pointed: list[Any] | tuple[Any, ...] | None = None
         self._threads = 0
         average = self.elements / max(1, len(self.tiles))
         self._chunk = max(1, int(BLOCK // max(1.0, average)))
 
-    def point_gradients(self, addresses: Any) -> None:
-        """Enter the address of each leaf's gradient, in the order of the leaves."""
-        self.leaves[: len(self._leaf), _GRADIENT] = np.asarray(addresses, np.int64)[self._leaf] + self._inside
+    def points_at(self, arrays: list[Any]) -> bool:
+        """Whether the gradients in the plan are these very arrays."""
+        last = self._pointed
+        if type(last) is tuple:
+            last = [reference() for reference in last]
+        return last is not None and len(last) == len(arrays) and all(map(operator.is_, last, arrays))
 
-    def point_flat_gradient(self, address: int) -> None:
-        """Enter the address of one array that holds all gradients in order."""
+    def point_gradients(self, addresses: Any, arrays: list[Any] | None) -> None:
+        """Enter the address of each leaf's gradient, in the order of the leaves.
+
+        Args:
+            addresses: one for each leaf.
+            arrays: those whose addresses they are, if the same arrays will have the same addresses again.
+        """
+        self._pointed = None  # an interrupt from here on must not leave new addresses under an old name
+        self.leaves[: len(self._leaf), _GRADIENT] = np.asarray(addresses, np.int64)[self._leaf] + self._inside
+        self._remember(arrays)
+
+    def point_flat_gradient(self, address: int, arrays: list[Any] | None) -> None:
+        """Enter the address of one array that holds all gradients in order; as `point_gradients`."""
+        self._pointed = None
         if len(self._leaf) == 1:  # the usual case: one flat buffer
             self.leaves[0, _GRADIENT] = address + self._first_offset
         else:
             self.leaves[: len(self._leaf), _GRADIENT] = address + self._flat_offsets
+        self._remember(arrays)
+
+    def _remember(self, arrays: list[Any] | None) -> None:
+        if arrays is not None:
+            small = self.elements * self._itemsize <= _REMEMBERED_BYTES
+            self._pointed = arrays if small else tuple(map(weakref.ref, arrays))
 
     def run(self, kernel: Kernel, threads: int) -> None:
         """Carry out the step."""
