@@ -1,28 +1,21 @@
 """fastlr: fused optimizer updates in place over NumPy arrays, at memory speed."""
 
-from . import bench
+from . import bench, optimizers
 from ._version import __version__
 from .buffers import FlatBuffer, flatten
 from .groups import Group, Groups
 from .kernels.staging import Rule, RuleError, Staged
 from .optimizer import Optimizer, StepInfo, warmup
-from .optimizers import SGD, Adadelta, Adagrad, Adam, AdamW, RMSprop
+from .optimizers import *  # noqa: F403 - the optimizers are listed there and nowhere else
 from .threads import get_num_threads, set_num_threads
 
 rule = Rule
 
-
 __all__ = [
-    "SGD",
-    "Adadelta",
-    "Adagrad",
-    "Adam",
-    "AdamW",
     "FlatBuffer",
     "Group",
     "Groups",
     "Optimizer",
-    "RMSprop",
     "Rule",
     "RuleError",
     "Staged",
@@ -35,3 +28,4 @@ __all__ = [
     "set_num_threads",
     "warmup",
 ]
+__all__ += optimizers.__all__
