@@ -41,14 +41,18 @@ def _find(rows: Iterable[dict[str, Any]], row: dict[str, Any], **other: Any) -> 
     return next((r for r in rows if all(r.get(k) == v for k, v in wanted.items())), None)
 
 
+_COLUMNS = ("rule", "dtype", "parameters", "leaves", "implementation")
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """What a line is about: the first columns of every table."""
+    return row["rule"], row["dtype"], f"{row['n']:,}", str(row["leaves"]), row["impl"]
+
+
 def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Header and lines of the report for steps measured alone."""
     header = [
-        "rule",
-        "dtype",
-        "parameters",
-        "leaves",
-        "implementation",
+        *_COLUMNS,
         "p50",
         "p10",
         "p90",
@@ -64,11 +68,7 @@ def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
         own = _find(rows, row, impl="fastlr")
         lines.append(
             [
-                row["rule"],
-                row["dtype"],
-                f"{row['n']:,}",
-                str(row["leaves"]),
-                row["impl"],
+                *_cells(row),
                 *(_time(row[k]) for k in ("p50_s", "p10_s", "p90_s")),
                 f"{row['ns_per_param']:.3g}",
                 f"{row['gb_per_s']:.3g}",
@@ -85,10 +85,7 @@ def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
 def loop_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Header and lines of the report for steps in a loop."""
     header = [
-        "rule",
-        "dtype",
-        "parameters",
-        "implementation",
+        *_COLUMNS,
         "between",
         "step alone",
         "in the loop",
@@ -99,10 +96,7 @@ def loop_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str
     ]
     lines = [
         [
-            row["rule"],
-            row["dtype"],
-            f"{row['n']:,}",
-            row["impl"],
+            *_cells(row),
             row["mode"].removeprefix("in_loop_"),
             _time(row["alone_p50_s"]),
             _time(row["p50_s"]),
@@ -119,11 +113,7 @@ def loop_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str
 def comparison(rows: Sequence[dict[str, Any]], old: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Header and lines for what changed since an earlier run; relative to that run's roofline where there is one."""
     header = [
-        "rule",
-        "dtype",
-        "parameters",
-        "leaves",
-        "implementation",
+        *_COLUMNS,
         "then",
         "now",
         "now / then",
@@ -139,11 +129,7 @@ def comparison(rows: Sequence[dict[str, Any]], old: Sequence[dict[str, Any]]) ->
         fractions = [f"{r['p50_s'] / x['p50_s']:.2f}" if r else "" for r, x in zip(roofs, (then, row), strict=True)]
         lines.append(
             [
-                row["rule"],
-                row["dtype"],
-                f"{row['n']:,}",
-                str(row["leaves"]),
-                row["impl"],
+                *_cells(row),
                 _time(then["p50_s"]),
                 _time(row["p50_s"]),
                 f"{row['p50_s'] / then['p50_s']:.2f}",
