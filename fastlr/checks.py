@@ -11,6 +11,9 @@ import numpy as np
 
 DTYPES = ("float32", "float64")
 
+# What a state dict holds beside the states of the rule.
+RESERVED = ("params", "step", "clock", "fastlr")
+
 # Hyperparameters by their name in the API: (lowest, highest, whether the highest is allowed). Others must be finite.
 _RANGES: dict[str, tuple[float, float, bool]] = {
     "lr": (0.0, math.inf, False),
@@ -196,6 +199,19 @@ def flat_gradient(grads: Any, size: int, shape: tuple[int, ...] | None, dtype: n
             f"Pass {expected}, or one gradient per parameter in the same flat order, shape ({size},)."
         )
     return array
+
+
+def state_names(names: Iterable[str]) -> None:
+    """Check the names of a rule's states against the other names in a state dict.
+
+    Raises:
+        ValueError: if one is taken; saving such a state would overwrite something else.
+    """
+    for name in names:
+        if name in RESERVED:
+            raise ValueError(
+                f"a state called {name!r} cannot be saved beside {', '.join(RESERVED)}. Rename it in the rule."
+            )
 
 
 def count(name: str, value: Any) -> int:

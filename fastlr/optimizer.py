@@ -147,6 +147,7 @@ class Optimizer:
         rule = rule if rule is not None else getattr(self, "_rule", None)
         if not isinstance(rule, Rule):
             raise TypeError(f"rule must be made by fastlr.rule, got {rule!r}.")
+        checks.state_names(self._states.get(s, s) for s in rule.states)
         if threads is not None:
             threads = checks.count("threads", threads)
         checks.choices("backend", [backend], _BACKENDS)

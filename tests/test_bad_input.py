@@ -172,6 +172,17 @@ def test_flatten():
         fastlr.flatten({"w": [1, 2]})
 
 
+def test_states_with_names_that_are_taken():
+    """Saved beside the counters, they would overwrite them without a word."""
+
+    def counting(p, g, step, *, lr):
+        step = step + 1
+        return p - lr * g / step, step
+
+    with pytest.raises(ValueError, match="a state called 'step' cannot be saved beside params, step, clock, fastlr"):
+        fastlr.Optimizer(np.ones(3), fastlr.rule(counting), lr=0.1)
+
+
 def test_copies():
     opt = fastlr.SGD(np.ones(2))
     for copied in (copy.copy, copy.deepcopy, pickle.dumps):
