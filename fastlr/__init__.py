@@ -4,9 +4,12 @@ from . import bench, optimizers
 from ._version import __version__
 from .buffers import FlatBuffer, flatten
 from .groups import Group, Groups
+from .kernels.primitives import norm, total
 from .kernels.staging import Rule, RuleError, Staged
-from .optimizer import Optimizer, StepInfo, warmup
+from .loss_scale import LossScale
+from .optimizer import Optimizer, warmup
 from .optimizers import *  # noqa: F403 - the optimizers are listed there and nowhere else
+from .step_info import LeafInfo, StepInfo
 from .threads import get_num_threads, set_num_threads
 
 rule = Rule
@@ -15,6 +18,8 @@ __all__ = [
     "FlatBuffer",
     "Group",
     "Groups",
+    "LeafInfo",
+    "LossScale",
     "Optimizer",
     "Rule",
     "RuleError",
@@ -24,8 +29,10 @@ __all__ = [
     "bench",
     "flatten",
     "get_num_threads",
+    "norm",
     "rule",
     "set_num_threads",
+    "total",
     "warmup",
 ]
 __all__ += optimizers.__all__

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .groups import Groups
+from .rows import Counts
 
 if TYPE_CHECKING:
     from .optimizer import Optimizer
 
-_FORMAT = 1
+_FORMAT = 2
 _DESCRIPTION = "fastlr"
 
 
@@ -31,7 +32,8 @@ def _describe(opt: Optimizer) -> dict[str, Any]:
     return {
         "format": _FORMAT,
         "rule": opt._source.name,
-        "states": [opt._states.get(s, s) for s in opt._data],
+        "states": [opt._states.get(s, s) for s in opt._letters],
+        "scalars": list(opt._source.scalars),
         "dtype": opt._dtype.name,
         "population": opt._models,
         "leaves": {path: list(shape) for path, shape in zip(opt._structure.paths, opt._shapes, strict=True)},
@@ -40,16 +42,20 @@ def _describe(opt: Optimizer) -> dict[str, Any]:
 
 def collect(opt: Optimizer, params: bool) -> dict[str, np.ndarray]:
     """The state of an optimizer, as copies."""
-    t, clock = opt._counters_of_leaves()
-    description = {**_describe(opt), "steps": opt.steps, "groups": opt._hyper.export()}
+    counts = opt._rows.counts()
+    description = {**_describe(opt), "steps": counts.steps, "groups": opt._hyper.export()}
+    if opt.loss_scale is not None:
+        description["loss_scale"] = opt.loss_scale.state_dict()
     out = {
         _DESCRIPTION: np.frombuffer(json.dumps(description).encode(), np.uint8).copy(),
-        "step": t.copy(),
-        "clock": clock.copy(),
+        "step": counts.t,
+        "clock": counts.clock,
+        "skipped": counts.skipped,
+        **{name: counts.scalars[..., k].copy() for k, name in enumerate(opt._source.scalars)},
     }
-    for name, data in zip(description["states"], opt._data.values(), strict=True):
-        for path, start, size, shape in zip(opt._structure.paths, opt._starts, opt._sizes, opt._shapes, strict=True):
-            out[_key(name, path)] = data[start : start + size].reshape(shape).copy()
+    for name, letter in zip(description["states"], opt._letters, strict=True):
+        for path, leaf in zip(opt._structure.paths, opt._columns[letter], strict=True):
+            out[_key(name, path)] = leaf.copy()
     if params:
         for path, leaf in zip(opt._structure.paths, opt._leaves, strict=True):
             out[_key("params", path)] = leaf.copy()
@@ -72,8 +78,9 @@ def apply(opt: Optimizer, state: Mapping[str, np.ndarray]) -> None:
     for what, here in _describe(opt).items():
         if saved.get(what) != here:
             raise ValueError(_difference(what, saved.get(what), here))
-    shape = opt._rows.shape
-    wanted: dict[str, tuple[tuple[int, ...], Any]] = {"step": (shape, np.int64), "clock": (shape, np.int64)}
+    shape = opt._rows.index.shape
+    wanted: dict[str, tuple[tuple[int, ...], Any]] = dict.fromkeys(("step", "clock", "skipped"), (shape, np.int64))
+    wanted.update(dict.fromkeys(opt._source.scalars, (shape, np.float64)))
     prefixes = list(saved["states"])
     with_params = any(_key("params", path) in state for path in opt._structure.paths)
     for prefix in prefixes + ["params"] * with_params:
@@ -89,22 +96,34 @@ def apply(opt: Optimizer, state: Mapping[str, np.ndarray]) -> None:
                 f"{key!r} in the state is {array.dtype} {array.shape}, expected {np.dtype(dtype)} {expected}."
             )
     frozen = own.pop("frozen")
+    expected_names = set(opt._hyper.names) - {"frozen"}
+    if own.keys() != expected_names:
+        raise ValueError(
+            f"the state is of another optimizer: it has the hyperparameters {', '.join(sorted(own))}, "
+            f"this one has {', '.join(sorted(expected_names))}."
+        )
     hyper = Groups(
-        _as_given(own), {p: _as_given(v) for p, v in groups.items()}, opt._structure.paths, opt._models, opt._spelling
+        as_given(own), {p: as_given(v) for p, v in groups.items()}, opt._structure.paths, opt._models, opt._spelling
     )
-    hyper.defaults.frozen = frozen
+    hyper.defaults.frozen = frozen if isinstance(frozen, bool) else np.array(frozen)
+    if opt.loss_scale is not None and "loss_scale" in saved:
+        opt.loss_scale.load_state_dict(saved["loss_scale"])
 
+    scalars = [arrays[name] for name in opt._source.scalars]
+    stacked = np.stack(scalars, axis=-1) if scalars else np.zeros((*shape, 0))
+    counts = Counts(arrays["step"], arrays["clock"], arrays["skipped"], stacked, steps)
     opt._put(_hyper=hyper)
-    opt._put(**opt._rows_for(arrays["step"], arrays["clock"], steps))
-    for prefix, data in zip(prefixes, opt._data.values(), strict=True):
-        for path, start, size in zip(opt._structure.paths, opt._starts, opt._sizes, strict=True):
-            data[start : start + size] = arrays[_key(prefix, path)].reshape(-1)
+    opt._put(**opt._rows_for(counts))
+    for prefix, letter in zip(prefixes, opt._letters, strict=True):
+        for path, leaf in zip(opt._structure.paths, opt._columns[letter], strict=True):
+            leaf[...] = arrays[_key(prefix, path)]
     if with_params:
         for path, leaf in zip(opt._structure.paths, opt._leaves, strict=True):
             leaf[...] = arrays[_key("params", path)]
+    opt._encode_shadow()
 
 
-def _as_given(values: dict[str, Any]) -> dict[str, Any]:
+def as_given(values: Mapping[str, Any]) -> dict[str, Any]:
     """Lists from JSON as the tuples and arrays that they were."""
 
     def one(value: Any) -> Any:

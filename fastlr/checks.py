@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 DTYPES = ("float32", "float64")
 
-# What a state dict holds beside the states of the rule.
-RESERVED = ("params", "step", "clock", "fastlr")
+# What a state dict holds beside the states of the rule, and names of columns that are none of the rule's.
+RESERVED = ("params", "step", "clock", "skipped", "fastlr", "ema", "shadow", "lr_scale")
+
+# Hyperparameters that may be None: off.
+OPTIONAL = ("clip_norm", "clip_value")
 
 # Hyperparameters by their name in the API: (lowest, highest, whether the highest is allowed). Others must be finite.
 _RANGES: dict[str, tuple[float, float, bool]] = {
@@ -25,10 +29,16 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "rho": (0.0, 1.0, True),
     "lr_decay": (0.0, math.inf, False),
     "initial_accumulator_value": (0.0, math.inf, False),
+    "momentum_decay": (0.0, math.inf, False),
+    "trust_coefficient": (0.0, math.inf, False),
+    "ema": (0.0, 1.0, False),
 }
+_POSITIVE = ("clip_norm", "clip_value", "grad_scale")
 
 
 def _expected(name: str) -> str:
+    if name in _POSITIVE:
+        return "must be positive and finite"
     low, high, closed = _RANGES.get(name, (-math.inf, math.inf, False))
     if (low, high) == (-math.inf, math.inf):
         return "must be finite"
@@ -50,6 +60,8 @@ def _number(name: str, label: str, value: Any, population: int | None) -> float 
         hint = "" if population is not None else " (only a population takes arrays: see fastlr.flatten)"
         raise ValueError(f"{label} must be {expected}, got shape {array.shape}{hint}.")
     good = np.isfinite(array) & (array >= low) & ((array <= high) if closed else (array < high))
+    if name in _POSITIVE:
+        good = np.isfinite(array) & (array > 0)
     if not good.all():
         shown = array if array.ndim == 0 else array[~good][0]
         raise ValueError(f"{label} {_expected(name)}, got {float(shown)!r}.")
@@ -74,6 +86,10 @@ def hyperparameter(name: str, value: Any, like: Any, population: int | None, whe
         ValueError: if it is outside its range or of the wrong shape.
     """
     label = f"{where}{name}"
+    if name in OPTIONAL and value is None:
+        return None
+    if name == "frozen" and population is not None and not isinstance(value, bool | np.bool_):
+        return mask(label, value, population)
     if isinstance(like, bool):
         if isinstance(value, bool | np.bool_):
             return bool(value)
@@ -83,6 +99,47 @@ def hyperparameter(name: str, value: Any, like: Any, population: int | None, whe
             raise ValueError(f"{label} must be {len(like)} numbers, got {value!r}.")
         return tuple(_number(name, f"{label}[{k}]", v, population) for k, v in enumerate(value))
     return _number(name, label, value, population)
+
+
+def mask(name: str, value: Any, population: int) -> np.ndarray:
+    """One bool for each model of a population, as a read-only array.
+
+    Raises:
+        TypeError: if it is no array of bools.
+        ValueError: if it has another shape.
+    """
+    array = np.array(value)
+    if array.dtype != bool:
+        raise TypeError(f"{name} must be True, False or an array of bools, one for each model, got {value!r}.")
+    if array.shape != (population,):
+        raise ValueError(f"{name} must be one bool or an array of shape ({population},), got shape {array.shape}.")
+    array.flags.writeable = False
+    return array
+
+
+def scale(name: str, value: Any, population: int | None) -> float | np.ndarray:
+    """A factor on gradients: positive and finite, one number or one for each model.
+
+    Raises:
+        TypeError: if it is no number.
+        ValueError: if it is 0, negative, infinite or NaN, or of another shape.
+    """
+    return _number("grad_scale", name, value, population)
+
+
+def number(name: str, value: Any, low: float, high: float) -> float:
+    """A number between two others.
+
+    Raises:
+        TypeError: if it is no number.
+        ValueError: if it is not above the one and below the other.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        raise TypeError(f"{name} must be a number, got {value!r}.")
+    if not low < value < high:
+        expected = f"above {low:g} and finite" if high == math.inf else f"between {low:g} and {high:g}, exclusive"
+        raise ValueError(f"{name} must be {expected}, got {value!r}.")
+    return float(value)
 
 
 def _called(path: str, name: str = "params") -> str:
@@ -146,6 +203,43 @@ def parameters(paths: Sequence[str], leaves: Sequence[Any]) -> str:
     return dtype
 
 
+def companions(
+    name: str, paths: Sequence[str], leaves: Sequence[Any], params: Sequence[np.ndarray], written: bool
+) -> None:
+    """Check arrays that go along with the parameters, element by element, where they are.
+
+    Args:
+        name: what the caller calls them.
+        paths: of the leaves.
+        leaves: what the user gave.
+        params: the parameters.
+        written: whether the step writes them, so that they must be apart from the parameters and from each other.
+
+    Raises:
+        TypeError: if a leaf is no NumPy array of the parameters' dtype.
+        ValueError: if a leaf has another shape, cannot be written or is not C-contiguous, or shares memory.
+    """
+    for path, leaf, param in zip(paths, leaves, params, strict=True):
+        called = _called(path, name)
+        if not isinstance(leaf, np.ndarray):
+            raise TypeError(f"{called} is a {type(leaf).__name__}, expected a NumPy array like the parameter.")
+        if leaf.dtype != param.dtype:
+            raise TypeError(f"{called} has dtype {leaf.dtype}, but the parameter has {param.dtype}.")
+        if leaf.shape != param.shape:
+            raise ValueError(f"{called} has shape {leaf.shape}, but the parameter has {param.shape}.")
+        if not leaf.flags.c_contiguous or not leaf.flags.aligned:
+            raise ValueError(f"{called} is not C-contiguous. Pass np.ascontiguousarray(...).")
+        if written and not leaf.flags.writeable:
+            raise ValueError(f"{called} is read-only, so it cannot be written. Pass a copy of it.")
+    labelled = [(_called(path, name), leaf) for path, leaf in zip(paths, leaves, strict=True)]
+    labelled += [(_called(path), leaf) for path, leaf in zip(paths, params, strict=True)]
+    own = {label for label, _ in labelled[: len(leaves)]}
+    spans = sorted((address(leaf), leaf.nbytes, label) for label, leaf in labelled if leaf.size)
+    for (start, nbytes, label), (after, _, other) in itertools.pairwise(spans):
+        if start + nbytes > after and (written or (label in own) != (other in own)):
+            raise ValueError(f"{label} and {other} share memory. Pass memory of its own for {name}.")
+
+
 def address(array: np.ndarray) -> int:
     """The address of an array's first element; whoever uses it keeps the array alive."""
     return int(array.__array_interface__["data"][0])
@@ -160,45 +254,52 @@ def _readable(path: str, leaf: Any) -> np.ndarray:
         ) from None
 
 
-def gradient(path: str, leaf: Any, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """A leaf of the gradients as an array of the right dtype and shape, without a copy where possible.
-
-    Raises:
-        TypeError: if it is no array or has another dtype than the parameters.
-        ValueError: if it has another shape.
-    """
-    called = _called(path, "grads")
-    array = _readable(path, leaf)
-    if array.dtype != dtype:
-        raise TypeError(f"{called} has dtype {array.dtype}, but the parameters have {dtype}. Convert it with .astype.")
-    if array.shape != shape:
-        raise ValueError(f"{called} has shape {array.shape}, but the parameter has {shape}.")
+def _bits(leaf: Any) -> np.ndarray | None:
+    """The memory of a PyTorch tensor of bfloat16, which NumPy cannot read, as uint16; None if it is something else."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(leaf, torch.Tensor) or leaf.dtype != torch.bfloat16:
+        return None
+    array: np.ndarray = _readable("", leaf.detach().view(torch.int16)).view(np.uint16)
     return array
 
 
-def flat_gradient(grads: Any, size: int, shape: tuple[int, ...] | None, dtype: np.dtype) -> np.ndarray:
-    """The gradients of all parameters in one array.
+def gradient(
+    path: str, leaf: Any, shapes: Sequence[tuple[int, ...] | None], formats: Mapping[str, str]
+) -> tuple[np.ndarray, str]:
+    """A gradient as an array of a right dtype and shape, without a copy where possible, and the format it has.
 
     Args:
-        grads: what the user gave.
-        size: number of parameters.
-        shape: another shape that is right as well: that of parameters that are one array.
-        dtype: that of the parameters.
+        path: of the leaf, or "" for all parameters in one array.
+        leaf: what the user gave.
+        shapes: those that are right; the first is the one to ask for.
+        formats: the name of each right dtype to that of the format; the first is the parameters' own.
 
     Raises:
-        TypeError: if it is no array or has another dtype than the parameters.
+        TypeError: if it is no array or has another dtype.
         ValueError: if it has another shape.
     """
-    array = _readable("", grads)
-    if array.dtype != dtype:
-        raise TypeError(f"grads has dtype {array.dtype}, but the parameters have {dtype}. Convert it with .astype.")
-    if array.shape != (size,) and array.shape != shape:
-        expected = f"the shape {shape}" if shape is not None else "the structure of params"
+    called = _called(path, "grads")
+    array = _bits(leaf)
+    kind = "bfloat16"
+    if array is None:
+        array = _readable(path, leaf)
+        if array.dtype.name not in formats or not array.dtype.isnative:
+            own = next(iter(formats))
+            hint = " (bits of 16-bit floats need grad_dtype=)" if array.dtype == np.uint16 else ""
+            raise TypeError(
+                f"{called} has dtype {array.dtype}, but the parameters have {own}. Convert it with .astype{hint}."
+            )
+        kind = formats[array.dtype.name]
+    if array.shape not in shapes:
+        if path or shapes[0] is None:
+            raise ValueError(f"{called} has shape {array.shape}, but the parameter has {shapes[-1]}.")
+        size = int(np.prod(shapes[0]))
+        expected = f"the shape {shapes[1]}" if shapes[1] is not None else "the structure of params"
         raise ValueError(
             f"grads has shape {array.shape}, params has {size} elements. "
             f"Pass {expected}, or one gradient per parameter in the same flat order, shape ({size},)."
         )
-    return array
+    return array, kind
 
 
 def state_names(names: Iterable[str]) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from . import checks
 from .buffers import Alloc, allocate
+from .kernels.formats import FORMATS
 
 _IN_ORDER = 0x101  # NumPy's flags C_CONTIGUOUS and ALIGNED
 
@@ -20,9 +21,10 @@ class Gradients:
     Args:
         paths: of the leaves, for messages.
         shapes: of the leaves.
-        dtype: of the parameters, and so of the gradients.
+        dtype: of the parameters; gradients have it too, or a format of two bytes.
         written: the arrays that a step writes. Kernels assume that gradients are other memory.
         alloc: where memory for gradients comes from.
+        bits: the format that arrays of uint16 hold, or None.
 
     Attributes:
         own: memory for gradients in one array, allocated by `allocate_own`; None before.
@@ -35,17 +37,21 @@ class Gradients:
         dtype: np.dtype,
         written: Sequence[np.ndarray],
         alloc: Alloc | None,
+        bits: str | None,
     ) -> None:
         self._paths, self._shapes, self._dtype, self._alloc = paths, shapes, dtype, alloc
         self._sizes = [int(np.prod(shape, dtype=np.int64)) for shape in shapes]
         self._size = sum(self._sizes)
-        self._nbytes = [size * dtype.itemsize for size in self._sizes]
         self._first = np.cumsum([0, *self._sizes])[:-1]
         self._only_shape = shapes[0] if tuple(paths) == ("",) else None
+        self._name = dtype.name  # NumPy makes it anew each time, which takes longer than the rest of a check
+        self._formats = {dtype.name: dtype.name, **{name: name for name in FORMATS}}
+        if bits is not None:
+            self._formats["uint16"] = bits
         spans = sorted((checks.address(a), checks.address(a) + a.nbytes) for a in written if a.size)
         self._starts, self._ends = [a for a, _ in spans], [b for _, b in spans]
         self.own: np.ndarray | None = None
-        self._scratch: np.ndarray | None = None
+        self._scratch: dict[str, np.ndarray] = {}
 
     def allocate_own(self) -> np.ndarray:
         """Zeros to write gradients into; the same memory each time."""
@@ -53,23 +59,27 @@ class Gradients:
             self.own = allocate(self._size, self._dtype, 1, self._alloc)
         return self.own
 
-    def flat(self, grads: Any) -> tuple[int, np.ndarray]:
-        """The address of all gradients in one array, and the array there, which must live as long as the step.
+    def flat(self, grads: Any) -> tuple[int, np.ndarray, str]:
+        """The address of all gradients in one array, the array there, which must live as long as the step, its format.
 
         Raises:
             TypeError: if it is no array or has another dtype.
             ValueError: if it has another shape.
         """
-        array = checks.flat_gradient(grads, self._size, self._only_shape, self._dtype)
+        own = self._dtype
+        if type(grads) is np.ndarray and grads.dtype is own and grads.shape in ((self._size,), self._only_shape):
+            array, kind = grads, self._name  # the usual case, fast
+        else:
+            array, kind = checks.gradient("", grads, ((self._size,), self._only_shape), self._formats)
         address = self._place(array)
         if address is None:
-            gathered = self._gather()
-            gathered.reshape(array.shape)[...] = array
-            return checks.address(gathered), gathered
-        return address, array
+            gathered = self._gather(kind)
+            gathered.reshape(array.shape)[...] = array.view(gathered.dtype) if kind in FORMATS else array
+            return checks.address(gathered), gathered, kind
+        return address, array, kind
 
-    def leaves(self, leaves: list[Any]) -> tuple[list[int], list[np.ndarray | None]]:
-        """The address of each leaf's gradient, 0 where it is None, and the arrays there.
+    def leaves(self, leaves: list[Any]) -> tuple[list[int], list[Any], str]:
+        """The address of each leaf's gradient, 0 where it is None, the arrays there, and their format.
 
         The list of arrays is the list given if every leaf is read where it is.
 
@@ -77,27 +87,41 @@ class Gradients:
             TypeError: if a leaf is no array or has another dtype.
             ValueError: if one has another shape.
         """
-        dtype = self._dtype
         addresses: list[int] = []
+        first: Any = None
         try:  # the usual case, fast: every leaf an array of the right dtype and shape, in order
+            first = self._dtype if leaves[0].dtype is self._dtype else leaves[0].dtype
             for leaf, shape in zip(leaves, self._shapes, strict=True):
-                if leaf.dtype is not dtype or leaf.shape != shape or leaf.flags.num & _IN_ORDER != _IN_ORDER:
+                if leaf.dtype is not first or leaf.shape != shape or leaf.flags.num & _IN_ORDER != _IN_ORDER:
                     break
                 addresses.append(leaf.__array_interface__["data"][0])
         except (AttributeError, TypeError):
             addresses.clear()
-        if len(addresses) == len(leaves) and not self._any_overlaps(addresses):
-            return addresses, leaves
-        arrays = [
-            None if leaf is None else checks.gradient(path, leaf, shape, dtype)
+        if len(addresses) == len(leaves):
+            kind = self._name if first is self._dtype else self._formats.get(first.name)
+            if kind is not None and first.isnative and not self._any_overlaps(addresses, first.itemsize):
+                return addresses, leaves, kind
+        found = [
+            None if leaf is None else checks.gradient(path, leaf, (shape,), self._formats)
             for path, leaf, shape in zip(self._paths, leaves, self._shapes, strict=True)
         ]
-        for k, array in enumerate(arrays):
-            if array is not None and self._place(array) is None:
-                start = self._first[k]
-                arrays[k] = place = self._gather()[start : start + self._sizes[k]].reshape(self._shapes[k])
-                place[...] = array
-        return [0 if a is None else checks.address(a) for a in arrays], arrays
+        kinds = {kind for _, kind in filter(None, found)}
+        common = kinds.pop() if len(kinds) == 1 else self._name
+        arrays = [None if one is None else self._settled(k, *one, common) for k, one in enumerate(found)]
+        return [0 if a is None else checks.address(a) for a in arrays], arrays, common
+
+    def _settled(self, k: int, array: np.ndarray, kind: str, common: str) -> np.ndarray:
+        """A leaf's gradient where it can be read in the common format: where it is, or gathered."""
+        if kind == common and self._place(array) is not None:
+            return array
+        start = self._first[k]
+        place = self._gather(common)[start : start + self._sizes[k]].reshape(self._shapes[k])
+        if kind == common:
+            place[...] = array.view(place.dtype) if kind in FORMATS else array
+        else:
+            decode, _ = FORMATS[kind].make(np.where)
+            place[...] = decode(array.view(np.uint16))
+        return place
 
     def _place(self, array: np.ndarray) -> int | None:
         """The address of a gradient that can be read where it is: in order, aligned, no part of what a step writes."""
@@ -111,16 +135,18 @@ class Gradients:
         before = bisect.bisect_left(self._starts, begin + nbytes) - 1
         return before >= 0 and self._ends[before] > begin and nbytes > 0
 
-    def _any_overlaps(self, addresses: list[int]) -> bool:
+    def _any_overlaps(self, addresses: list[int], itemsize: int) -> bool:
         """Whether the memory of any leaf's gradient is part of what the step writes."""
         if len(addresses) <= 8:
-            return any(map(self._overlaps, addresses, self._nbytes))
-        before = np.searchsorted(self._starts, np.add(addresses, self._nbytes)) - 1
+            return any(map(self._overlaps, addresses, [n * itemsize for n in self._sizes]))
+        nbytes = np.multiply(self._sizes, itemsize)
+        before = np.searchsorted(self._starts, np.add(addresses, nbytes)) - 1
         reach = np.array([*self._ends, 0])[before]  # nothing before: -1, the zero
-        return bool(np.any((reach > addresses) & (np.array(self._nbytes) > 0)))
+        return bool(np.any((reach > addresses) & (nbytes > 0)))
 
-    def _gather(self) -> np.ndarray:
+    def _gather(self, kind: str) -> np.ndarray:
         """Memory for gradients that cannot be read where they are."""
-        if self._scratch is None:
-            self._scratch = allocate(self._size, self._dtype, 1, self._alloc)
-        return self._scratch
+        storage = FORMATS[kind].storage if kind in FORMATS else kind
+        if storage not in self._scratch:
+            self._scratch[storage] = allocate(self._size, storage, 1, self._alloc)
+        return self._scratch[storage]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from types import MappingProxyType
@@ -13,6 +14,20 @@ import numpy as np
 from . import checks
 
 __all__ = ["Group", "Groups"]
+
+
+def matching(name: str, pattern: str, paths: Sequence[str]) -> list[str]:
+    """The paths that match a pattern.
+
+    Raises:
+        ValueError: if none does.
+    """
+    matched = [p for p in paths if fnmatchcase(p, pattern)]
+    if not matched:
+        shown = ", ".join(difflib.get_close_matches(pattern, paths, n=3) or paths[:5])
+        more = ", ..." if len(paths) > 5 else ""
+        raise ValueError(f"{name}: the pattern {pattern!r} matches no parameter. There are {shown}{more}.")
+    return matched
 
 
 class Group:
@@ -92,11 +107,7 @@ class Groups(Mapping[str, Group]):
         for pattern, override in (overrides or {}).items():
             if not isinstance(pattern, str) or not pattern:
                 raise ValueError(f'groups: a pattern must be a string such as "*.bias" or "*", got {pattern!r}.')
-            matched = [p for p in paths if fnmatchcase(p, pattern)]
-            if not matched:
-                shown = ", ".join(difflib.get_close_matches(pattern, paths, n=3) or paths[:5])
-                more = ", ..." if len(paths) > 5 else ""
-                raise ValueError(f"groups: the pattern {pattern!r} matches no parameter. There are {shown}{more}.")
+            matched = matching("groups", pattern, paths)
             if not isinstance(override, Mapping):
                 raise TypeError(f"groups[{pattern!r}] must be a dict of hyperparameters, got {override!r}.")
             group = self._groups[pattern] = Group(self, pattern, matched)
@@ -125,7 +136,8 @@ class Groups(Mapping[str, Group]):
         where = f"groups[{group.pattern!r}]: " if group.pattern else ""
         checks.choices(f"{where}hyperparameter", [name], self.names)
         like = self.defaults._values[name]
-        group._values[name] = checks.hyperparameter(name, value, like, self._population, where)
+        checked = "ema" if name == "ema_decay" else name
+        group._values[name] = checks.hyperparameter(checked, value, like, self._population, where)
         self.changed.add(name)
 
     def _resolved(self, configuration: tuple[str, ...]) -> dict[str, Any]:
@@ -135,7 +147,7 @@ class Groups(Mapping[str, Group]):
         return values
 
     def uniforms(self) -> list[dict[str, Any]]:
-        """For each configuration, the values under the rule's names."""
+        """For each configuration, the values under the rule's names; what is None has no limit."""
         out = []
         for configuration in self._configurations:
             values = self._resolved(configuration)
@@ -145,7 +157,7 @@ class Groups(Mapping[str, Group]):
     def _spelled(self, name: str, value: Any) -> list[tuple[str, Any]]:
         if name in self._spelling:
             return list(zip(self._spelling[name], value, strict=True))
-        return [(name, value)]
+        return [(name, math.inf if value is None else value)]
 
     @property
     def lr(self) -> Mapping[str, Any]:

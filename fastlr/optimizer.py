@@ -7,8 +7,7 @@ import inspect
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple, TypedDict
+from typing import Any, ClassVar, TypedDict
 
 import numpy as np
 
@@ -16,23 +15,29 @@ from . import checkpoints, checks
 from . import threads as _threads
 from .buffers import Alloc, FlatBuffer, allocate
 from .gradients import Gradients
-from .groups import Groups
+from .groups import Groups, matching
 from .kernels import cpu, reference, rules
-from .kernels.cpu import CLOCK, CLOCK_STEP, T_STEP, Kernel, T
-from .kernels.staging import Before, Rule, Staged
-from .plans import Plan
+from .kernels.cpu import CLOCK, Kernel, Storage
+from .kernels.formats import FORMATS, to_float32
+from .kernels.primitives import SCOPES
+from .kernels.staging import After, Before, Rule, Staged
+from .loss_scale import LossScale
+from .plans import Column, Plan
+from .rows import Counts, Rows
+from .step_info import Layout, StepInfo
 from .trees import Structure, is_container, leaves_with_paths
 
-__all__ = ["Optimizer", "StepInfo", "StepOptions", "warmup"]
+__all__ = ["Optimizer", "StepOptions", "warmup"]
 
-_BACKENDS: dict[str, Callable[[Staged, str], Kernel]] = {"numba": cpu.build, "numpy": reference.build}
-_BEFORE = Before(rules.step_options)
-_OPTIONS = _BEFORE.hyperparameters
+_BACKENDS: dict[str, Callable[[Staged, Storage], Kernel]] = {"numba": cpu.build, "numpy": reference.build}
+_BEFORE, _AFTER = Before(rules.before), After(rules.after)
+_MAX_PLANS = 256  # leaves that take part in a step can change from step to step; their plans are kept
+_ACCUMULATION = Rule(rules.accumulation)
 
 
 @functools.cache
-def _kernel(staged: Staged, dtype: str, backend: str) -> Kernel:
-    return _BACKENDS[backend](staged, dtype)
+def _kernel(staged: Staged, storage: Storage, backend: str) -> Kernel:
+    return _BACKENDS[backend](staged, storage)
 
 
 def _kinds(optimizer: type) -> dict[str, Any]:
@@ -50,28 +55,22 @@ class StepOptions(TypedDict, total=False):
     weight_decay: Any
     decoupled_weight_decay: bool
     maximize: bool
+    clip_norm: Any
+    scope: str
+    clip_value: Any
+    skip_nonfinite: bool
+    loss_scale: LossScale | None
+    ema: Any
+    ema_out: Any
+    shadow: str | None
+    zero_grads: bool
+    lr_scale: Any
+    statistics: bool | None
+    grad_dtype: str | None
     groups: Mapping[str, Mapping[str, Any]] | None
     threads: int | None
     alloc: Alloc | None
     backend: str
-
-
-class StepInfo(NamedTuple):
-    """What a step did; immutable.
-
-    Attributes:
-        step: number of the step, from 1.
-        lr: the learning rate used; an array `(population,)` if it differs between models.
-        lrs: the learning rate of each group by pattern, and under "" that of all other leaves.
-    """
-
-    step: int
-    lr: Any
-    lrs: MappingProxyType[str, Any]
-
-    def asdict(self) -> dict[str, Any]:
-        """Flat names and values for a logger: "step", "lr" and "lr/<pattern>" for each group."""
-        return {"step": self.step, "lr": self.lr, **{f"lr/{p}": lr for p, lr in self.lrs.items() if p}}
 
 
 class Optimizer:
@@ -80,9 +79,11 @@ class Optimizer:
     The classes in `fastlr.optimizers` are this class with a rule and its defaults. With a rule of your own:
     `fastlr.Optimizer(params, my_rule, lr=1e-3)`; its states start at zero and its hyperparameters are keywords.
 
-    One step is, for each element: maximize (`g = -g`), weight decay, the rule. All leaves, groups and models are one
-    launch. The result is the same bit for bit for any number of threads, for separate arrays or a flat buffer, and
-    with `backend="numpy"`, if the rule is exact (`opt.rule.exact`).
+    One step is, in this order: unscale the gradient, test it for NaN and Inf, clip it by norm, by value, maximize
+    (`g = -g`), weight decay, the rule, moving average, low-precision copy, clear the gradient. What is off does not
+    exist in the machine code. All leaves, groups and models are updated in one pass; clipping and the test need one
+    more, which only reads the gradient. The result is the same bit for bit for any number of threads, for separate
+    arrays or a flat buffer, and with `backend="numpy"`, if the rule is exact (`opt.rule.exact`).
 
     Args:
         params: what to update, in place: a tree of arrays (nested dicts, lists, tuples, named tuples, dataclasses and
@@ -94,7 +95,26 @@ class Optimizer:
         weight_decay: >= 0. Default: that of a rule that names it itself, else 0.
         decoupled_weight_decay: False: L2, `g + weight_decay * p` goes into the rule. True: the rule starts from
             `p - lr * weight_decay * p`.
-        maximize: ascend instead of descend: `g = -g` before anything else.
+        maximize: ascend instead of descend: `g = -g` before the decay.
+        clip_norm: > 0. The gradient is multiplied by `min(clip_norm / (norm + 1e-6), 1)`, as PyTorch's
+            `clip_grad_norm_` does. Default None: not clipped.
+        scope: what the norm for `clip_norm` is taken of: "all" (default; in a population of each model), "group" (the
+            leaves that match the same patterns) or "leaf".
+        clip_value: > 0. Each element of the gradient is limited to this magnitude, after `clip_norm`. Default None.
+        skip_nonfinite: a step whose gradient has NaN or Inf anywhere changes nothing: parameters, states, averages,
+            copies and counters stay bit for bit; in a population only for that model. `info.skipped` says so.
+        loss_scale: a `LossScale`, whose scale the gradients are divided by; implies `skip_nonfinite`.
+        ema: keep a moving average of the parameters, `e = e + (1 - ema) * (p - e)` after each update, in `opt.ema`;
+            in [0, 1). It starts as a copy of the parameters. Its decay is the hyperparameter `ema_decay` from then on.
+        ema_out: arrays of your own in the parameters' structure to keep the average in (a target network). They go on
+            from what stands in them.
+        shadow: "bfloat16" or "float16": keep a copy of the parameters in that format in `opt.shadow`.
+        zero_grads: `step()` sets `opt.grads` to zero in the same pass. Gradients handed to `step` are never written.
+        lr_scale: a factor on the learning rate for each element, >= 0 and finite, in the parameters' structure and
+            read where it is; an element whose factor is 0 stays as it is, its decay included.
+        statistics: take the norms in `info["layer.w"]`. Default None: no norms but those that the step needs anyway.
+        grad_dtype: what gradients of dtype uint16 hold: "bfloat16" or "float16". Arrays of float16, of ml_dtypes'
+            bfloat16 and PyTorch tensors of either are understood as they are.
         groups: pattern to hyperparameters, such as `{"*.bias": {"weight_decay": 0.0}, "embed": {"frozen": True}}`.
             Patterns are `fnmatch` patterns on paths, case-sensitive; all that match apply in order, the later wins.
         threads: how many threads a step may use; default `fastlr.get_num_threads()`.
@@ -128,6 +148,9 @@ class Optimizer:
     weight_decay: float | np.ndarray
     decoupled_weight_decay: bool
     maximize: bool
+    clip_norm: float | np.ndarray | None
+    clip_value: float | np.ndarray | None
+    frozen: bool | np.ndarray
 
     def __init__(
         self,
@@ -138,6 +161,18 @@ class Optimizer:
         weight_decay: Any = None,
         decoupled_weight_decay: bool = False,
         maximize: bool = False,
+        clip_norm: Any = None,
+        scope: str = "all",
+        clip_value: Any = None,
+        skip_nonfinite: bool = False,
+        loss_scale: LossScale | None = None,
+        ema: Any = None,
+        ema_out: Any = None,
+        shadow: str | None = None,
+        zero_grads: bool = False,
+        lr_scale: Any = None,
+        statistics: bool | None = None,
+        grad_dtype: str | None = None,
         groups: Mapping[str, Mapping[str, Any]] | None = None,
         threads: int | None = None,
         alloc: Alloc | None = None,
@@ -147,11 +182,22 @@ class Optimizer:
         rule = rule if rule is not None else getattr(self, "_rule", None)
         if not isinstance(rule, Rule):
             raise TypeError(f"rule must be made by fastlr.rule, got {rule!r}.")
-        checks.state_names(self._states.get(s, s) for s in rule.states)
+        checks.state_names([*(self._states.get(s, s) for s in rule.states), *rule.scalars])
         if threads is not None:
             threads = checks.count("threads", threads)
         checks.choices("backend", [backend], _BACKENDS)
+        checks.choices("scope", [scope], SCOPES)
+        for name, kind in (("shadow", shadow), ("grad_dtype", grad_dtype)):
+            if kind is not None:
+                checks.choices(name, [kind], FORMATS)
+        if loss_scale is not None and not isinstance(loss_scale, LossScale):
+            raise TypeError(f"loss_scale must be a fastlr.LossScale, got {loss_scale!r}.")
+        for name, given in (("skip_nonfinite", skip_nonfinite), ("zero_grads", zero_grads)):
+            checks.hyperparameter(name, given, False, None)
+        checks.hyperparameter("statistics", bool(statistics) if statistics is None else statistics, False, None)
         self._put(_source=rule, _backend=backend, _threads=threads, _alloc=alloc, _lock=threading.RLock())
+        self._put(_scope=scope, _tests=skip_nonfinite or loss_scale is not None, _statistics=bool(statistics))
+        self._put(loss_scale=loss_scale, _shadow=shadow, _clears=zero_grads, _grad_bits=grad_dtype)
         self._attach(params)
 
         spelled = {n: k for k, names in self._spelling.items() for n in names}
@@ -159,20 +205,32 @@ class Optimizer:
         own_decay = rule.defaults.get("weight_decay", 0.0)
         known.update(lr=lr, weight_decay=own_decay if weight_decay is None else weight_decay)
         known.update(decoupled_weight_decay=decoupled_weight_decay, maximize=maximize)
-        checks.choices("hyperparameter", hyperparameters, known)
+        checks.choices("hyperparameter", hyperparameters, [*known, "clip_norm", "clip_value"])
         known.update(hyperparameters)
-        missing = [n for n, v in known.items() if v is None and n not in (*hyperparameters, *_OPTIONS)]
+        missing = [n for n, v in known.items() if v is None and n not in (*hyperparameters, *_BEFORE.hyperparameters)]
         if missing:
             raise TypeError(f"rule {rule.name!r} needs a value for {', '.join(missing)}.")
+        known.update(clip_norm=clip_norm, clip_value=clip_value)
         kinds = {**rule.defaults, **_kinds(type(self))}
         values = {n: checks.hyperparameter(n, v, kinds.get(n, v), self._models) for n, v in known.items()}
+        if ema is not None:
+            values["ema_decay"] = checks.hyperparameter("ema", ema, 0.0, self._models)
+        elif ema_out is not None:
+            raise ValueError("ema_out is where the average is kept; give its decay as well, such as ema=0.999.")
         self._put(_hyper=Groups(values, groups, self._structure.paths, self._models, self._spelling))
         flags = {n for n, v in values.items() if isinstance(v, bool)}
         switches = {spelled.get(n, n) for n in rule.switches | _BEFORE.switches}
-        self._put(_structural=flags | switches, _epoch=_threads.epoch)
-        self._allocate(self._stage().states)
-        zeros = np.zeros((len(self._leaves), self._models or 1), np.int64)
-        self._put(**self._rows_for(zeros, zeros, steps=0))
+        self._put(_structural={*flags, *switches, *checks.OPTIONAL}, _epoch=_threads.epoch)
+        self._put(_unscaled=loss_scale is not None, _grad_scale=1.0, _by_leaf=False)
+        self._put(_accumulated=None, _adding={})
+        external = {"ema": ema_out, "lr_scale": lr_scale}
+        inputs = ["lr_scale"] if lr_scale is not None else []
+        self._put(_inputs=inputs, _external=[n for n, given in external.items() if given is not None])
+        staged = self._stage()
+        self._allocate(staged.states, external)
+        starts = [rule.defaults[name] for name in rule.scalars]
+        counts = Counts.zero(len(self._leaves), self._models or 1, starts)
+        self._put(**self._rows_for(counts))
 
     # Set-up
 
@@ -202,22 +260,76 @@ class Optimizer:
             _starts=np.cumsum([0, *sizes])[:-1],
             _is_array=isinstance(params, np.ndarray),
             _is_flat=isinstance(params, np.ndarray | FlatBuffer),
+            _masks={},
         )
 
     def _initial(self, letter: str) -> float:
         """The value at which a state starts; for subclasses."""
         return 0.0
 
-    def _allocate(self, letters: Sequence[str]) -> None:
-        """States at their initial values, and what finds the gradients."""
-        data = {}
-        for k, letter in enumerate(letters):
-            data[letter] = allocate(self._size, self._dtype, 2 + k, self._alloc)
-            if self._initial(letter):
-                data[letter].fill(self._initial(letter))
-        written = [*self._leaves, *data.values()]
-        gradients = Gradients(self._structure.paths, self._shapes, self._dtype, written, self._alloc)
-        self._put(_data=data, _gradients=gradients)
+    def _given(self, name: str, tree: Any, written: bool) -> list[np.ndarray]:
+        """Arrays of the user's that go along with the parameters, checked."""
+        if isinstance(tree, FlatBuffer):
+            if tree._structure.paths != self._structure.paths:
+                raise ValueError(f"{name} is a buffer of other leaves than params. Make it from the same structure.")
+            tree = tree.unflatten()
+        leaves = [tree] if self._is_array else self._structure.leaves(tree, name)
+        checks.companions(name, self._structure.paths, leaves, self._leaves, written)
+        return leaves
+
+    def _cut(self, data: np.ndarray) -> list[np.ndarray]:
+        """Flat data as one array for each leaf."""
+        ends = self._starts + np.array(self._sizes, np.int64)
+        return [data[a:b].reshape(s) for a, b, s in zip(self._starts, ends, self._shapes, strict=True)]
+
+    def _allocate(self, letters: Sequence[str], external: Mapping[str, Any]) -> None:
+        """The columns beside parameters and gradients, and what finds the gradients.
+
+        Args:
+            letters: the states, averages among them; they get their initial values.
+            external: the user's arrays, or None where there are none, for "ema" and "lr_scale".
+        """
+        flat: dict[str, np.ndarray] = {}
+        columns: dict[str, list[np.ndarray]] = {}
+        trees: dict[str, Any] = {}
+        for name in self._external:
+            if external[name] is None:
+                raise ValueError(f"this optimizer was given {name}; pass it for the new parameters as well.")
+            trees[name] = external[name]
+            columns[name] = self._given("ema_out" if name == "ema" else name, external[name], name == "ema")
+        for scale in columns.get("lr_scale", ()):
+            if not (np.isfinite(scale) & (scale >= 0)).all():
+                raise ValueError("lr_scale must be non-negative and finite everywhere.")
+        for leaf in columns.get("ema", ()):
+            for scale in columns.get("lr_scale", ()):
+                if np.may_share_memory(leaf, scale) and np.shares_memory(leaf, scale):
+                    raise ValueError("ema_out and lr_scale share memory. Pass memory of its own for each.")
+        for k, letter in enumerate([n for n in letters if n not in columns]):
+            flat[letter] = allocate(self._size, self._dtype, 2 + k, self._alloc)
+            columns[letter] = self._cut(flat[letter])
+            if letter == "ema":
+                for own, leaf in zip(columns[letter], self._leaves, strict=True):
+                    own[...] = leaf
+            elif self._initial(letter):
+                flat[letter].fill(self._initial(letter))
+        if self._shadow:
+            storage = FORMATS[self._shadow].storage
+            flat["shadow"] = allocate(self._size, storage, 2 + len(letters), self._alloc)
+            columns["shadow"] = self._cut(flat["shadow"])
+        columns = {n: columns[n] for n in (*letters, *self._inputs, *(["shadow"] if self._shadow else []))}
+        written = [*self._leaves, *(leaf for n, leaves in columns.items() if n not in self._inputs for leaf in leaves)]
+        gradients = Gradients(self._structure.paths, self._shapes, self._dtype, written, self._alloc, self._grad_bits)
+        self._put(_columns=columns, _flat=flat, _trees=trees, _letters=tuple(letters), _gradients=gradients)
+        self._encode_shadow()
+
+    def _encode_shadow(self) -> None:
+        """Bring the low-precision copy up to date with the parameters."""
+        if self._shadow:
+            _, encode = FORMATS[self._shadow].make(np.where)
+            narrow = to_float32(np.where) if self._dtype == np.float64 else np.asarray
+            with np.errstate(all="ignore"):
+                for shadow, leaf in zip(self._columns["shadow"], self._leaves, strict=True):
+                    shadow[...] = encode(narrow(leaf))
 
     def _check_settings(self, uniforms: list[dict[str, Any]]) -> None:
         """What one hyperparameter demands of another, in each configuration; for subclasses."""
@@ -227,7 +339,19 @@ class Optimizer:
         uniforms = self._hyper.uniforms()
         self._check_settings(uniforms)
         switches = self._source.switches | _BEFORE.switches
-        static: dict[str, Any] = {}
+        norm_clipped, value_clipped = (
+            any(np.any(np.isfinite(u[name])) for u in uniforms) for name in ("clip_norm", "clip_value")
+        )
+        static: dict[str, Any] = {
+            "scope": self._scope,
+            "unscaled": self._unscaled,
+            "tested": self._tests,
+            "norm_clipped": norm_clipped,
+            "value_clipped": value_clipped,
+            "per_element": bool(self._inputs),
+            "averaged": "ema_decay" in uniforms[0],
+            "statistics": self._statistics,
+        }
         on = set()
         for name in uniforms[0]:
             values = [u[name] for u in uniforms]
@@ -239,117 +363,150 @@ class Optimizer:
                 static[name] = 0.0
             elif name in switches and all(np.all(v) for v in values):
                 on.add(name)
-        return self._source.stage(static, before=_BEFORE, on=frozenset(on))
+        return self._source.stage(static, before=_BEFORE, after=_AFTER, on=frozenset(on))
 
-    # Rows: leaves (of one model) that share hyperparameters and counters
+    # Rows, tables and plans
 
-    def _rows_for(
-        self, t: np.ndarray, clock: np.ndarray, steps: int, active: Sequence[bool] | None = None
-    ) -> dict[str, Any]:
-        """Rows for given counters of each leaf and model, shape `(leaves, models)`, and for the leaves in a step.
+    def _rows_for(self, counts: Counts) -> dict[str, Any]:
+        """Rows for given counts.
 
         Returns:
             The attributes to set; plans made before no longer hold.
         """
-        leaves, models = t.shape
-        active = (True,) * leaves if active is None else tuple(active)
-        frozen = np.array([u["frozen"] for u in self._hyper.uniforms()], bool)
-        key = np.empty((leaves, models, 5), np.int64)
-        key[..., 0] = self._hyper.configuration[:, None]
-        key[..., 1] = np.arange(models)
-        key[..., 2] = t
-        key[..., 3] = clock
-        key[..., 4] = np.array(active, bool)[:, None]
-        unique, rows = np.unique(key.reshape(-1, 5), axis=0, return_inverse=True)
-        stands = frozen[unique[:, 0]]
-        counters = np.zeros((len(unique) + 1, 4), np.int64)
-        counters[:-1, T], counters[:-1, CLOCK] = unique[:, 2], unique[:, 3]
-        counters[:-1, T_STEP] = unique[:, 4] * ~stands
-        counters[:-1, CLOCK_STEP] = unique[:, 4] | stands
-        counters[-1, CLOCK], counters[-1, CLOCK_STEP] = steps, 1  # the optimizer's own: its clock counts the steps
-        return {
-            "_rows": rows.reshape(leaves, models),
-            "_row_configuration": unique[:, 0],
-            "_row_model": unique[:, 1],
-            "_counters": counters,
-            "_active": active,
-            "_stands": frozen[self._hyper.configuration],
-            "_staged": None,
-            "_plans": {},
-        }
+        models = counts.t.shape[1]
+        frozen = np.array([np.broadcast_to(u["frozen"], models) for u in self._hyper.uniforms()], bool)
+        rows = Rows(self._hyper.configuration, frozen, counts, self._by_leaf)
+        return {"_rows": rows, "_staged": None, "_plans": {}, "_recent": {}, "_kernels": {}}
 
-    def _counters_of_leaves(self) -> tuple[np.ndarray, np.ndarray]:
-        """Updates made and steps seen, for each leaf and model."""
-        return self._counters[self._rows, T], self._counters[self._rows, CLOCK]
-
-    def _refresh(self, active: Sequence[bool] | None = None) -> None:
-        """Take over what has changed: hyperparameters, frozen leaves, which leaves are in the step, a fork."""
-        active = self._active if active is None else tuple(active)
+    def _refresh(self) -> None:
+        """Take over what has changed: hyperparameters, frozen leaves, how rows are shared, a fork."""
         hyper = self._hyper
         staged = self._staged
         if staged is None or not hyper.changed.isdisjoint(self._structural):
             staged = self._stage()
-        if staged.states != tuple(self._data):
-            names = ", ".join(sorted(self._states.get(s, s) for s in set(staged.states) ^ set(self._data)))
+        if staged.states != self._letters:
+            names = ", ".join(sorted(self._states.get(s, s) for s in set(staged.states) ^ set(self._letters)))
             raise ValueError(
                 f"the hyperparameters as they are now need other states than those that exist ({names}). "
                 "Choose at the start whether a state is there: build a new optimizer."
             )
-        same = staged is self._staged and active == self._active and _threads.epoch == self._epoch
+        self._put(_by_leaf=self._by_leaf or any(scope == "leaf" for _, scope in staged.sums))
+        same = staged is self._staged and self._by_leaf == self._rows.by_leaf and _threads.epoch == self._epoch
         if same and "frozen" not in hyper.changed:
-            self._fill_table(staged, self._table)
+            self._fill_table(staged, self._rows, self._table)
             self._put(_lrs=hyper.lr)
             hyper.changed.clear()
             return
-        kernel = _kernel(staged, self._dtype.name, self._backend)
-        rows = self._rows_for(*self._counters_of_leaves(), self.steps, active)
-        count = len(rows["_counters"]) - 1
-        table = np.zeros((count, max(1, len(staged.uniforms))))
-        self._put(
-            **rows,
-            _table=table,
-            _h=np.zeros((count, staged.slots), self._dtype),
-            _kernel=kernel,
-            _epoch=_threads.epoch,
-            _lrs=hyper.lr,
-        )
-        self._fill_table(staged, table)
-        self._put(_staged=staged)
+        new = self._rows_for(self._rows.counts())
+        rows = new["_rows"]
+        table = np.zeros((len(rows), max(1, len(staged.uniforms))))
+        self._fill_table(staged, rows, table)
+        h = np.zeros((len(rows), staged.slots), self._dtype)
+        self._put(**{**new, "_staged": staged}, _table=table, _h=h, _epoch=_threads.epoch, _lrs=hyper.lr)
         hyper.changed.clear()
 
-    def _fill_table(self, staged: Staged, table: np.ndarray) -> None:
+    def _fill_table(self, staged: Staged, rows: Rows, table: np.ndarray) -> None:
         """The hyperparameters of each row, in the order in which `decide` takes them."""
         for c, values in enumerate(self._hyper.uniforms()):
-            rows = np.flatnonzero(self._row_configuration == c)
+            values["grad_scale"] = self._grad_scale
+            which = np.flatnonzero(rows.configuration == c)
             for column, name in enumerate(staged.uniforms):
                 value = values[name]
-                table[rows, column] = value[self._row_model[rows]] if isinstance(value, np.ndarray) else value
+                table[which, column] = value[rows.model[which]] if isinstance(value, np.ndarray) else value
 
-    def _plan_for(self, active: tuple[bool, ...], flat: bool) -> Plan:
-        """The plan for leaves that have gradients, in one array or in an array for each leaf."""
-        if active != self._active:
-            self._refresh(active)
-        if flat not in self._plans:
-            models = self._models or 1
+    def _take_scale(self, grad_scale: Any) -> None:
+        """What the gradients of this step are to be divided by."""
+        scale: Any = 1.0 if grad_scale is None else checks.scale("grad_scale", grad_scale, self._models)
+        if self.loss_scale is not None:
+            scale = checks.scale("grad_scale times the loss scale", scale * self.loss_scale.scale, self._models)
+        if not self._unscaled:
+            if isinstance(scale, float) and scale == 1.0:
+                return
+            self._put(_unscaled=True, _staged=None)  # from now on: another kernel
+        if scale is not self._grad_scale and not np.array_equal(scale, self._grad_scale):
+            self._put(_grad_scale=scale)
+            if self._staged is not None and "grad_scale" in self._staged.uniforms:
+                column = self._staged.uniforms.index("grad_scale")
+                self._table[:, column] = scale[self._rows.model] if isinstance(scale, np.ndarray) else scale
+
+    def _mask(self, only: Any) -> tuple[bool, ...]:
+        """Which leaves a partial step is about."""
+        key = only if isinstance(only, str) else tuple(only)
+        if key not in self._masks:
+            patterns = [key] if isinstance(key, str) else list(key)
+            matched = {path for pattern in patterns for path in matching("only", pattern, self._structure.paths)}
+            mask = tuple(path in matched for path in self._structure.paths)
+            self._masks[key] = self._everyone if all(mask) else mask
+        found: tuple[bool, ...] = self._masks[key]
+        return found
+
+    def _plan_for(self, active: tuple[bool, ...], seen: tuple[bool, ...], flat: bool, kind: str) -> Plan:
+        """The plan for leaves that have gradients, in one array or in an array for each leaf.
+
+        Args:
+            active: the leaves that have gradients and are part of the step.
+            seen: the leaves that are part of the step.
+            flat: whether the gradients are one array.
+            kind: the format of the gradients.
+        """
+        if active is not self._everyone and not self._by_leaf:
+            self._put(_by_leaf=True)
+            self._refresh()
+        everyone = self._everyone  # stands for itself: a tuple of thousands would be hashed at each step
+        key = (None if active is everyone else active, None if seen is everyone else seen, flat, kind)
+        if key not in self._plans:
+            if len(self._plans) >= _MAX_PLANS:
+                self._put(_plans={}, _recent={})
+            rows: Rows = self._rows
             itemsize = self._dtype.itemsize
-            columns = [[checks.address(leaf) for leaf in self._leaves]]
-            columns += [(checks.address(data) + self._starts * itemsize).tolist() for data in self._data.values()]
-            left_out = self._stands | ~np.array(self._active, bool)
-            self._plans[flat] = Plan(
-                [size // models for size in self._sizes],
-                np.array(columns, np.int64),
-                np.where(left_out[:, None], -1, self._rows),
-                itemsize,
+            columns = [Column(self._leaves, itemsize), Column(None, 2 if kind in FORMATS else itemsize)]
+            columns += [Column(arrays, arrays[0].itemsize) for arrays in self._columns.values()]
+            taking_part = np.array(active, bool)
+            plan = Plan(
+                [size // (self._models or 1) for size in self._sizes],
+                columns,
+                rows,
+                taking_part[:, None] & ~rows.frozen[rows.index],
+                rows.advance(taking_part, np.array(seen, bool)),
+                self._staged,
                 self._table,
-                self._counters,
                 self._h,
-                merge=flat and self._is_flat,
+                merge=flat and self._is_flat and not self._external,
             )
-        plan: Plan = self._plans[flat]
-        return plan
+            if seen != self._everyone:  # what a partial step does not see is not left out, it comes later
+                leaf = np.searchsorted(self._starts, [first for first, _ in plan.left_out], side="right") - 1
+                plan.left_out = [span for span, k in zip(plan.left_out, leaf, strict=True) if seen[k]]
+            plan.layout = self._layout(plan)
+            self._plans[key] = plan
+        return self._plans[key]
 
-    def _bind(self, grads: Any) -> tuple[Plan, Any]:
-        """The plan for a step, with the addresses of the gradients in it, and what must live as long as the step."""
+    def _layout(self, plan: Plan) -> Layout | None:
+        """How to read what a step of this plan reported."""
+        staged: Staged = self._staged
+        if plan.entry is None:
+            return None
+        norms = {name: k for k, name in enumerate(staged.emitted, staged.quantities - len(staged.emitted))}
+        norms["grad_norm"] = norms.pop("raw_grad_norm", 0)
+        if "grad_norm" not in staged.reports and "raw_grad_norm" not in staged.emitted:
+            del norms["grad_norm"]
+        return Layout(self._structure.paths, self._models, plan.entry, self._rows.index, staged.reports, norms)
+
+    def _kernel_for(self, kind: str, clear: bool) -> Kernel:
+        """The kernel for gradients of a format that are cleared or not."""
+        if (kind, clear) not in self._kernels:
+            storage = Storage(self._dtype.name, kind, self._shadow, clear)
+            self._kernels[kind, clear] = _kernel(self._staged, storage, self._backend)
+        kernel: Kernel = self._kernels[kind, clear]
+        return kernel
+
+    @property
+    def _kernel(self) -> Kernel:
+        """The kernel for gradients of the parameters' dtype."""
+        return self._kernel_for(self._dtype.name, False)
+
+    def _bind(self, grads: Any, only: Any) -> tuple[Plan, str, Any]:
+        """The plan for a step, with the addresses of the gradients in it, their format, and what must be kept alive."""
+        active = seen = self._everyone if only is None else self._mask(only)
         if grads is None:
             grads = self._gradients.own
             if grads is None:
@@ -357,41 +514,60 @@ class Optimizer:
                     "step() without gradients uses opt.grads, which nobody has used yet. "
                     "Pass them, step(grads), or write them into opt.grads first."
                 )
+            if self._accumulated is not None:
+                active = tuple(a and b for a, b in zip(active, self._accumulated, strict=True))
+                active = self._everyone if all(active) else active
         elif isinstance(grads, FlatBuffer):
             if grads._structure.paths != self._structure.paths or grads._shapes != tuple(self._shapes):
                 raise ValueError("grads is a buffer of other leaves than params. Make it from the same structure.")
             grads = grads.data
+        part = None if active is self._everyone else (active, seen)
         if isinstance(grads, np.ndarray) or not is_container(grads):
-            if (plan := self._plans.get(True)) is not None and plan.points_at([grads]):
-                return plan, None
-            address, array = self._gradients.flat(grads)
-            plan = self._plan_for(self._everyone, flat=True)
+            recent = self._recent.get((True, part))
+            if recent is not None and recent[0].points_at([grads]):
+                return *recent, None
+            address, array, kind = self._gradients.flat(grads)
+            plan = self._plan_for(active, seen, flat=True, kind=kind)
             plan.point_flat_gradient(address, [grads] if array is grads else None)
-            return plan, array
+            if recent is None or recent[0] is not plan:
+                self._recent[True, part] = plan, kind
+            return plan, kind, array
         leaves = self._structure.leaves(grads)
-        if (plan := self._plans.get(False)) is not None and plan.points_at(leaves):
-            return plan, None
-        addresses, arrays = self._gradients.leaves(leaves)
-        plan = self._plan_for(tuple(a is not None for a in arrays), flat=False)
+        if only is not None:
+            leaves = [leaf if there else None for leaf, there in zip(leaves, seen, strict=True)]
+        recent = self._recent.get((False, part))
+        if recent is not None and recent[0].points_at(leaves):
+            return *recent, None
+        addresses, arrays, kind = self._gradients.leaves(leaves)
+        if arrays is not leaves:
+            active = tuple(a is not None for a in arrays)
+            active = self._everyone if all(active) else active
+        plan = self._plan_for(active, seen, flat=False, kind=kind)
         plan.point_gradients(addresses, leaves if arrays is leaves else None)
-        return plan, arrays
+        self._recent[False, part] = plan, kind
+        return plan, kind, arrays
 
     # The public step
 
-    def step(self, grads: Any = None) -> StepInfo:
+    def step(self, grads: Any = None, *, grad_scale: Any = None, only: str | Sequence[str] | None = None) -> StepInfo:
         """Update the parameters in place.
 
         Args:
             grads: gradients in the parameters' structure, or in one flat array of all of them; of the parameters'
-                dtype and shapes; only read. They are read where they are if they are C-contiguous, else gathered. A
-                leaf that is None is not updated. Without it `opt.grads` is used.
+                shapes and dtype, or float16 or bfloat16; only read. They are read where they are if they are
+                C-contiguous, else gathered. A leaf that is None is not updated. Without it `opt.grads` is used.
+            grad_scale: what to divide the gradients by, > 0: the loss scale, or the number of gradients that were
+                added up; one number, or one for each model.
+            only: a pattern, or several: update the leaves whose paths match, and leave the others and their counters
+                as they are. Steps of all parts are one step of everything, where no sum goes beyond a part.
 
         Returns:
             What was done.
 
         Raises:
             TypeError: if a gradient is no array or has another dtype.
-            ValueError: if the structure or a shape differs.
+            ValueError: if the structure or a shape differs, `grad_scale` is not positive and finite, or `only`
+                matches nothing.
             RuntimeError: if there are no gradients, or another thread is in a step of this optimizer.
         """
         if not self._lock.acquire(blocking=False):
@@ -399,20 +575,71 @@ class Optimizer:
                 "this optimizer is in a step in another thread. Use one optimizer per thread, or a lock."
             )
         try:
+            if grad_scale is not None or self._unscaled:
+                self._take_scale(grad_scale)
             if self._hyper.changed or self._staged is None or self._epoch != _threads.epoch:
                 self._refresh()
-            plan, kept = self._bind(grads)
-            plan.run(self._kernel, self._threads or _threads.get_num_threads())
+            clear = self._clears and grads is None
+            plan, kind, kept = self._bind(grads, only)
+            if only is not None:  # all parts together are one step
+                rows = plan.advance[:-1].any(axis=1)
+                clocks = self._rows.counters[:-1, CLOCK][rows]
+                plan.advance[-1, 1] = int(clocks.size > 0 and clocks.max() >= self._rows.steps)
+            kernel = self._kernels.get((kind, clear)) or self._kernel_for(kind, clear)
+            plan.run(kernel, self._threads or _threads.get_num_threads())
             del kept
-            lrs = self._lrs
-            return StepInfo(int(self._counters[-1, CLOCK]), lrs[""], lrs)
+            if grads is None:
+                self._after_own(plan, clear)
+            steps = int(self._rows.counters[-1, CLOCK])
+            if plan.layout is None:
+                return StepInfo(steps, self._lrs)
+            info = StepInfo(steps, self._lrs, plan.layout, plan.reports.copy(), plan.leaf_sums.copy(), self._grad_scale)
+            if self.loss_scale is not None:
+                self.loss_scale.update(info.skipped)
+            return info
         finally:
             self._lock.release()
+
+    def _after_own(self, plan: Plan, clear: bool) -> None:
+        """After a step from `opt.grads`: the next accumulation starts anew; clear what the pass has not."""
+        if self._accumulated is not None:
+            self._put(_accumulated=None)
+        if clear:
+            for first, last in plan.left_out:
+                self._gradients.own[first:last] = 0
+
+    def accumulate(self, grads: Any) -> None:
+        """Add gradients to `opt.grads`; the first after a step take the place of what stood there.
+
+        Then `step(grad_scale=k)` updates with their mean over `k` calls, or `step()` with their sum. A leaf that was
+        None every time is not updated.
+
+        Args:
+            grads: as for `step`; several calls may differ in dtype.
+
+        Raises:
+            TypeError: if a gradient is no array or has another dtype.
+            ValueError: if the structure or a shape differs.
+        """
+        own = self._tree(self._gradients.allocate_own())
+        before = self._accumulated
+        first = before is None
+        if first not in self._adding:
+            settings = {"threads": self._threads, "backend": self._backend, "grad_dtype": self._grad_bits}
+            self._adding[first] = Optimizer(own, _ACCUMULATION, lr=0.0, first=first, **settings)
+        whole = isinstance(grads, np.ndarray | FlatBuffer) or not is_container(grads)
+        there = self._everyone if whole else tuple(g is not None for g in self._structure.leaves(grads))
+        self._adding[first].step(grads)
+        if before is None:
+            for leaf, given in zip(self._cut(self._gradients.own), there, strict=True):
+                if not given:
+                    leaf[...] = 0
+        self._put(_accumulated=there if before is None else tuple(a or b for a, b in zip(there, before, strict=True)))
 
     def warmup(self) -> float:
         """Compile what the next step needs, or load it from the cache; the seconds that took."""
         self._refresh()
-        return float(self._kernel.compile_s)
+        return float(self._kernel_for(self._dtype.name, self._clears).compile_s)
 
     # Hyperparameters
 
@@ -445,8 +672,15 @@ class Optimizer:
 
     @property
     def steps(self) -> int:
-        """Steps made."""
-        return int(self._counters[-1, CLOCK])
+        """Steps made; one that was skipped for everything does not count."""
+        steps: int = self._rows.steps
+        return steps
+
+    @property
+    def skipped_steps(self) -> Any:
+        """Steps that were skipped because the gradient was not finite; `(population,)` in a population."""
+        most = self._rows.counts().skipped.max(axis=0)
+        return most if self._models is not None else int(most[0])
 
     def __reduce_ex__(self, protocol: object) -> Any:
         """Refuse copies and pickles, which would hold the addresses of somebody else's parameters."""
@@ -457,7 +691,8 @@ class Optimizer:
 
     def __repr__(self) -> str:
         """The class, its own hyperparameters and what it updates."""
-        values = ", ".join(f"{n}={v!r}" for n, v in self._hyper.defaults._values.items() if n != "frozen")
+        shown = self._hyper.defaults._values.items()
+        values = ", ".join(f"{n}={v!r}" for n, v in shown if n != "frozen" and v is not None)
         size = f"{self._size} x {self._dtype} in {len(self._leaves)} leaves"
         return f"<{type(self).__name__}({values}) of {size}, {self.steps} steps>"
 
@@ -481,13 +716,60 @@ class Optimizer:
 
     def zero_grad(self) -> None:
         """Set `opt.grads` to zero, if it has been used."""
+        self._put(_accumulated=None)
         if self._gradients.own is not None:
             self._gradients.own.fill(0)
 
     @property
     def state(self) -> dict[str, Any]:
         """The states by name, each an array or a `FlatBuffer` in the parameters' structure; views, not copies."""
-        return {self._states.get(letter, letter): self._tree(data) for letter, data in self._data.items()}
+        return {self._states.get(letter, letter): self._companion(letter) for letter in self._letters}
+
+    def _companion(self, name: str) -> Any:
+        """A column in the parameters' structure: a view, or the user's own arrays as they were given."""
+        return self._trees[name] if name in self._trees else self._tree(self._flat[name])
+
+    @property
+    def ema(self) -> Any:
+        """The moving average of the parameters, or what was given as `ema_out`.
+
+        Raises:
+            AttributeError: if the optimizer was built without `ema=`.
+        """
+        if "ema" not in self._columns:
+            raise AttributeError("there is no moving average; build the optimizer with ema=, such as ema=0.999.")
+        return self._companion("ema")
+
+    @property
+    def shadow(self) -> Any:
+        """The copy of the parameters in low precision, as of the last step.
+
+        Arrays of float16, or of bfloat16 where the package ml_dtypes is installed; without it their bits, as uint16.
+
+        Raises:
+            AttributeError: if the optimizer was built without `shadow=`.
+        """
+        if self._shadow is None:
+            raise AttributeError('there is no low-precision copy; build the optimizer with shadow="bfloat16".')
+        data = self._flat["shadow"]
+        if self._shadow == "float16":
+            return self._tree(data.view(np.float16))
+        try:
+            import ml_dtypes
+        except ImportError:
+            return self._tree(data)
+        return self._tree(data.view(ml_dtypes.bfloat16))
+
+    @property
+    def lr_scale(self) -> Any:
+        """The factor on each element's rate, as it was given; the next step reads what stands there then.
+
+        Raises:
+            AttributeError: if the optimizer was built without `lr_scale=`.
+        """
+        if "lr_scale" not in self._columns:
+            raise AttributeError("there is no rate per element; build the optimizer with lr_scale=.")
+        return self._trees["lr_scale"]
 
     # Saving
 
@@ -498,8 +780,9 @@ class Optimizer:
             params: put the parameters in as well, under "params.<path>".
 
         Returns:
-            "<state>.<path>" for each state and leaf ("exp_avg.w"); "step" and "clock", shape `(leaves, models)`;
-            "fastlr", the description in JSON as bytes. It works with `np.savez(file, **state)`.
+            "<state>.<path>" for each state and leaf ("exp_avg.w"), the average among them ("ema.w"); "step", "clock",
+            "skipped" and what the rule keeps of a group, shape `(leaves, models)`; "fastlr", the description in JSON
+            as bytes. It works with `np.savez(file, **state)`.
         """
         return checkpoints.collect(self, params)
 
@@ -545,13 +828,15 @@ class Optimizer:
         """Go back to a snapshot: parameters, states, counters and hyperparameters, bit for bit."""
         checkpoints.apply(self, snapshot)
 
-    def rebuild(self, params: Any) -> tuple[str, ...]:
+    def rebuild(self, params: Any, *, ema_out: Any = None, lr_scale: Any = None) -> tuple[str, ...]:
         """Go on with other parameters: added, removed or resized ones.
 
         Leaves of the same path and shape keep their state and counters, the others start afresh.
 
         Args:
             params: the new parameters, as for a new optimizer, of the same dtype.
+            ema_out: where to keep their average, if the optimizer was given arrays for it.
+            lr_scale: their rates per element, if the optimizer was given some.
 
         Returns:
             The paths that start afresh.
@@ -568,26 +853,33 @@ class Optimizer:
                 f"the new parameters are {new._dtype} with population={new._models}, the old ones {self._dtype} with "
                 f"population={self._models}. Build a new optimizer."
             )
-        own, *overrides = self._hyper.export().items()
+        _, *overrides = self._hyper.export().items()
         values = {n: v for n, v in self._hyper.defaults._values.items() if n != "frozen"}
-        hyper = Groups(values, dict(overrides), new._structure.paths, new._models, self._spelling)
-        hyper.defaults.frozen = own[1]["frozen"]
-        new._put(_hyper=hyper)
-        new._allocate(tuple(self._data))
-        counters = np.zeros((2, len(new._leaves), new._models or 1), np.int64)
-        old = {path: k for k, path in enumerate(self._structure.paths)}
+        given = {pattern: checkpoints.as_given(override) for pattern, override in overrides}
+        hyper = Groups(values, given, new._structure.paths, new._models, self._spelling)
+        hyper.defaults.frozen = self._hyper.defaults.frozen
+        new._put(_hyper=hyper, _by_leaf=False, _accumulated=None, _adding={})
+        new._allocate(self._letters, {"ema": ema_out, "lr_scale": lr_scale})
+        starts = [self._source.defaults[name] for name in self._source.scalars]
+        old, counts = self._rows.counts(), Counts.zero(len(new._leaves), new._models or 1, starts)
+        counts.scalars, counts.steps = counts.scalars.copy(), old.steps
+        places = {path: k for k, path in enumerate(self._structure.paths)}
         fresh = []
-        t, clock = self._counters_of_leaves()
         for k, path in enumerate(new._structure.paths):
-            j = old.get(path)
+            j = places.get(path)
             if j is None or self._shapes[j] != new._shapes[k]:
                 fresh.append(path)
                 continue
-            counters[0, k], counters[1, k] = t[j], clock[j]
-            for letter, data in new._data.items():
-                a, b = new._starts[k], self._starts[j]
-                data[a : a + new._sizes[k]] = self._data[letter][b : b + self._sizes[j]]
-        new._put(**new._rows_for(counters[0], counters[1], self.steps))
+            for mine, theirs in zip(
+                (counts.t, counts.clock, counts.skipped, counts.scalars),
+                (old.t, old.clock, old.skipped, old.scalars),
+                strict=True,
+            ):
+                mine[k] = theirs[j]
+            for letter in self._letters:
+                if letter not in self._external:
+                    new._columns[letter][k][...] = self._columns[letter][j]
+        new._put(**new._rows_for(counts))
         self.__dict__.update(new.__dict__)
         return tuple(fresh)
 

@@ -1,8 +1,8 @@
 """Plans: which memory a step touches, as two tables of integers.
 
-`leaves[leaf] = (row, address of p, of g, of each state)` and `tiles[tile] = (leaf, start, count)`. A row is the place
-of a group's counters and hyperparameters; in a population each model has rows of its own. Addresses are taken here
-and nowhere else, from arrays that the optimizer has checked and keeps alive.
+`leaves[leaf] = (row, address of p, of g, of each state, ...)` and `tiles[tile] = (leaf, start, count)`. A row is the
+place of a group's counters and hyperparameters; in a population each model has rows of its own. Addresses are taken
+here and nowhere else, from arrays that the optimizer has checked and keeps alive.
 """
 
 from __future__ import annotations
@@ -11,11 +11,18 @@ import itertools
 import operator
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from .kernels.cpu import BLOCK, CHUNK, FIRST_ADDRESS, LINE, NEXT, ROW, SHARES, WAITING, Kernel
+from . import checks
+from .kernels import cpu
+from .kernels.cpu import CHUNK, FIRST_ADDRESS, LINE, NEXT, ROW, SHARES, WAITING, Kernel
+from .kernels.staging import Staged
+from .kernels.sums import BLOCK
+from .rows import Rows
+from .step_info import Layout
 from .threads import ask_helpers
 
 _GRADIENT = FIRST_ADDRESS + 1
@@ -27,42 +34,69 @@ _REMEMBERED_BYTES = 4 << 20
 # (virtual machine, 2026-11), in which it moves some 3 MB.
 _WORTH_WAKING = 4 << 20
 
+# Above this many bytes a copy in low precision will have left the caches before anybody reads it, so it goes past them.
+_WORTH_STREAMING = 128 << 20
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a plan.
+
+    Attributes:
+        arrays: the memory of each leaf, of all models; kept alive by whoever made the plan. None for gradients, whose
+            addresses come later.
+        itemsize: bytes of an element.
+    """
+
+    arrays: Sequence[np.ndarray] | None
+    itemsize: int
+
 
 class Plan:
     """The tables of a step, and what a running step needs beside them.
 
     Args:
         sizes: elements of each leaf of one model.
-        columns: addresses of p and of each state, per leaf; shape `(1 + states, leaves)`.
-        rows: row of each leaf of each model, shape `(leaves, models)`; negative where the step leaves it alone.
-        itemsize: bytes of an element.
+        columns: as `kernels.cpu.Storage.columns` has them.
+        rows: of the leaves.
+        kept: whether the step updates a leaf of a model, shape `(leaves, models)`.
+        advance: see `Rows.advance`.
+        staged: the rule.
         table: hyperparameters per row, float64.
-        counters: per row, and one more row for the optimizer itself.
         h: scratch for what `decide` returns, per row.
         merge: leaves stand one after the other in every column, so that neighbours of one row can be one entry.
 
     Attributes:
         tables: the arguments of a kernel before the generation.
+        advance: what the step adds to the counters.
+        reports: what `decide` reported of each row.
+        leaf_sums: the sums over each entry.
+        entry: the entry of each leaf and model, -1 where there is none; only if sums are taken.
+        left_out: first and last element, in the flat order, of what the step does not update.
+        layout: how to read what a step reported; None if it reports nothing.
     """
+
+    layout: Layout | None = None
 
     def __init__(
         self,
         sizes: Sequence[int],
-        columns: np.ndarray,
-        rows: np.ndarray,
-        itemsize: int,
+        columns: Sequence[Column],
+        rows: Rows,
+        kept: np.ndarray,
+        advance: np.ndarray,
+        staged: Staged,
         table: np.ndarray,
-        counters: np.ndarray,
         h: np.ndarray,
         merge: bool,
     ) -> None:
-        models = rows.shape[1]
+        models = kept.shape[1]
         lengths = np.repeat(np.asarray(sizes, np.int64), models)
-        row = rows.reshape(-1)
-        kept = (row >= 0) & (lengths > 0)
+        row = rows.index.reshape(-1)
+        kept = kept.reshape(-1) & (lengths > 0)
         offsets = np.concatenate([[0], np.cumsum(lengths)])[:-1]
         first = kept
-        if merge:
+        if merge and not staged.quantities:
             same = np.zeros_like(kept)
             same[1:] = kept[1:] & kept[:-1] & (row[1:] == row[:-1])
             first = kept & ~same
@@ -71,15 +105,18 @@ class Plan:
         totals = np.bincount(entry[kept], lengths[kept], minlength=len(starts)).astype(np.int64)
 
         leaf = starts // models
-        self._inside = (starts % models) * lengths[starts] * itemsize if len(starts) else starts
+        inside = (starts % models) * lengths[starts]
+        itemsize = columns[1].itemsize
         self._leaf = leaf
+        self._inside = inside * itemsize
         self._flat_offsets = offsets[starts] * itemsize
         self._first_offset = int(self._flat_offsets[0]) if len(starts) else 0
-        self.leaves = np.zeros((max(1, len(starts)), 2 + columns.shape[0]), np.int64)
-        if len(starts):
-            self.leaves[:, ROW] = row[starts]
-            self.leaves[:, FIRST_ADDRESS] = columns[0][leaf] + self._inside
-            self.leaves[:, _GRADIENT + 1 :] = (columns[1:][:, leaf] + self._inside).T
+        self.leaves = np.zeros((len(starts), 1 + len(columns)), np.int64)
+        self.leaves[:, ROW] = row[starts]
+        for k, column in enumerate(columns):
+            if column.arrays is not None:
+                base = np.array([checks.address(a) for a in column.arrays], np.int64)
+                self.leaves[:, FIRST_ADDRESS + k] = base[leaf] + inside * column.itemsize
 
         per = -(-totals // BLOCK)
         which = np.repeat(np.arange(len(starts)), per)
@@ -88,14 +125,60 @@ class Plan:
             np.stack([which, begin, np.minimum(BLOCK, totals[which] - begin)], axis=1), np.int64
         )
         self.elements = int(totals.sum())
-        self._work = self.elements * itemsize * (1 + columns.shape[0])
-        self._tables = (self.leaves, self.tiles, table, counters, h)
-        self._generations = itertools.count(1)
+        self._work = self.elements * sum(c.itemsize for c in columns) + sum(
+            self.elements * c.itemsize for c in columns[: 2 * len(staged.measures)]
+        )
+        self._tables = (self.leaves, self.tiles, table, rows.counters, h)
+        self._generations = itertools.count(1, len(staged.measures) + 1)
         self._itemsize = itemsize
         self._pointed: list[Any] | tuple[Any, ...] | None = None
         self._threads = 0
         average = self.elements / max(1, len(self.tiles))
         self._chunk = max(1, int(BLOCK // max(1.0, average)))
+        self.advance = advance
+        out = np.flatnonzero(~kept & (lengths > 0))
+        self.left_out = list(zip(offsets[out].tolist(), (offsets[out] + lengths[out]).tolist(), strict=True))
+        self._make_sums(rows, staged, starts, per, models)
+
+    def _make_sums(self, rows: Rows, staged: Staged, starts: np.ndarray, per: np.ndarray, models: int) -> None:
+        """Room for sums, and which entries each scope adds up, in the order of the leaves."""
+        entries, count = len(starts), len(rows)
+        self.reports = np.zeros((count, len(staged.reports)))
+        self.leaf_sums = np.zeros((entries, staged.quantities))
+        more: dict[int, np.ndarray] = {
+            cpu.ADVANCE: self.advance,
+            cpu.SCALARS: rows.scalars,
+            cpu.NEW_SCALARS: np.zeros_like(rows.scalars),
+            cpu.SUMS: np.zeros((count, len(staged.sums))),
+            cpu.REPORTS: self.reports,
+            cpu.LEAF_SUMS: self.leaf_sums,
+        }
+        self._cell_counts = [0, 0]
+        self.entry: np.ndarray | None = None
+        if staged.quantities:
+            members = np.zeros((2, entries), np.int64)
+            bounds = np.zeros((2, entries + 1), np.int64)
+            cells = np.full((2, count), -1, np.int64)
+            model = starts % models
+            groups = rows.configuration[rows.index.reshape(-1)[starts]] * models + model
+            for k, cell in enumerate((groups, model)):
+                names, which = np.unique(cell, return_inverse=True)
+                members[k] = np.argsort(which, kind="stable")
+                bounds[k, : len(names) + 1] = np.concatenate([[0], np.cumsum(np.bincount(which, minlength=len(names)))])
+                of_row = rows.configuration * models + rows.model if k == 0 else rows.model
+                place = np.searchsorted(names, of_row)
+                known = place < len(names)
+                known[known] = names[place[known]] == of_row[known]
+                cells[k, known] = place[known]
+                self._cell_counts[k] = len(names)
+            more[cpu.PARTIALS] = np.zeros((len(self.tiles) + 1, staged.quantities))
+            more[cpu.WORK] = np.zeros(entries + 1)
+            more[cpu.FIRST] = np.concatenate([[0], np.cumsum(per)]).astype(np.int64)
+            more[cpu.MEMBERS], more[cpu.BOUNDS], more[cpu.CELLS] = members, bounds, cells
+            self.entry = np.full(rows.index.size, -1, np.int64)
+            self.entry[starts] = np.arange(entries)
+            self.entry = self.entry.reshape(rows.index.shape)
+        self._more = more
 
     def points_at(self, arrays: list[Any]) -> bool:
         """Whether the gradients in the plan are these very arrays."""
@@ -147,5 +230,9 @@ class Plan:
         skip = -(control.ctypes.data // 8) % LINE
         self._control = control[skip : skip + size]
         self._control[CHUNK], self._control[SHARES] = self._chunk, threads
+        for place, array in self._more.items():
+            self._control[place] = checks.address(array)
+        self._control[cpu.CELL_COUNTS : cpu.CELL_COUNTS + 2] = self._cell_counts
+        self._control[cpu.PAST] = self._work > _WORTH_STREAMING
         self.tables = (*self._tables, self._control)
         self._threads = threads

@@ -11,7 +11,7 @@ from enum import IntEnum
 from typing import Any, NoReturn
 
 from . import primitives
-from .language import Before, RuleError, Source, parse
+from .language import After, Before, RuleError, Source, parse
 
 
 class Time(IntEnum):
@@ -42,6 +42,24 @@ def _static(value: Any) -> Value:
     return Value(Time.STATIC, ast.Constant(value), isinstance(value, int), isinstance(value, bool))
 
 
+@dataclass
+class _Sum:
+    """A sum over elements while a rule is staged: what is added, and the names that `decide` reads it by."""
+
+    kind: str
+    element: str  # the name in `update` of what is added up
+    round: int  # the measuring pass in which it can be taken: those of earlier rounds are known then
+    names: dict[str, str]  # scope -> name in `decide`
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A reading pass before the update: `source` defines `measure(p, g, *states, *inputs, h) -> a value per sum`."""
+
+    source: str
+    kinds: tuple[str, ...]  # "norm" or "total", for each value
+
+
 def _names(node: ast.AST) -> set[str]:
     """The variables in a piece of code, without the functions that it calls."""
     called = {id(n.func) for n in ast.walk(node) if isinstance(n, ast.Call)}
@@ -50,25 +68,42 @@ def _names(node: ast.AST) -> set[str]:
 
 @dataclass(frozen=True)
 class Staged:
-    """A rule staged for given static values: the text of `decide` and `update`, and what they read and return.
+    """A rule staged for given static values: the text of `decide`, `measure` and `update`, what they read and return.
 
     Attributes:
         name: the rule's name.
         uniforms: the arguments of `decide` after `t`, in order.
-        states: the states that exist, in order; `update` takes and returns them after `p` and `g`.
-        slots: how many numbers `decide` returns.
+        states: the states that exist, in order, averages among them; `update` takes and returns them after `p`.
+        inputs: what else `update` reads of an element, after the states.
+        scalars: state of a group rather than of an element: `decide` takes and returns it.
+        sums: for each sum that `decide` takes, the number of what is added (counted over all measures) and the scope.
+        reports: what `decide` returns for people, such as the norm of the gradient.
+        emitted: what `update` returns after the states, to be summed up as norms.
+        slots: how many numbers `decide` returns for the other functions.
         exact: whether every operation is correctly rounded everywhere, so that every backend gives the same bits.
-        decide: source of `decide(t, *uniforms) -> h`.
-        update: source of `update(p, g, *states, h) -> p, *states`.
+        decide: source of `decide(t, *uniforms, *scalars, *sums) -> *h, *scalars, *reports`.
+        measures: the reading passes, in order. `decide` runs before the first and after each.
+        update: source of `update(p, g, *states, *inputs, h) -> p, *states, *emitted`.
     """
 
     name: str
     uniforms: tuple[str, ...]
     states: tuple[str, ...]
+    inputs: tuple[str, ...]
+    scalars: tuple[str, ...]
+    sums: tuple[tuple[int, str], ...]
+    reports: tuple[str, ...]
+    emitted: tuple[str, ...]
     slots: int
     exact: bool
     decide: str
+    measures: tuple[Measure, ...]
     update: str
+
+    @property
+    def quantities(self) -> int:
+        """How many things are added up over elements, by the measures and the update together."""
+        return sum(len(m.kinds) for m in self.measures) + len(self.emitted)
 
     def show(self) -> None:
         """Print the staged code."""
@@ -76,7 +111,7 @@ class Staged:
 
     def __str__(self) -> str:
         """The staged code."""
-        return f"{self.decide}\n\n{self.update}"
+        return "\n\n".join([self.decide, *(m.source for m in self.measures), self.update])
 
 
 class Stager:
@@ -91,6 +126,11 @@ class Stager:
         self.decide: list[tuple[str, ast.expr]] = []
         self.update: list[tuple[str, ast.expr]] = []
         self.slots: dict[str, tuple[str, ast.expr]] = {}  # code in decide -> (name in update, node)
+        self.sums: dict[Any, _Sum] = {}
+        self.reports: dict[str, Value] = {}
+        self.rounds: dict[str, dict[str, int]] = {"decide": {}, "update": {}}  # after how many measures a name is known
+        self.versions: dict[str, int] = {}  # how often a name in update has been assigned
+        self.reserved = {"t", "lr", *rule.hyperparameters, *rule.scalars}
         self.taken = {a.arg for a in ast.walk(rule.tree) if isinstance(a, ast.arg)} | _names(rule.tree) | {"t"}
         self.h = "h" if "h" not in self.taken else self._fresh("h")
         self.taken.add("h")
@@ -100,35 +140,70 @@ class Stager:
 
     # The whole
 
-    def run(self, before: Before | None) -> Staged:
-        """Stage the rule, and what comes before it."""
+    def run(self, before: Before | None, after: After | None) -> Staged:
+        """Stage the rule, and what comes before and after it."""
         rule = self.rule
-        for name in ("p", "g", *rule.states):
+        own = ("p", "g", *rule.states)
+        for name in own:
             self.env[name] = Value(Time.ELEMENT, ast.Name(name))
         owned = set(rule.hyperparameters)
+        start = self._named("start", Value(Time.ELEMENT, ast.Name("p")))
+        gradient = self._named("raw", Value(Time.ELEMENT, ast.Name("g")))
+        lr = None
         if before is not None:
-            # A rule that names an option itself (weight_decay) owns it: the step leaves it alone.
-            options = set(before.hyperparameters)
-            self._bind((options - owned) | {"lr"})
-            self.env.update({name: _static(0.0) for name in (options & owned) - {"lr"}})
-            self.taken |= _names(before.tree)
-            self.globals = before.globals
-            results = self._body(before.tree)
-            self.env = {k: v for k, v in self.env.items() if k in ("p", "g", *rule.states)}
-            for name, value in zip(("p", "g"), results, strict=True):
+            p, g, lr, *found = self._option(before, owned)
+            reports = dict(zip(before.reports, found, strict=True))
+            self.reports = {name: value for name, value in reports.items() if value.time is Time.UNIFORM}
+            self.env = {k: v for k, v in self.env.items() if k in own}
+            for name, value in (("p", p), ("g", g)):
                 self._assign(name, value, before.tree)
             self.globals = rule.globals
         self._bind(owned)
+        if lr is not None and lr.time is Time.ELEMENT:
+            self.env["lr"] = lr
+        for name in rule.scalars:
+            self.env[name] = Value(Time.UNIFORM, ast.Name(name))
         if rule.counts:
             self.env["t"] = Value(Time.UNIFORM, ast.Name("t"), integer=True)
         results = self._body(rule.tree)
-        if len(results) != 1 + len(rule.states):
+        expected = ["the new p", *rule.states, *rule.scalars]
+        if len(results) != len(expected):
             self._fail(
                 rule.tree.body[-1],
-                f"returns {len(results)} values, expected {1 + len(rule.states)}: the new p, then "
-                f"{', '.join(rule.states) or 'nothing'} in the order of the arguments",
+                f"returns {len(results)} values, expected {len(expected)}: the new p, then "
+                f"{', '.join(expected[1:]) or 'nothing'} in the order of the arguments",
             )
-        return self._residual([self._lift(r) for r in results])
+        states = list(zip(rule.states, results[1:], strict=False))
+        scalars = list(zip(rule.scalars, results[1 + len(rule.states) :], strict=True))
+        for name, value in scalars:
+            if value.time is Time.ELEMENT:
+                self._fail(rule.tree.body[-1], f"{name!r} is state of a group, so it cannot follow from elements")
+        new_p, emitted = results[0], {}
+        if after is not None:
+            new_p = self._named("new", new_p)
+            self.env = {"p": new_p, "start": start}
+            new_p, *averages = self._option(after, owned)
+            if self.static.get("averaged"):
+                states += zip(AVERAGES, averages, strict=True)
+            if self.static.get("statistics"):
+                new_p = self._named("new", new_p)
+                change = Value(Time.ELEMENT, ast.BinOp(new_p.node, ast.Sub(), start.node))
+                emitted = {"param_norm": new_p, "update_norm": self._named("change", change)}
+                if "grad_norm" not in self.reports:
+                    emitted["raw_grad_norm"] = gradient
+        return self._residual(self._lift(new_p), states, scalars, emitted)
+
+    def _option(self, function: Source, owned: set[str]) -> list[Value]:
+        """Stage what comes before or after the rule. What a rule names itself, it owns: here it is off."""
+        options = set(function.hyperparameters)
+        self._bind((options - owned) | (options & {"lr"}))
+        self.env.update({name: _static(0.0) for name in (options & owned) - {"lr"}})
+        for name in function.states:
+            self.env[name] = Value(Time.ELEMENT, ast.Name(name))
+        self.reserved |= options
+        self.taken |= _names(function.tree) | {a.arg for a in ast.walk(function.tree) if isinstance(a, ast.arg)}
+        self.globals = function.globals
+        return self._body(function.tree)
 
     def _bind(self, names: set[str]) -> None:
         for name in sorted(names):
@@ -137,46 +212,83 @@ class Stager:
             else:
                 self.env[name] = Value(Time.UNIFORM, ast.Name(name))
 
-    def _residual(self, results: list[ast.expr]) -> Staged:
-        """Drop what nobody uses, states included, and write the two functions."""
-        states = list(self.rule.states)
-        while True:  # a state that is returned as it came and read by nobody else does not exist
-            kept = [(s, r) for s, r in zip(states, results[1:], strict=True)]
-            unused = next(
-                (
-                    s
-                    for s, r in kept
-                    if isinstance(r, ast.Name)
-                    and r.id == s
-                    and not any(target == s for target, _ in self.update)
-                    and s not in self._live([results[0], *(x for n, x in kept if n != s)], self.update)[1]
-                ),
-                None,
-            )
-            if unused is None:
+    def _residual(
+        self,
+        new_p: ast.expr,
+        states: list[tuple[str, Value]],
+        scalars: list[tuple[str, Value]],
+        emitted: dict[str, Value],
+    ) -> Staged:
+        """Drop what nobody uses, states and sums included, and write the functions."""
+        kept = {name: self._lift(value) for name, value in states}
+        extra = {name: self._lift(value) for name, value in emitted.items()}
+        last = [value.node for _, value in scalars] + [self._number(v).node for v in self.reports.values()]
+        sums: list[_Sum] = []
+        while True:
+            added = [ast.Name(s.element) for s in sums]
+            unused = self._unused(new_p, kept, [*extra.values(), *added])
+            if unused is not None:  # a state that is returned as it came and read by nobody else does not exist
+                del kept[unused]
+                continue
+            results = [new_p, *kept.values(), *extra.values()]
+            update, _ = self._live(results, self.update)
+            passes, _ = self._live([*results, *added], self.update)
+            read = set().union(*(_names(x) for _, x in passes), *(_names(r) for r in (*results, *added)))
+            slots = [(name, node) for name, node in self.slots.values() if name in read]
+            slots = slots or [("unused", ast.Constant(0.0))]
+            values = [node for _, node in slots] + last
+            decide, free = self._live(values, self.decide)
+            needed = [s for s in self.sums.values() if not free.isdisjoint(s.names.values())]
+            needed.sort(key=lambda s: s.round)
+            if needed == sums:
                 break
-            index = states.index(unused)
-            del states[index], results[index + 1]
-        update, _ = self._live(results, self.update)
-        read = set().union(*(_names(x) for _, x in update), *(_names(r) for r in results))
-        slots = [(name, node) for name, node in self.slots.values() if name in read] or [("unused", ast.Constant(0.0))]
-        values = [node for _, node in slots]
-        decide, free = self._live(values, self.decide)
-        uniforms = tuple(n for n in ("lr", *_ordered(self.rule, free)) if n in free)
+            sums = needed
+        names = {n: (k, scope) for k, s in enumerate(sums) for scope, n in s.names.items() if n in free}
+        arguments = ["p", "g", *kept, *self._inputs(passes, [*results, *added], kept)]
+        unpacked = (f"({''.join(n + ', ' for n, _ in slots).strip()})", ast.Name(self.h))
+        uniforms = tuple(n for n in ("lr", *_ordered(self.rule, free - set(names))) if n in free)
+
+        def element(name: str, values: list[ast.expr]) -> str:
+            statements, _ = self._live(values, self.update)
+            return _function(name, [*arguments, self.h], [unpacked, *statements], _tuple(values))
+
+        by_round = [[s for s in sums if s.round == r] for r in sorted({s.round for s in sums})]
+        measures = [
+            Measure(element("measure", [ast.Name(s.element) for s in part]), tuple(s.kind for s in part))
+            for part in by_round
+        ]
         return Staged(
             self.rule.name,
             uniforms,
-            tuple(states),
+            tuple(kept),
+            tuple(arguments[2 + len(kept) :]),
+            tuple(name for name, _ in scalars),
+            tuple(names.values()),
+            tuple(self.reports),
+            tuple(extra),
             len(slots),
             self.exact,
-            _function("decide", ["t", *uniforms], decide, _tuple(values)),
-            _function(
-                "update",
-                ["p", "g", *states, self.h],
-                [(f"({''.join(n + ', ' for n, _ in slots).strip()})", ast.Name(self.h)), *update],
-                _tuple(results),
-            ),
+            _function("decide", ["t", *uniforms, *(name for name, _ in scalars), *names], decide, _tuple(values)),
+            tuple(measures),
+            element("update", results),
         )
+
+    def _unused(self, new_p: ast.expr, kept: dict[str, ast.expr], others: list[ast.expr]) -> str | None:
+        """A state that comes out as it went in and that nothing else needs."""
+        for name, result in kept.items():
+            same = isinstance(result, ast.Name) and result.id == name
+            if same and not any(target == name for target, _ in self.update):
+                rest = [new_p, *others, *(x for other, x in kept.items() if other != name)]
+                if name not in self._live(rest, self.update)[1]:
+                    return name
+        return None
+
+    def _inputs(
+        self, statements: list[tuple[str, ast.expr]], results: list[ast.expr], states: Mapping[str, ast.expr]
+    ) -> list[str]:
+        """What is read of an element beside p, g and the states."""
+        _, free = self._live(results, statements)
+        return sorted(free - {"p", "g", *states} - {name for name, _ in self.slots.values()})
 
     @staticmethod
     def _live(
@@ -268,17 +380,26 @@ class Stager:
             self.env[name] = value
         elif value.time is Time.UNIFORM:
             fresh = self._fresh(name) if self._used_in_decide(name) else name
-            self.decide.append((fresh, value.node))
+            self._note("decide", fresh, value.node)
             self.env[name] = replace(value, node=ast.Name(fresh))
         else:
             clash = self.depth or any(name == slot for slot, _ in self.slots.values())
             fresh = self._fresh(name) if clash else name
-            self.update.append((fresh, value.node))
+            self._note("update", fresh, value.node)
             self.env[name] = replace(value, node=ast.Name(fresh))
 
     def _used_in_decide(self, name: str) -> bool:
-        arguments = {"t", *self.rule.hyperparameters, "lr", "maximize", "weight_decay", "decoupled_weight_decay"}
-        return name in arguments or any(name == target for target, _ in self.decide)
+        return name in self.reserved or any(name == target for target, _ in self.decide)
+
+    def _note(self, where: str, name: str, node: ast.expr) -> None:
+        """Add an assignment to `decide` or `update`."""
+        (self.decide if where == "decide" else self.update).append((name, node))
+        self.rounds[where][name] = self._round(where, node)
+        self.versions[name] = self.versions.get(name, 0) + 1
+
+    def _round(self, where: str, node: ast.expr) -> int:
+        """How many measures must have been taken before an expression is known."""
+        return max((self.rounds[where].get(name, 0) for name in _names(node)), default=0)
 
     def _fresh(self, name: str) -> str:
         k = 1
@@ -334,6 +455,8 @@ class Stager:
                 return self._conditional(self._test(test), body, orelse)
             case ast.Call(func=function, args=args, keywords=[]):
                 return self._call(node, function, args)
+            case ast.Call(func=function, args=[one], keywords=[ast.keyword(arg="over", value=over)]):
+                return self._call(node, function, [one, over])
             case ast.Attribute():
                 constant = self._resolve(node)
                 if isinstance(constant, bool | int | float):
@@ -387,12 +510,8 @@ class Stager:
             self._fail(
                 node, "an element can be raised to 0.5 or to a literal integer up to 4; for others use exp and log"
             )
-        if not b.integer:
-            self._fail(
-                node, "a power must have an integer exponent (t, a literal) or be 0.5; for others use exp and log"
-            )
-        call = ast.Call(ast.Name("power"), [_float(a), b.node], [])
-        return Value(Time.UNIFORM, call)
+        function = "power" if b.integer else "real_power"
+        return Value(Time.UNIFORM, ast.Call(ast.Name(function), [_float(a), b.node if b.integer else _float(b)], []))
 
     def _folded(self, node: ast.expr, expression: ast.expr) -> Any:
         try:
@@ -466,20 +585,25 @@ class Stager:
         if name is None:
             known = ", ".join((*primitives.BASIC, *primitives.COMPOSED))
             self._fail(node, f"the function {ast.unparse(function)!r} is not known to staging; a rule may call {known}")
-        expected = len(inspect.signature(getattr(primitives, name)).parameters)
-        if len(args) != expected:
+        parameters = inspect.signature(getattr(primitives, name)).parameters.values()
+        most = len(parameters)
+        least = sum(p.default is p.empty for p in parameters)
+        if not least <= len(args) <= most:
+            expected = f"{least} or {most}" if least < most else str(most)
             self._fail(node, f"{name} takes {expected} arguments, got {len(args)}")
         if name == "where":
             return self._conditional(self._test(args[0]), args[1], args[2])
+        if name in primitives.SUMS:
+            return self._sum(node, name, args)
         values = [self._number(self._value(x)) for x in args]
         if name in primitives.BASIC:
             return self._basic(name, values)
         return self._inlined(name, values)
 
     def _basic(self, name: str, args: list[Value]) -> Value:
-        self.exact = self.exact and primitives.BASIC[name]
-        if max(v.time for v in args) is not Time.ELEMENT:
+        if max(v.time for v in args) is not Time.ELEMENT:  # once, in float64, by the same library on every CPU backend
             return Value(Time.UNIFORM, ast.Call(ast.Name(name), [_float(v) for v in args], []))
+        self.exact = self.exact and primitives.BASIC[name]
         return Value(Time.ELEMENT, ast.Call(ast.Name(name), [self._lift(v) for v in args], []))
 
     def _inlined(self, name: str, args: list[Value]) -> Value:
@@ -494,6 +618,34 @@ class Stager:
         result = self._value(statement.value)
         self.env, self.globals = outer, outer_globals
         return result
+
+    def _sum(self, node: ast.Call, kind: str, args: list[ast.expr]) -> Value:
+        """A sum over elements: taken by `measure`, known to `decide` from then on."""
+        scope: Any = "leaf"
+        if len(args) > 1:
+            match args[1]:
+                case ast.Constant(value=scope):
+                    pass
+                case ast.Name(id=name) if (bound := self.env.get(name)) is not None and bound.time is Time.STATIC:
+                    scope = bound.constant
+                case _:
+                    scope = None
+            if scope not in primitives.SCOPES:
+                shown = ", ".join(map(repr, primitives.SCOPES))
+                self._fail(node, f"{kind} runs over {shown}, written as a literal, got {ast.unparse(args[1])}")
+        value = self._number(self._value(args[0]))
+        if value.time is not Time.ELEMENT:
+            self._fail(node, f"{kind} sums what differs between elements; {ast.unparse(args[0])!r} does not")
+        key = (kind, ast.unparse(value.node), tuple((n, self.versions.get(n, 0)) for n in sorted(_names(value.node))))
+        if key not in self.sums:
+            element = self._named("added", value).node
+            assert isinstance(element, ast.Name)
+            self.sums[key] = _Sum(kind, element.id, self._round("update", element), {})
+        known = self.sums[key]
+        if scope not in known.names:
+            known.names[scope] = name = self._fresh(f"{kind}_{scope}")
+            self.rounds["decide"][name] = known.round + 1
+        return Value(Time.UNIFORM, ast.Name(known.names[scope]))
 
     def _resolve(self, node: ast.expr) -> Any:
         if isinstance(node, ast.Name) and node.id not in self.env:
@@ -512,7 +664,7 @@ class Stager:
             if self.depth:
                 return value
             name = self._fresh("u")
-            self.decide.append((name, value.node))
+            self._note("decide", name, value.node)
         else:
             return self._copied(value)
         return replace(value, node=ast.Name(name))
@@ -521,9 +673,13 @@ class Stager:
         """The value under a name of its own, so that it outlives an assignment to what it was computed from."""
         if value.time is not Time.ELEMENT:
             return value
-        name = self._fresh("x")
-        self.update.append((name, value.node))
-        return replace(value, node=ast.Name(name))
+        return self._named("x", value)
+
+    def _named(self, prefix: str, value: Value) -> Value:
+        """An element's value under a fresh name."""
+        name = self._fresh(prefix)
+        self._note("update", name, self._lift(value))
+        return Value(Time.ELEMENT, ast.Name(name), truth=value.truth)
 
     def _number(self, value: Value) -> Value:
         """A condition used as a number is 1 or 0."""
@@ -560,6 +716,7 @@ class Stager:
             )
             name = node.id if free and isinstance(node, ast.Name) else self._fresh("h")
             self.slots[code] = (name, node)
+            self.rounds["update"][name] = self._round("decide", node)
         return ast.Name(self.slots[code][0])
 
     def _fail(self, node: ast.AST, problem: str) -> NoReturn:
@@ -567,14 +724,18 @@ class Stager:
         raise RuleError(f"rule {self.rule.name!r}, line {line}: {problem}.")
 
 
+# The states that `after` keeps.
+AVERAGES = ("ema",)
+
+
 def _reserved(rule: Source) -> set[str]:
-    return {"p", "g", "h", *rule.states}
+    return {"p", "g", "h", *rule.states, *AVERAGES}
 
 
 def _ordered(rule: Source, free: set[str]) -> Iterator[str]:
     """Uniform inputs: the rule's own in its order, then those of the step's options."""
     yield from (n for n in rule.hyperparameters if n != "lr")
-    yield from sorted(free - set(rule.hyperparameters) - {"lr", "t"})
+    yield from sorted(free - {*rule.hyperparameters, *rule.scalars, "lr", "t"})
 
 
 def _float(value: Value) -> ast.expr:

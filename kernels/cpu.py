@@ -1,19 +1,20 @@
-"""The sweep on CPU threads: `decide` once per row, then `update` over the tiles of a plan.
+"""A step on CPU threads: `decide` once per row, `measure` and `update` over the tiles of a plan.
 
 One compiled function carries out a whole step, counters included, so that a step is either not begun or complete when
 Python next looks (a KeyboardInterrupt waits for it). It takes the tables of a plan and never names an optimizer.
 
-The tiles are cut into a share for each thread and handed out by atomic counters, to the calling thread and to any
-helper that has come in meanwhile (`fastlr.threads`); whoever is done with one share goes on with the others. Nobody
-waits for a helper that has not come, so a core that is busy with something else costs only its share. Which thread
-does which tile does not show in the result.
+A step goes in phases: each measure, then the update. In each, the tiles are cut into a share for each thread and
+handed out by atomic counters, to the calling thread and to any helper that has come in meanwhile (`fastlr.threads`);
+whoever is done with one share goes on with the others. Nobody waits for a helper that has not come, so a core that is
+busy with something else costs only its share. Between phases the calling thread adds up what was measured and decides.
+Which thread does which tile does not show in the result.
 """
 
 import hashlib
 import math
 import time
 import types as types_module
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,21 +22,37 @@ import numba
 import numpy as np
 from numba import njit, types
 
-from . import primitives
+from . import primitives, sums
 from .caching import KernelCache
-from .memory import atomic_load, atomic_store, elements, fetch_add, pause, row, sched_yield, where
+from .formats import FORMATS, to_float32
+from .memory import (
+    atomic_load,
+    atomic_store,
+    elements,
+    fetch_add,
+    lanes,
+    outbox,
+    pause,
+    row,
+    sched_yield,
+    table,
+    where,
+)
+from .primitives import SCOPES
 from .staging import Staged, define
-
-BLOCK = 16_384  # elements of a tile, at most; sums over a leaf are taken in blocks of this size
+from .sums import LANES
 
 # Columns of a plan's tables.
-ROW, FIRST_ADDRESS = 0, 1  # leaves: the row of its counters, then the addresses of p, g and the states
+ROW, FIRST_ADDRESS = 0, 1  # leaves: the row of its counters, then the addresses of each column (`Storage.columns`)
 LEAF, START, COUNT = 0, 1, 2  # tiles
-T, CLOCK, T_STEP, CLOCK_STEP = 0, 1, 2, 3  # counters: updates made, steps seen, and what this step adds to each
+T, CLOCK, SKIPPED, GO = 0, 1, 2, 3  # counters: updates made, steps seen, steps skipped, and whether this one is not
 
-# Places in the control block, in int64s: each that threads write has a cache line of its own. From NEXT on, one
-# counter for each share of the tiles.
-HELPERS, OPENED, CLOSED, WAITING, ARRIVED, CHUNK, SHARES, NEXT = 0, 8, 16, 24, 32, 40, 41, 48
+# Places in the control block, in int64s: each that threads write has a cache line of its own. The phase is written
+# before the step is opened and read after that. In the fourth line, addresses and sizes of a plan's further tables.
+# From NEXT on, one counter for each share of the tiles.
+HELPERS, OPENED, PHASE, CLOSED, WAITING, ARRIVED, CHUNK, SHARES = 0, 8, 9, 16, 24, 32, 40, 41
+ADVANCE, SCALARS, NEW_SCALARS, SUMS, REPORTS, PARTIALS, LEAF_SUMS, WORK, FIRST, MEMBERS, BOUNDS, CELLS = range(42, 54)
+CELL_COUNTS, PAST, NEXT = 54, 56, 64  # two counts: cells of scope "group", of scope "all"; see `update_loop`
 LINE = 8
 
 # How often a helper looks for the next step before it goes to sleep. Once it has been asked in, the step is about to
@@ -45,6 +62,34 @@ _ASKED, _PATIENCE = 50_000, 5_000
 
 # No fast-math and no contraction: the same bits as NumPy. NumPy's error model: x / 0 is inf, without a branch.
 _FLAGS = {"error_model": "numpy", "nogil": True, "fastmath": False, "boundscheck": False}
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How the columns of a step stand in memory.
+
+    Attributes:
+        compute: "float32" or "float64"; of the arithmetic, and of all columns but those named here.
+        gradient: the same, or one of `formats.FORMATS`.
+        shadow: one of `formats.FORMATS` for a copy of the new parameters, or None.
+        clear: set each gradient to zero once it has been read.
+    """
+
+    compute: str
+    gradient: str
+    shadow: str | None = None
+    clear: bool = False
+
+    def columns(self, staged: Staged) -> list[str]:
+        """The dtype of each column: p, g, states, inputs, and the shadow at the end."""
+        g = FORMATS[self.gradient].storage if self.gradient in FORMATS else self.gradient
+        others = [self.compute] * (len(staged.states) + len(staged.inputs))
+        return [self.compute, g, *others, *([FORMATS[self.shadow].storage] if self.shadow else [])]
+
+    def written(self, staged: Staged) -> list[int]:
+        """The columns that a step writes, in order."""
+        states = range(2, 2 + len(staged.states))
+        return [0, *([1] if self.clear else []), *states, *([len(self.columns(staged)) - 1] if self.shadow else [])]
 
 
 @dataclass(frozen=True)
@@ -88,81 +133,342 @@ _ELEMENT = {
 }
 
 
-def _digest(staged: Staged, dtype: str) -> str:
-    return hashlib.sha256(f"{staged!r} {dtype}".encode()).hexdigest()[:16]
+def _digest(staged: Staged, storage: Storage) -> str:
+    return hashlib.sha256(f"{staged!r} {storage!r}".encode()).hexdigest()[:16]
 
 
-def tile_loop(staged: Staged, dtype: str) -> Callable[..., None]:
-    """The loop over one tile, `tile(addresses, h, start, stop)`: load, call the staged update, store."""
-    columns = 2 + len(staged.states)
-    load, store = elements([dtype] * columns, [0, *range(2, columns)], dtype)
-    digest = _digest(staged, dtype)
-    update = _compiled(define(staged.update, "update", {**_ELEMENT, "where": where}), digest)
-
-    def tile(addresses, h, start, stop):
-        for i in range(start, stop):
-            store(addresses, i, update(*load(addresses, i), h))
-
-    loop: Callable[..., None] = _compiled(tile, digest)
-    return loop
+def accessors(storage: Storage, select: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    """`decode_g` and `encode_shadow` as far as the storage needs them, with the select of a backend."""
+    out: dict[str, Callable[..., Any]] = {}
+    if storage.gradient in FORMATS:
+        out["decode_g"] = FORMATS[storage.gradient].make(select)[0]
+    if storage.shadow:
+        out["encode_shadow"] = FORMATS[storage.shadow].make(select)[1]
+        if storage.compute == "float64":
+            out["narrow"] = to_float32(select)
+    return out
 
 
-def build(staged: Staged, dtype: str) -> Kernel:
-    """Compile a staged rule for one dtype, or load it from disk.
+def _read(staged: Staged, storage: Storage) -> list[str]:
+    """The arguments of the staged functions, from the tuple `c` of what the columns hold."""
+    read = [f"c[{k}]" for k in range(2 + len(staged.states) + len(staged.inputs))]
+    if storage.gradient in FORMATS:
+        read[1] = "float64(decode_g(c[1]))" if storage.compute == "float64" else "decode_g(c[1])"
+    return read
 
-    Args:
-        staged: the staged rule.
-        dtype: "float32" or "float64"; of the columns and of the arithmetic.
+
+def element_text(staged: Staged, storage: Storage) -> str:
+    """The source of `element(c, h)`: from what the columns hold to what is stored, and what is kept aside.
+
+    What is stored are the columns of `Storage.written` without the shadow. Kept aside are the shadow, which leaves in
+    whole lines, and what is emitted, which is added up.
     """
-    began = time.perf_counter()
-    columns, uniforms, slots = 2 + len(staged.states), len(staged.uniforms), staged.slots
-    digest = _digest(staged, dtype)
-    power = _compiled(primitives.power, digest)
-    decide = _compiled(define(staged.decide, "decide", {**_ELEMENT, "power": power}), digest)
-    tile = tile_loop(staged, dtype)
-    addresses_at, uniforms_at, slots_at = row("int64", columns), row("float64", uniforms), row(dtype, slots)
-    size = np.dtype(dtype).itemsize
+    states = len(staged.states)
+    stored = ["r[0]", *(["zero"] if storage.clear else []), *(f"r[{1 + k}]" for k in range(states))]
+    kept = [f"r[{1 + states + k}]" for k in range(len(staged.emitted))]
+    if storage.shadow:
+        kept.insert(0, "encode_shadow(narrow(r[0]))" if storage.compute == "float64" else "encode_shadow(r[0])")
+    both = f"({', '.join(stored)},), ({', '.join(kept)},)" if kept else f"({', '.join(stored)},)"
+    return f"def element(c, h):\n    r = update({', '.join(_read(staged, storage))}, h)\n    return {both}"
 
-    def take_tiles(leaves, tiles, h, base, chunk, shares, mine):
+
+def _element(staged: Staged, storage: Storage, digest: str) -> Callable[..., Any]:
+    """`element(c, h)`, compiled; see `element_text`."""
+    update = _compiled(define(staged.update, "update", {**_ELEMENT, "where": where}), digest)
+    convert = {name: _compiled(f, digest) for name, f in accessors(storage, where).items()}
+    namespace = {**convert, "zero": _zero(staged, storage), "float64": np.float64, "update": update}
+    return _compiled(define(element_text(staged, storage), "element", namespace), digest)
+
+
+def _zero(staged: Staged, storage: Storage) -> Any:
+    """The zero of a gradient."""
+    return np.dtype(storage.columns(staged)[1]).type(0)
+
+
+def update_loop(staged: Staged, storage: Storage) -> Any:
+    """The loop over one tile, `tile(addresses, h, start, stop, out, past)`: load, call the staged update, store.
+
+    What the update emits is added up and written to the address `out`; if `past` is not 0, whole lines of the shadow
+    are written past the caches. Without emitted values and shadow neither is used.
+    """
+    digest = _digest(staged, storage)
+    formats, written = storage.columns(staged), storage.written(staged)
+    read = range(2 + len(staged.states) + len(staged.inputs))
+    element = _element(staged, storage, digest)
+    if not staged.emitted and not storage.shadow:
+        load, store = elements(formats, read, written)
+
+        def plain(addresses, h, start, stop, out, past):
+            for i in range(start, stop):
+                store(addresses, i, element(load(addresses, i), h))
+
+        return _compiled(plain, digest)
+
+    emits, kinds = bool(staged.emitted), ("norm",) * len(staged.emitted)
+    box = [formats[-1]] if storage.shadow else []
+    values = [*box, *[storage.compute] * len(kinds)]
+    every_format = [*formats, *values, *["float64"] * len(kinds)]
+    load, store = elements(every_format, read, [k for k in written if not (storage.shadow and k == len(formats) - 1)])
+    take, keep = elements(every_format, [len(formats)], range(len(formats), len(formats) + len(values)))
+    _, put = elements(every_format, [], [len(formats) - 1])
+    place_box, send = outbox(LANES, formats[-1])
+    place, clear, add, finish = lanes(LANES, kinds, storage.compute)
+    shadow, column, width = storage.shadow is not None, len(formats) - 1, np.dtype(formats[-1]).itemsize
+    nowhere = ()
+
+    def tile(addresses, h, start, stop, out, past):
+        mailbox = place_box() if shadow else nowhere
+        room = place() if emits else nowhere
+        every = addresses + mailbox + room
+        for i in range(start, stop, LANES):
+            count = min(LANES, stop - i)
+            if emits and count < LANES:
+                clear(room)
+            for j in range(count):
+                stored, kept = element(load(every, i + j), h)
+                store(every, i + j, stored)
+                keep(every, j, kept)
+            if shadow:
+                if count == LANES:
+                    send(mailbox, addresses[column] + i * width, past)
+                else:
+                    for j in range(count):
+                        put(every, i + j, take(every, j))
+            if emits:
+                add(room)
+        if emits:
+            finish(room, out)
+
+    return _compiled(tile, digest)
+
+
+def measure_loop(staged: Staged, number: int, storage: Storage) -> Any:
+    """The loop over one tile of a measure, as `update_loop`: load, add up, write the sums to `out`."""
+    digest = _digest(staged, storage)
+    formats, measure = storage.columns(staged), staged.measures[number]
+    columns, count = 2 + len(staged.states) + len(staged.inputs), len(measure.kinds)
+    every_format = [*formats, *[storage.compute] * count, *["float64"] * count]
+    load, _ = elements(every_format, range(columns), [])
+    _, keep = elements(every_format, [], range(len(formats), len(formats) + count))
+    place, clear, add, finish = lanes(LANES, measure.kinds, storage.compute)
+    namespace = {**_ELEMENT, "where": where, "float64": np.float64}
+    if storage.gradient in FORMATS:
+        namespace["decode_g"] = _compiled(accessors(storage, where)["decode_g"], digest)
+    namespace["measure"] = _compiled(define(measure.source, "measure", namespace), digest)
+    read = ", ".join(_read(staged, storage))
+    values = _compiled(define(f"def values(c, h):\n    return measure({read}, h)", "values", namespace), digest)
+
+    def tile(addresses, h, start, stop, out, past):
+        room = place()
+        every = addresses + room
+        for i in range(start, stop, LANES):
+            part = min(LANES, stop - i)
+            if part < LANES:
+                clear(room)
+            for j in range(part):
+                keep(every, j, values(load(every, i + j), h))
+            add(room)
+        finish(room, out)
+
+    return _compiled(tile, digest)
+
+
+def _sweep(staged: Staged, storage: Storage, digest: str) -> Any:
+    """Take tiles and run the loop of a phase over each."""
+    columns, slots, quantities = len(storage.columns(staged)), staged.slots, staged.quantities
+    addresses_at, slots_at, setting_at = row("int64", columns), row(storage.compute, slots), row("int64", 1)
+    size = np.dtype(storage.compute).itemsize
+    last, may_skip, clears = len(staged.measures), "finite" in staged.reports, storage.clear
+    starts = (*np.cumsum([0, *(len(m.kinds) for m in staged.measures)]).tolist(),)
+    _, store_g = elements(storage.columns(staged), [], [1])
+    zero = (_zero(staged, storage),)
+    loops = {f"loop_{k}": measure_loop(staged, k, storage) for k in range(last)}
+    loop = loops[f"loop_{last}"] = update_loop(staged, storage)
+    if last:
+        arguments = "addresses, h, first, stop, out, past"
+        lines = [f"def loop(phase, {arguments}):"]
+        lines += [f"    if phase == {k}:\n        return loop_{k}({arguments})" for k in range(last)]
+        loop = _compiled(define("\n".join([*lines, f"    return loop_{last}({arguments})"]), "loop", loops), digest)
+
+    def take_tiles(phase, leaves, tiles, counters, h, base, partials, chunk, shares, mine):
+        past = setting_at(base + 8 * PAST)[0]
         for k in range(shares):  # first one's own share, which this core may still have in its cache, then the others'
             share = (mine + k) % shares
             begin, end = len(tiles) * share // shares, len(tiles) * (share + 1) // shares
             while True:
-                first = begin + fetch_add(base + 8 * (NEXT + share * LINE), chunk)
-                if first >= end:
+                taken = begin + fetch_add(base + 8 * (NEXT + share * LINE), chunk)
+                if taken >= end:
                     break
-                for tile_index in range(first, min(first + chunk, end)):
+                for place in range(taken, min(taken + chunk, end)):
+                    # What was measured last is updated first: it may still be in a cache.
+                    tile_index = begin + end - 1 - place if last > 0 and phase == last else place
                     leaf, start, count = tiles[tile_index, LEAF], tiles[tile_index, START], tiles[tile_index, COUNT]
+                    r = leaves[leaf, ROW]
                     addresses = addresses_at(np.int64(leaves.ctypes.data) + (leaf * (columns + 1) + FIRST_ADDRESS) * 8)
-                    values = slots_at(np.int64(h.ctypes.data) + leaves[leaf, ROW] * slots * size)
-                    tile(addresses, values, start, start + count)
+                    if may_skip and phase == last and counters[r, GO] == 0:
+                        if clears:
+                            for i in range(start, start + count):
+                                store_g(addresses, i, zero)
+                        continue
+                    values = slots_at(np.int64(h.ctypes.data) + r * slots * size)
+                    out = partials + (tile_index * quantities + starts[phase]) * 8
+                    if last:
+                        loop(phase, addresses, values, start, start + count, out, past)
+                    else:
+                        loop(addresses, values, start, start + count, out, past)
 
-    sweep = _compiled(take_tiles, digest)
+    return _compiled(take_tiles, digest)
 
-    def step(leaves, tiles, table, counters, h, control, generation):
+
+def _decision(staged: Staged, digest: str) -> Any:
+    """`decide` for every row that is in the step."""
+    namespace = {**_ELEMENT, "real_power": math.pow}
+    if "power(" in staged.decide.replace("real_power(", ""):
+        namespace["power"] = _compiled(primitives.power, digest)
+    decide = _compiled(define(staged.decide, "decide", namespace), digest)
+    uniforms, scalars, added = len(staged.uniforms), len(staged.scalars), len(staged.sums)
+    slots, reports = staged.slots, len(staged.reports)
+    uniforms_at, scalars_at, sums_at = (row("float64", n) for n in (uniforms, scalars, added))
+    integers, floats = table("int64"), table("float64")
+
+    def decide_rows(settings, counters, h, control):
+        rows = len(h)
+        advance = integers(control[ADVANCE], rows + 1, 2)
+        new_scalars = floats(control[NEW_SCALARS], rows, scalars)
+        report = floats(control[REPORTS], rows, reports)
+        for r in range(rows):
+            if advance[r, 0] != 0:
+                values = decide(
+                    counters[r, T] + 1,
+                    *uniforms_at(np.int64(settings.ctypes.data) + r * uniforms * 8),
+                    *scalars_at(control[SCALARS] + r * scalars * 8),
+                    *sums_at(control[SUMS] + r * added * 8),
+                )
+                for k in range(slots):
+                    h[r, k] = values[k]
+                for k in range(scalars):
+                    new_scalars[r, k] = values[slots + k]
+                for k in range(reports):
+                    report[r, k] = values[slots + scalars + k]
+
+    return _compiled(decide_rows, digest)
+
+
+def _addition(staged: Staged, kinds: Sequence[str], digest: str) -> Any:
+    """Add up the blocks of some quantities: leaf by leaf, then over the scopes that `decide` asks for."""
+    every, added = staged.quantities, len(staged.sums)
+    fold = _compiled(sums.fold, digest)
+    integers, floats = table("int64"), table("float64")
+    asked = staged.sums or ((0, SCOPES[0]),)
+    sources, scopes = tuple(q for q, _ in asked), tuple(SCOPES.index(scope) for _, scope in asked)
+    roots = tuple(kinds[q] == "norm" for q in sources)
+
+    def add_up(leaves, tiles, h, control, low, high):
+        entries, rows = len(leaves), len(h)
+        partials = floats(control[PARTIALS], len(tiles) + 1, every)
+        leaf_sums = floats(control[LEAF_SUMS], entries, every)
+        first = integers(control[FIRST], entries + 1, 1)
+        for e in range(entries):
+            for q in range(low, high):
+                fold(partials, first[e, 0], first[e + 1, 0] - first[e, 0], q)
+                leaf_sums[e, q] = partials[first[e, 0], q]
+        results = floats(control[SUMS], rows, added)
+        work = floats(control[WORK], entries + 1, 1)
+        for s in range(added):
+            q, scope, root = sources[s], scopes[s], roots[s]
+            if q < low or q >= high:
+                continue
+            if scope == 0:
+                for e in range(entries):
+                    value = leaf_sums[e, q]
+                    results[leaves[e, ROW], s] = math.sqrt(value) if root else value
+                continue
+            cells = control[CELL_COUNTS + scope - 1]
+            members = integers(control[MEMBERS] + (scope - 1) * entries * 8, entries, 1)
+            bounds = integers(control[BOUNDS] + (scope - 1) * (entries + 1) * 8, cells + 1, 1)
+            cell_of_row = integers(control[CELLS] + (scope - 1) * rows * 8, rows, 1)
+            for c in range(cells):
+                begin, count = bounds[c, 0], bounds[c + 1, 0] - bounds[c, 0]
+                for k in range(count):
+                    work[begin + k, 0] = leaf_sums[members[begin + k, 0], q]
+                fold(work, begin, count, 0)
+            for r in range(rows):
+                if cell_of_row[r, 0] >= 0:
+                    value = work[bounds[cell_of_row[r, 0], 0], 0]
+                    results[r, s] = math.sqrt(value) if root else value
+
+    return _compiled(add_up, digest)
+
+
+def _commit(staged: Staged, digest: str) -> Any:
+    """Advance the counters and scalar state of the rows that were updated."""
+    scalars = len(staged.scalars)
+    may_skip = "finite" in staged.reports
+    integers, floats = table("int64"), table("float64")
+
+    def commit(counters, control):
+        rows = len(counters) - 1
+        advance = integers(control[ADVANCE], rows + 1, 2)
+        old, new = floats(control[SCALARS], rows, scalars), floats(control[NEW_SCALARS], rows, scalars)
+        stepping = going = 0
+        for r in range(rows):
+            go = 1
+            if advance[r, 0] != 0:
+                go = counters[r, GO] if may_skip else 1
+                stepping += 1
+                going += go
+                for k in range(scalars * go):
+                    old[r, k] = new[r, k]
+            counters[r, T] += advance[r, 0] * go
+            counters[r, CLOCK] += advance[r, 1] * go
+            counters[r, SKIPPED] += 1 - go
+        if going > 0 or stepping == 0:
+            counters[rows, CLOCK] += advance[rows, 1]
+
+    return _compiled(commit, digest)
+
+
+def build(staged: Staged, storage: Storage) -> Kernel:
+    """Compile a staged rule for one storage, or load it from disk."""
+    began = time.perf_counter()
+    digest = _digest(staged, storage)
+    measures, quantities = len(staged.measures), staged.quantities
+    sweep = _sweep(staged, storage, digest)
+    decide_rows, commit = _decision(staged, digest), _commit(staged, digest)
+    kinds = [*(kind for m in staged.measures for kind in m.kinds), *["norm"] * len(staged.emitted)]
+    bounds = tuple(np.cumsum([0, *(len(m.kinds) for m in staged.measures), len(staged.emitted)]).tolist())
+    add_up = _addition(staged, kinds, digest) if quantities else None
+    finite = staged.reports.index("finite") if "finite" in staged.reports else -1
+    reports = len(staged.reports)
+    floats = table("float64")
+
+    def step(leaves, tiles, settings, counters, h, control, generation):
         base = np.int64(control.ctypes.data)
         if generation > 0:
-            for r in range(len(counters)):
-                if counters[r, T_STEP]:
-                    values = decide(counters[r, T] + 1, *uniforms_at(np.int64(table.ctypes.data) + r * uniforms * 8))
-                    for k in range(slots):
-                        h[r, k] = values[k]
-            # The place of `measure`: sums over leaves, from which decide goes on. No rule asks for one yet.
-            for share in range(control[SHARES]):
-                control[NEXT + share * LINE] = 0
-            control[ARRIVED] = 0
-            atomic_store(base + 8 * OPENED, generation)
-            sweep(leaves, tiles, h, base, control[CHUNK], control[SHARES], 0)
-            atomic_store(base + 8 * CLOSED, generation)
-            spins = 0
-            while atomic_load(base + 8 * HELPERS) != 0:
-                pause()
-                spins += 1
-                if spins % _PATIENCE == 0:
-                    sched_yield()
-            for r in range(len(counters)):
-                counters[r, T] += counters[r, T_STEP]
-                counters[r, CLOCK] += counters[r, CLOCK_STEP]
+            decide_rows(settings, counters, h, control)
+            for phase in range(measures + 1):
+                if finite >= 0 and phase == measures:
+                    report = floats(control[REPORTS], len(h), reports)
+                    for r in range(len(h)):
+                        counters[r, GO] = np.int64(report[r, finite] != 0.0)
+                for share in range(control[SHARES]):
+                    control[NEXT + share * LINE] = 0
+                control[ARRIVED] = 0
+                control[PHASE] = phase
+                atomic_store(base + 8 * OPENED, generation + phase)
+                sweep(phase, leaves, tiles, counters, h, base, control[PARTIALS], control[CHUNK], control[SHARES], 0)
+                atomic_store(base + 8 * CLOSED, generation + phase)
+                spins = 0
+                while atomic_load(base + 8 * HELPERS) != 0:
+                    pause()
+                    spins += 1
+                    if spins % _PATIENCE == 0:
+                        sched_yield()
+                if quantities > 0:
+                    add_up(leaves, tiles, h, control, bounds[phase], bounds[phase + 1])
+                if phase < measures:
+                    decide_rows(settings, counters, h, control)
+            commit(counters, control)
             return
         wanted, patience = -generation, _ASKED
         while True:
@@ -178,15 +484,17 @@ def build(staged: Staged, dtype: str) -> Kernel:
             wanted = atomic_load(base + 8 * OPENED)
             if atomic_load(base + 8 * CLOSED) < wanted:
                 mine = fetch_add(base + 8 * ARRIVED, 1) + 1
-                sweep(leaves, tiles, h, base, control[CHUNK], control[SHARES], mine)
+                phase = control[PHASE]
+                sweep(phase, leaves, tiles, counters, h, base, control[PARTIALS], control[CHUNK], control[SHARES], mine)
             fetch_add(base + 8 * HELPERS, -1)
             wanted, patience = wanted + 1, _PATIENCE
 
-    integers, floats = types.Array(types.int64, 2, "C"), types.Array(types.float64, 2, "C")
-    compute = types.Array(getattr(types, dtype), 2, "C")
-    signature = types.void(integers, integers, floats, integers, compute, types.Array(types.int64, 1, "C"), types.int64)
+    integers_2d, floats_2d = types.Array(types.int64, 2, "C"), types.Array(types.float64, 2, "C")
+    compute = types.Array(getattr(types, storage.compute), 2, "C")
+    control_kind = types.Array(types.int64, 1, "C")
+    signature = types.void(integers_2d, integers_2d, floats_2d, integers_2d, compute, control_kind, types.int64)
     dispatcher = _compiled(step, digest)
-    dispatcher._cache = cache = KernelCache(staged.name, staged, dtype, numba.config.DISABLE_JIT)
+    dispatcher._cache = cache = KernelCache(staged.name, staged, storage, numba.config.DISABLE_JIT)
     dispatcher.compile(signature)
     dispatcher.disable_compile()
     return Kernel(dispatcher, time.perf_counter() - began, cache.hit, takes_helpers=True)

@@ -6,12 +6,12 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from . import primitives
 
 # What staged code calls: variables of a rule must have other names.
-CALLED = {*primitives.BASIC, "power", "float"}
+CALLED = {*primitives.BASIC, *primitives.SUMS, "power", "real_power", "float"}
 
 
 class RuleError(ValueError):
@@ -20,6 +20,8 @@ class RuleError(ValueError):
 
 class Source:
     """A function in the language of rules: its syntax tree, the names that it sees, and its arguments."""
+
+    first: ClassVar[dict[str, str]] = {"p": "parameter", "g": "gradient"}  # how the positional arguments begin
 
     def __init__(self, function: Callable[..., Any]) -> None:
         if not inspect.isfunction(function):
@@ -35,13 +37,15 @@ class Source:
                 "and the rest as keyword-only arguments, without *args, **kwargs or positional defaults."
             )
         self.positional = tuple(a.arg for a in arguments.posonlyargs + arguments.args)
-        if self.positional[:2] != ("p", "g"):
+        if self.positional[:2] != tuple(self.first):
+            expected = " and ".join(f"{name} ({meaning})" for name, meaning in self.first.items())
             raise RuleError(
-                f"rule {self.name!r}, line {self.tree.lineno}: the first two arguments must be p (parameter) and g "
-                f"(gradient), got {', '.join(self.positional[:2]) or 'none'}."
+                f"rule {self.name!r}, line {self.tree.lineno}: the first two arguments must be {expected}, "
+                f"got {', '.join(self.positional[:2]) or 'none'}."
             )
         self.states = self.positional[2:]
-        self.hyperparameters = tuple(a.arg for a in arguments.kwonlyargs if a.arg != "t")
+        self.scalars = self._scalars()
+        self.hyperparameters = tuple(a.arg for a in arguments.kwonlyargs if a.arg not in ("t", *self.scalars))
         self.counts = any(a.arg == "t" for a in arguments.kwonlyargs)
         stores = [n for n in ast.walk(self.tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
         for name, line in [(a.arg, a.lineno) for a in ast.walk(arguments) if isinstance(a, ast.arg)] + [
@@ -64,9 +68,29 @@ class Source:
             if isinstance(node, ast.If | ast.IfExp) and isinstance(node.test, ast.Name)
         ) & set(self.hyperparameters)
 
+    def _scalars(self) -> tuple[str, ...]:
+        """Keyword-only arguments that are returned, by name, after the states: state of a group, not of an element."""
+        return ()
+
 
 class Before(Source):
-    """What runs on every element before any rule: a function `(p, g, *, ...) -> (p, g)` in the language of rules."""
+    """What runs on every element before any rule: `(p, g, inputs..., *, ...) -> p, g, lr, reports...`.
+
+    A report is what people want to see, under the name of the variable returned, unless it is known beforehand.
+    """
+
+    @property
+    def reports(self) -> tuple[str, ...]:
+        """The names of what is reported."""
+        last = self.tree.body[-1]
+        assert isinstance(last, ast.Return) and isinstance(last.value, ast.Tuple)
+        return tuple(ast.unparse(part) for part in last.value.elts[3:])
+
+
+class After(Source):
+    """What runs on every element after any rule: `(p, start, inputs and averages..., *, ...) -> p, averages...`."""
+
+    first: ClassVar[dict[str, str]] = {"p": "parameter after the rule", "start": "parameter before the step"}
 
 
 def parse(function: Callable[..., Any]) -> tuple[ast.FunctionDef, Mapping[str, Any]]:

@@ -3,7 +3,8 @@
 Two kinds. *Basic* functions exist on every backend and are correctly rounded there (`sqrt`, `abs`, `where`), or are
 the platform's own and take the rule out of the bit contract (`exp`, `log`, `tanh`, ...). *Composed* functions
 (`max`, `min`, `sign`, `clip`) differ between backends on NaN and signed zeros, so they are written here once, in the
-language of rules, and staging inlines them.
+language of rules, and staging inlines them. *Sums* (`norm`, `total`) run over all elements of a leaf, a group or
+everything: a step measures them before it updates, in the fixed order of `kernels.sums`.
 """
 
 import builtins
@@ -67,6 +68,28 @@ def power(base, exponent):
     return result if exponent >= 0 else 1.0 / result
 
 
+def real_power(base, exponent):
+    """`base` to any power, of numbers that are the same for a whole group."""
+    return base**exponent
+
+
+def norm(x, over="leaf"):
+    """Root of the sum of the squares of `x` over all elements of a leaf, a "group" or "all"; float64.
+
+    Called as it stands, outside of a kernel, over the numbers it is given.
+    """
+    return math.sqrt(np.sum(np.square(x, dtype=np.float64)))
+
+
+def total(x, over="leaf"):
+    """Sum of `x` over all elements of a leaf, a "group" or "all"; float64."""
+    return float(np.sum(x, dtype=np.float64))
+
+
+# What a sum may run over.
+SCOPES = ("leaf", "group", "all")
+SUMS: dict[str, Callable[..., Any]] = {"norm": norm, "total": total}
+
 COMPOSED: dict[str, Callable[..., Any]] = {"max": max, "min": min, "sign": sign, "clip": clip}
 
 # Basic functions, and whether each is correctly rounded everywhere: a rule that calls one that is not is not `exact`.
@@ -95,6 +118,8 @@ _SAME_AS: dict[str, tuple[Any, ...]] = {
     "min": (min, builtins.min, np.minimum),
     "sign": (sign, np.sign),
     "clip": (clip, np.clip),
+    "norm": (norm, np.linalg.norm),
+    "total": (total, np.sum),
 }
 
 

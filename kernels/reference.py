@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
-from . import primitives
-from .cpu import CLOCK, CLOCK_STEP, COUNT, FIRST_ADDRESS, LEAF, ROW, START, T_STEP, Kernel, T
+from . import cpu, primitives, sums
+from .cpu import CLOCK, COUNT, FIRST_ADDRESS, GO, LEAF, ROW, SKIPPED, START, Kernel, Storage, T
 from .memory import view
+from .primitives import SCOPES
 from .staging import Staged, define
 
 _NUMPY = {
@@ -23,12 +27,86 @@ _NUMPY = {
 }
 
 
-def build(staged: Staged, dtype: str) -> Kernel:
+_fold: Callable[..., None] = sums.fold
+
+
+class _Tables:
+    """The tables of a plan beyond the arguments of a kernel, by their places in the control block."""
+
+    def __init__(self, staged: Staged, control: np.ndarray, entries: int, rows: int, tiles: int) -> None:
+        def array(place: int, kind: str, *shape: int) -> np.ndarray:
+            count = int(np.prod(shape))
+            return view(int(control[place]), count, kind).reshape(shape) if count else np.zeros(shape, kind)
+
+        quantities = staged.quantities
+        self.advance = array(cpu.ADVANCE, "int64", rows + 1, 2)
+        self.scalars = array(cpu.SCALARS, "float64", rows, len(staged.scalars))
+        self.sums = array(cpu.SUMS, "float64", rows, len(staged.sums))
+        self.reports = array(cpu.REPORTS, "float64", rows, len(staged.reports))
+        self.partials = array(cpu.PARTIALS, "float64", tiles, quantities)
+        self.leaf_sums = array(cpu.LEAF_SUMS, "float64", entries, quantities)
+        self.first = array(cpu.FIRST, "int64", entries + 1)
+        self.members = array(cpu.MEMBERS, "int64", 2, entries)
+        self.bounds = array(cpu.BOUNDS, "int64", 2, entries + 1)
+        self.cells = array(cpu.CELLS, "int64", 2, rows)
+        self.cell_counts = control[cpu.CELL_COUNTS : cpu.CELL_COUNTS + 2]
+
+
+def _folded(values: np.ndarray) -> float:
+    column = values.reshape(-1, 1).copy()
+    _fold(column, 0, len(column), 0)
+    return float(column[0, 0])
+
+
+def build(staged: Staged, storage: Storage) -> Kernel:
     """A step with the arguments of `kernels.cpu`, without compiling anything."""
     began = time.perf_counter()
-    decide = define(staged.decide, "decide", {**_NUMPY, "power": primitives.power})
+    powers = {"power": primitives.power, "real_power": primitives.real_power}
+    decide = define(staged.decide, "decide", {**_NUMPY, **powers})
     update = define(staged.update, "update", _NUMPY)
-    uniforms = len(staged.uniforms)
+    measures = [define(m.source, "measure", _NUMPY) for m in staged.measures]
+    convert: dict[str, Callable[..., Any]] = cpu.accessors(storage, np.where)
+    columns, states = storage.columns(staged), len(staged.states)
+    uniforms, slots, scalars = len(staged.uniforms), staged.slots, len(staged.scalars)
+    kinds = [kind for m in staged.measures for kind in m.kinds] + ["norm"] * len(staged.emitted)
+
+    def load(leaf: np.ndarray, tile: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """The columns of a tile as they stand in memory, and what `update` reads of them."""
+        part = slice(tile[START], tile[START] + tile[COUNT])
+        stored = [view(int(a), part.stop, kind)[part] for a, kind in zip(leaf[FIRST_ADDRESS:], columns, strict=True)]
+        read = stored[: 2 + states + len(staged.inputs)]
+        if "decode_g" in convert:
+            read = [read[0], convert["decode_g"](read[1]).astype(storage.compute), *read[2:]]
+        return stored, read
+
+    def block(x: Any, kind: str, size: int) -> Any:
+        wide = np.broadcast_to(np.asarray(x, np.float64), size)
+        return sums.block(wide * wide if kind == "norm" else wide)
+
+    def decide_rows(table: np.ndarray, counters: np.ndarray, h: np.ndarray, tables: _Tables) -> np.ndarray:
+        new = tables.scalars.copy()
+        for r in np.flatnonzero(tables.advance[:-1, 0]):
+            values = decide(int(counters[r, T]) + 1, *table[r, :uniforms], *tables.scalars[r], *tables.sums[r])
+            h[r], new[r] = values[:slots], values[slots : slots + scalars]
+            tables.reports[r] = values[slots + scalars :]
+        return new
+
+    def add_up(leaves: np.ndarray, tables: _Tables, quantities: range) -> None:
+        for e, (a, b) in enumerate(zip(tables.first[:-1], tables.first[1:], strict=True)):
+            for q in quantities:
+                tables.leaf_sums[e, q] = _folded(tables.partials[a:b, q])
+        for s, (q, scope) in enumerate(staged.sums):
+            if q not in quantities:
+                continue
+            which = SCOPES.index(scope) - 1
+            finish = np.sqrt if kinds[q] == "norm" else float
+            if which < 0:
+                tables.sums[leaves[:, ROW], s] = finish(tables.leaf_sums[:, q])
+                continue
+            bounds = tables.bounds[which, : tables.cell_counts[which] + 1]
+            for c, (a, b) in enumerate(itertools.pairwise(bounds)):
+                members = tables.members[which, a:b]
+                tables.sums[tables.cells[which] == c, s] = finish(_folded(tables.leaf_sums[members, q]))
 
     def run(
         leaves: np.ndarray,
@@ -39,17 +117,48 @@ def build(staged: Staged, dtype: str) -> Kernel:
         control: np.ndarray,
         generation: int,
     ) -> None:
+        tables = _Tables(staged, control, len(leaves), len(h), len(tiles))
         with np.errstate(all="ignore"):
-            for r in np.flatnonzero(counters[:, T_STEP]):
-                h[r] = decide(int(counters[r, T]) + 1, *table[r, :uniforms])
-            for tile in tiles:
+            new_scalars = decide_rows(table, counters, h, tables)
+            first = 0
+            for measure, described in zip(measures, staged.measures, strict=True):
+                quantities = range(first, first + len(described.kinds))
+                for k, tile in enumerate(tiles):
+                    leaf = leaves[tile[LEAF]]
+                    values = measure(*load(leaf, tile)[1], tuple(h[leaf[ROW]]))
+                    for q, x in zip(quantities, values, strict=True):
+                        tables.partials[k, q] = block(x, kinds[q], tile[COUNT])
+                add_up(leaves, tables, quantities)
+                new_scalars = decide_rows(table, counters, h, tables)
+                first = quantities.stop
+            go = np.ones(len(h), np.int64)
+            if "finite" in staged.reports:
+                go = np.not_equal(tables.reports[:, staged.reports.index("finite")], 0.0).astype(np.int64)
+            counters[:-1, GO] = go
+            for k, tile in enumerate(tiles):
                 leaf = leaves[tile[LEAF]]
-                part = slice(tile[START], tile[START] + tile[COUNT])
-                p, g, *states = (view(int(a), part.stop, dtype)[part] for a in leaf[FIRST_ADDRESS:])
-                results = update(p, g, *states, tuple(h[leaf[ROW]]))
-                for column, result in zip((p, *states), results, strict=True):
-                    column[...] = result
-        counters[:, T] += counters[:, T_STEP]
-        counters[:, CLOCK] += counters[:, CLOCK_STEP]
+                stored, read = load(leaf, tile)
+                if go[leaf[ROW]]:
+                    results = update(*read, tuple(h[leaf[ROW]]))
+                    emitted = results[1 + states :]
+                    for q, x in enumerate(emitted, first):
+                        tables.partials[k, q] = block(x, "norm", tile[COUNT])
+                    for column, result in zip((stored[0], *stored[2:]), results[: 1 + states], strict=False):
+                        column[...] = result
+                    if storage.shadow:
+                        narrow = convert.get("narrow", np.asarray)
+                        stored[-1][...] = convert["encode_shadow"](narrow(stored[0]))
+                if storage.clear:
+                    stored[1][...] = 0
+            if staged.emitted:
+                add_up(leaves, tables, range(first, first + len(staged.emitted)))
+        stepping = tables.advance[:-1, 0] != 0
+        go = np.where(stepping, go, 1)
+        tables.scalars[stepping & (go != 0)] = new_scalars[stepping & (go != 0)]
+        counters[:-1, T] += tables.advance[:-1, 0] * go
+        counters[:-1, CLOCK] += tables.advance[:-1, 1] * go
+        counters[:-1, SKIPPED] += 1 - go
+        if not stepping.any() or (stepping & (go != 0)).any():
+            counters[-1, CLOCK] += tables.advance[-1, 1]
 
     return Kernel(run, time.perf_counter() - began, cached=False, takes_helpers=False)

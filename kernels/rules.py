@@ -6,7 +6,9 @@ returns the new parameter and its new states in the order in which they came in.
 called as it stands, it is ordinary Python. Defaults live in the classes of `fastlr.optimizers`.
 """
 
-from .primitives import max, sqrt
+from math import inf
+
+from .primitives import clip, max, min, norm, sqrt
 
 
 def sgd(p, g, b, *, lr, t, momentum, dampening, nesterov):
@@ -61,11 +63,91 @@ def adam(p, g, m, v, v_max, *, lr, t, beta1, beta2, eps, amsgrad):
     return p - lr * m_hat / (sqrt(v_hat) + eps), m, v, v_max
 
 
-def step_options(p, g, *, lr, maximize, weight_decay, decoupled_weight_decay):
-    """What every optimizer can do before its rule, in this order: maximize, then decay (coupled: into the gradient).
+def nadam(p, g, m, v, *, lr, t, beta1, beta2, eps, momentum_decay, mu_product=1.0):
+    """Dozat 2016, "Incorporating Nesterov Momentum into Adam", ICLR workshop, Algorithm 2, with its section 3.1."""
+    mu = beta1 * (1 - 0.5 * 0.96 ** (t * momentum_decay))
+    mu_next = beta1 * (1 - 0.5 * 0.96 ** ((t + 1) * momentum_decay))
+    mu_product = mu_product * mu
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g**2
+    m_hat = mu_next * m / (1 - mu_product * mu_next) + (1 - mu) * g / (1 - mu_product)
+    v_hat = v / (1 - beta2**t)
+    return p - lr * m_hat / (sqrt(v_hat) + eps), m, v, mu_product
 
-    Decoupled: Loshchilov and Hutter 2019, arXiv:1711.05101, Algorithm 2, with the decay multiplied by lr.
+
+def lamb(p, g, m, v, *, lr, t, beta1, beta2, eps, weight_decay, layer_adaptation):
+    """You et al. 2020, arXiv:1904.00962, Algorithm 2, with the identity for phi."""
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g**2
+    m_hat = m / (1 - beta1**t)
+    v_hat = v / (1 - beta2**t)
+    step = m_hat / (sqrt(v_hat) + eps) + weight_decay * p
+    trust = 1.0
+    if layer_adaptation:
+        p_norm, step_norm = norm(p), norm(step)
+        trust = p_norm / step_norm if p_norm > 0 and step_norm > 0 else 1.0
+    return p - lr * trust * step, m, v
+
+
+def lars(p, g, b, *, lr, momentum, trust_coefficient, weight_decay, layer_adaptation):
+    """You, Gitman and Ginsburg 2017, arXiv:1708.03888, Algorithm 1."""
+    trust = 1.0
+    if layer_adaptation:
+        p_norm, g_norm = norm(p), norm(g)
+        trust = trust_coefficient * p_norm / (g_norm + weight_decay * p_norm) if p_norm > 0 and g_norm > 0 else 1.0
+    b = momentum * b + lr * trust * (g + weight_decay * p)
+    return p - b, b
+
+
+def accumulation(p, g, *, lr, first):
+    """A sum of gradients: here `p` is what has been added up so far."""
+    if first:
+        p = g
+    else:
+        p = p + g
+    return p
+
+
+def before(
+    p,
+    g,
+    lr_scale,
+    *,
+    lr,
+    grad_scale,
+    clip_norm,
+    scope,
+    clip_value,
+    maximize,
+    weight_decay,
+    decoupled_weight_decay,
+    unscaled,
+    tested,
+    norm_clipped,
+    value_clipped,
+    per_element,
+):
+    """What every optimizer can do before its rule: unscale, test, clip, maximize, decay; in this order.
+
+    Clip by norm: Pascanu, Mikolov and Bengio 2013, arXiv:1211.5063, Algorithm 1, with PyTorch's 1e-6. Decoupled decay:
+    Loshchilov and Hutter 2019, arXiv:1711.05101, Algorithm 2, with the decay multiplied by lr. What is returned after
+    `lr` is for people, and for the decision to skip the step.
     """
+    grad_norm, clip_coef, finite = 0.0, 1.0, True
+    if tested or norm_clipped:
+        grad_norm = norm(g, "all") / grad_scale
+    if tested:
+        finite = grad_norm - grad_norm == 0
+    if norm_clipped:
+        clip_coef = min(clip_norm / (norm(g, scope) / grad_scale + 1e-6), 1.0)
+        clip_coef = clip_coef if clip_norm < inf else 1.0
+        g = clip_coef / grad_scale * g
+    elif unscaled:
+        g = g / grad_scale
+    if value_clipped:
+        g = clip(g, -clip_value, clip_value)
+    if per_element:
+        lr = lr * lr_scale
     if maximize:
         g = -g
     if weight_decay:
@@ -73,4 +155,13 @@ def step_options(p, g, *, lr, maximize, weight_decay, decoupled_weight_decay):
             p = p - lr * weight_decay * p
         else:
             g = g + weight_decay * p
-    return p, g
+    return p, g, lr, grad_norm, clip_coef, finite
+
+
+def after(p, start, lr_scale, ema, *, ema_decay, per_element, averaged):
+    """What every optimizer can do after its rule: keep elements whose rate is 0 as they were, average."""
+    if per_element:
+        p = p if lr_scale != 0 else start
+    if averaged:
+        ema = ema + (1 - ema_decay) * (p - ema)
+    return p, ema

@@ -2,9 +2,10 @@
 
     static    booleans, and switches that are zero everywhere    when the kernel is built
     uniform   hyperparameters, `t`, literals, what follows       once per step and group, in float64, by `decide`
+    sum       `norm(x)` and `total(x)` over elements             by `measure`, in float64; then `decide` goes on
     element   `p`, `g`, the states and what follows              per element, in the compute dtype, by `update`
 
-`Rule(function).stage({"amsgrad": False})` returns a `Staged` rule: the source of the two functions and what they need.
+`Rule(function).stage({"amsgrad": False})` returns a `Staged` rule: the source of the functions and what they need.
 Binding times pass through assignments. What is uniform inside an element expression is lifted into a slot of the tuple
 `h` that `decide` returns, literals included, so that no float64 is left in a float32 loop; a division by something
 uniform becomes a multiplication; conditionals on elements become selects; what is lifted out of a conditional keeps
@@ -13,14 +14,15 @@ its guard; literal integer powers become products and `**0.5` becomes `sqrt`.
 
 from __future__ import annotations
 
+import ast
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from .binding import Staged, Stager
-from .language import Before, RuleError, Source
+from .language import After, Before, RuleError, Source
 
-__all__ = ["Before", "Rule", "RuleError", "Staged", "define"]
+__all__ = ["After", "Before", "Rule", "RuleError", "Staged", "define"]
 
 
 def define(source: str, name: str, namespace: Mapping[str, Any]) -> Callable[..., Any]:
@@ -37,8 +39,10 @@ class Rule(Source):
     The function takes `p`, `g` and its states as positional arguments and everything that is the same for a whole
     group as keyword-only arguments, among them `lr` and, if it is wanted, `t` (the number of this update, from 1).
     It returns the new `p`, then the new states in the same order. Allowed are assignments, arithmetic, comparisons,
-    conditionals and the functions of `kernels.primitives` under any of their names in `math`, NumPy or Python.
-    Calling the rule runs the function as it stands.
+    conditionals and the functions of `kernels.primitives` under any of their names in `math`, NumPy or Python;
+    `fastlr.norm(x)` and `fastlr.total(x)` sum over a leaf, or with `over="group"` or `over="all"` over more. A
+    keyword-only argument that is returned by name after the states is state of the group, kept in float64; it starts
+    at its default. Calling the rule runs the function as it stands.
 
     Args:
         function: the rule, in a file (its source is read).
@@ -60,6 +64,22 @@ class Rule(Source):
             self.stage({**flags, name: not flags[name]})
         self.stage(flags)
 
+    def _scalars(self) -> tuple[str, ...]:
+        returns = [node.value for node in ast.walk(self.tree) if isinstance(node, ast.Return)]
+        last = returns[-1] if returns else None
+        parts = last.elts if isinstance(last, ast.Tuple) else []
+        keywords = {a.arg for a in self.tree.args.kwonlyargs}
+        scalars = [x.id for x in parts[1 + len(self.states) :] if isinstance(x, ast.Name) and x.id in keywords]
+        defaults = inspect.signature(self.function).parameters
+        for name in scalars:
+            start = defaults[name].default
+            if isinstance(start, bool) or not isinstance(start, int | float):
+                raise RuleError(
+                    f"rule {self.name!r}, line {self.tree.lineno}: {name!r} is returned, so it is state of a group and "
+                    "needs the number that it starts at as its default."
+                )
+        return tuple(scalars)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the rule as ordinary Python, on numbers."""
         return self.function(*args, **kwargs)
@@ -73,6 +93,7 @@ class Rule(Source):
         static: Mapping[str, Any] | None = None,
         *,
         before: Before | None = None,
+        after: After | None = None,
         on: frozenset[str] = frozenset(),
     ) -> Staged:
         """Stage the rule for given static values.
@@ -80,15 +101,16 @@ class Rule(Source):
         Args:
             static: hyperparameters whose value is known when the kernel is built; the others are uniform.
             before: what runs first on every element.
+            after: what runs last on every element.
             on: switches that are nonzero in every group, so that the branch not taken does not exist.
 
         Returns:
             The staged rule; the same object for the same arguments.
         """
         static = static or {}
-        key = (before, on, tuple(sorted((k, repr(v)) for k, v in static.items())))
+        key = (before, after, on, tuple(sorted((k, repr(v)) for k, v in static.items())))
         if key not in self._staged:
-            self._staged[key] = Stager(self, static, on).run(before)
+            self._staged[key] = Stager(self, static, on).run(before, after)
         return self._staged[key]
 
     def show(self) -> None:

@@ -153,6 +153,71 @@ CASES = [
         ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
     ),
     Case(
+        "nadam",
+        fastlr.NAdam,
+        {},
+        oracles.nadam,
+        ("exp_avg", "exp_avg_sq"),
+        [
+            *_LR,
+            ({"betas": (0.9, 1.0)}, "betas[1] must be in [0, 1), got 1.0."),
+            ({"momentum_decay": -1.0}, "momentum_decay must be non-negative and finite, got -1.0."),
+            ({"mu_product": 0.5}, "hyperparameter 'mu_product' is not known; there are"),
+        ],
+    ),
+    Case(
+        "nadam-decayed",
+        fastlr.NAdam,
+        {"lr": 0.01, "betas": (0.8, 0.99), "momentum_decay": 0.1, "weight_decay": 0.1, "maximize": True},
+        oracles.nadam,
+        ("exp_avg", "exp_avg_sq"),
+    ),
+    Case(
+        "lamb",
+        fastlr.LAMB,
+        {},
+        oracles.lamb,
+        ("exp_avg", "exp_avg_sq"),
+        [
+            *_LR,
+            ({"eps": -1.0}, "eps must be non-negative and finite, got -1.0."),
+            ({"layer_adaptation": 1}, "layer_adaptation must be True or False, got 1."),
+        ],
+    ),
+    Case(
+        "lamb-decayed",
+        fastlr.LAMB,
+        {"lr": 0.01, "betas": (0.8, 0.99), "weight_decay": 0.1, "maximize": True},
+        oracles.lamb,
+        ("exp_avg", "exp_avg_sq"),
+    ),
+    Case(
+        "lamb-not-adapted",
+        fastlr.LAMB,
+        {"weight_decay": 0.1, "layer_adaptation": False},
+        oracles.lamb,
+        ("exp_avg", "exp_avg_sq"),
+    ),
+    Case(
+        "lars",
+        fastlr.LARS,
+        {},
+        oracles.lars,
+        ("momentum_buffer",),
+        [
+            *_LR,
+            ({"momentum": -0.5}, "momentum must be non-negative and finite, got -0.5."),
+            ({"trust_coefficient": -1e-3}, "trust_coefficient must be non-negative and finite, got -0.001."),
+        ],
+    ),
+    Case(
+        "lars-decayed",
+        fastlr.LARS,
+        {"lr": 0.5, "momentum": 0.5, "trust_coefficient": 0.02, "weight_decay": 0.1},
+        oracles.lars,
+        ("momentum_buffer",),
+    ),
+    Case(
         "adamw",
         fastlr.AdamW,
         {},
@@ -170,3 +235,5 @@ CASES = [
 ]
 # One setting for each optimizer, for tests of what does not depend on the rule.
 PLAIN = [next(case for case in CASES if case.make is make) for make in dict.fromkeys(case.make for case in CASES)]
+# Those in which no element's update depends on another's.
+ELEMENTWISE = [case for case in PLAIN if not case.make(np.zeros(1), **case.settings).rule.sums]

@@ -117,6 +117,71 @@ def adam(theta, grads, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, amsgrad=False, **o
     return _run(update, theta, grads, lr, **options)
 
 
+def nadam(theta, grads, lr=2e-3, betas=(0.9, 0.999), eps=1e-8, momentum_decay=4e-3, **options):
+    """Averages as weighted sums over all past gradients; the momenta of all steps are known from the start."""
+    history: list[np.ndarray] = []
+    mus = [betas[0] * (1.0 - 0.5 * 0.96 ** (k * momentum_decay)) for k in range(1, len(grads) + 2)]
+
+    def update(t, theta, g):
+        history.append(g)
+        first = sum((1.0 - betas[0]) * betas[0] ** (t - 1 - k) * x for k, x in enumerate(history))
+        second = sum((1.0 - betas[1]) * betas[1] ** (t - 1 - k) * x * x for k, x in enumerate(history))
+        looked_ahead = mus[t] * first / (1.0 - np.prod(mus[: t + 1])) + (1.0 - mus[t - 1]) * g / (
+            1.0 - np.prod(mus[:t])
+        )
+        return theta - lr * looked_ahead / (np.sqrt(second / (1.0 - betas[1] ** t)) + eps)
+
+    return _run(update, theta, grads, lr, **options)
+
+
+def _length(x: np.ndarray) -> float:
+    return float(np.linalg.norm(np.ravel(x)))
+
+
+def lamb(theta, grads, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, layer_adaptation=True, maximize=False):
+    """Algorithm 2: r from bias-corrected averages, the decay added, the step as long as lr times the parameters."""
+    history: list[np.ndarray] = []
+
+    def update(t, theta, g):
+        history.append(g)
+        weights = [np.array([beta ** (t - 1 - k) for k in range(t)]) for beta in betas]
+        m_hat, v_hat = (
+            np.tensordot(w / w.sum(), np.stack([x**power for x in history]), axes=1)
+            for w, power in zip(weights, (1, 2), strict=True)
+        )
+        direction = m_hat / (np.sqrt(v_hat) + eps) + weight_decay * theta
+        if not layer_adaptation:
+            return theta - lr * direction
+        if _length(theta) == 0 or _length(direction) == 0:
+            return theta - lr * direction
+        return theta - lr * _length(theta) * (direction / _length(direction))
+
+    return _run(update, theta, grads, lr, maximize=maximize)
+
+
+def lars(
+    theta,
+    grads,
+    lr=1.0,
+    momentum=0.9,
+    trust_coefficient=1e-3,
+    weight_decay=0.0,
+    layer_adaptation=True,
+    maximize=False,
+):
+    """Algorithm 1, the momentum as a sum over all past steps."""
+    pushes: list[np.ndarray] = []
+
+    def update(t, theta, g):
+        local = 1.0
+        if layer_adaptation and _length(theta) > 0 and _length(g) > 0:
+            local = trust_coefficient * _length(theta) / (_length(g) + weight_decay * _length(theta))
+        pushes.append(lr * local * (g + weight_decay * theta))
+        return theta - sum(momentum ** (t - 1 - k) * push for k, push in enumerate(pushes))
+
+    return _run(update, theta, grads, lr, maximize=maximize)
+
+
 def adamw(theta, grads, weight_decay=1e-2, decoupled_weight_decay=True, **settings):
     """Adam with the decay taken out of the gradient."""
     return adam(theta, grads, weight_decay=weight_decay, decoupled_weight_decay=decoupled_weight_decay, **settings)

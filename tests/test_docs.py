@@ -53,5 +53,5 @@ def test_optimizers_state_what_readers_trip_over(name):
     doc = getattr(fastlr, name).__doc__
     for word in ("Args:", "Raises:", "Source:", "Example:", "lr:", "weight_decay", "State", "eps"):
         assert word in doc or (word == "eps" and name == "SGD") or (word == "State" and name == "AdamW"), word
-    assert re.search(r"arXiv:|doi:|JMLR|lecture", doc)
+    assert re.search(r"arXiv:|doi:|JMLR|lecture|ICLR", doc)
     assert ">>>" in doc

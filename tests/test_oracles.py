@@ -84,6 +84,14 @@ class Bounded:
     def __rtruediv__(self, other):
         return Bounded.of(other) / self
 
+    def __gt__(self, other):
+        return bool(self.value > other)
+
+    @classmethod
+    def norm(cls, x):
+        """Summed in float64: off by no more than the norm of what each element may be off by."""
+        return cls(np.sqrt(np.sum(x.value**2)), np.sqrt(np.sum(x.error**2)) + 1e-13 * np.sqrt(np.sum(x.value**2)))
+
     def sqrt(self):
         low = np.sqrt(np.maximum(self.value - self.error, 0.0))
         high = np.sqrt(self.value + self.error)
@@ -96,7 +104,7 @@ class Bounded:
 
 def bounded(function):
     """A rule that computes with bounds: the same code, other primitives."""
-    names = {"sqrt": Bounded.sqrt, "max": Bounded.max}
+    names = {"sqrt": Bounded.sqrt, "max": Bounded.max, "norm": Bounded.norm}
     made = types.FunctionType(function.__code__, {**function.__globals__, **names})
     made.__kwdefaults__ = function.__kwdefaults__
     return made
@@ -112,19 +120,24 @@ def test_float32_within_the_bound_of_its_terms(case: Case, rng):
         opt.step((rng.standard_normal(n) * 10.0 ** rng.integers(-3, 2)).astype(np.float32))
     g = rng.standard_normal(n).astype(np.float32)
     states = opt._source.states
-    exact = {s: Bounded(opt._data[s].astype(np.float64)) if s in opt._data else Bounded(0.0) for s in states}
+    kept = opt._flat
+    exact = {s: Bounded(kept[s].astype(np.float64)) if s in kept else Bounded(0.0) for s in states}
     values = opt._hyper.uniforms()[0]
-    before = {k: values[k] for k in ("maximize", "weight_decay", "decoupled_weight_decay")}
-    p, g_in = bounded(rules.step_options)(
-        Bounded(params.astype(np.float64)), Bounded(g.astype(np.float64)), lr=values["lr"], **before
+    owned = {"weight_decay": 0.0} if "weight_decay" in opt._source.hyperparameters else {}
+    flags = dict.fromkeys(("unscaled", "tested", "norm_clipped", "value_clipped", "per_element"), False)
+    given = {k: values[k] for k in ("lr", "clip_norm", "clip_value", "maximize", "weight_decay")}
+    given.update(decoupled_weight_decay=values["decoupled_weight_decay"], grad_scale=1.0, scope="all", **flags)
+    p, g_in, _ = bounded(rules.before)(
+        Bounded(params.astype(np.float64)), Bounded(g.astype(np.float64)), None, **{**given, **owned}
     )
     arguments = {k: values[k] for k in opt._source.hyperparameters}
+    arguments.update(zip(opt._source.scalars, opt._rows.scalars[0].tolist(), strict=True))
     if "t" in opt._source.function.__code__.co_varnames:
         arguments["t"] = 4
     results = bounded(opt._source.function)(p, g_in, *exact.values(), **arguments)
     opt.step(g)
-    got = {"p": params, **opt._data}
-    for name, result in zip(("p", *states), results, strict=True):
+    got = {"p": params, **kept}
+    for name, result in zip(("p", *states), results[: 1 + len(states)], strict=True):
         if name in got:
             excess = np.abs(got[name].astype(np.float64) - result.value) - result.error
             assert excess.max() <= 0, f"{name}: outside the bound by {excess.max():.3g}"

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import fastlr
-from fastlr.kernels.cpu import BLOCK
+from fastlr.kernels.sums import BLOCK
 
 Layer = namedtuple("Layer", ["w", "b"])
 

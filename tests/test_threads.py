@@ -133,7 +133,7 @@ p, g = fresh(0)
 opt = fastlr.Adam(p, threads=2)
 opt.step(g)
 time.sleep(0.2)
-control = opt._plans[True]._control
+control = next(iter(opt._plans.values()))._control
 control[HELPERS] += 1; control[WAITING] += 1
 pid = os.fork()
 if pid == 0:

@@ -43,6 +43,8 @@ SETTINGS = [
             lr_decay=[0.0, 0.01], initial_accumulator_value=[0.0, 0.1], weight_decay=[0.0, 0.01], maximize=[False, True]
         )
     ],
+    *[("NAdam", s) for s in grid(momentum_decay=[4e-3, 0.1], weight_decay=[0.0, 0.01], maximize=[False, True])],
+    ("NAdam", {"weight_decay": 0.1, "decoupled_weight_decay": True}),
     *[("Adadelta", s) for s in grid(rho=[0.9, 0.5], weight_decay=[0.0, 0.01], maximize=[False, True])],
 ]
 

@@ -1,0 +1,107 @@
+"""Rows: which leaves, of which model, share counters and hyperparameters in the tables of a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .kernels.cpu import CLOCK, GO, SKIPPED, T
+
+
+@dataclass
+class Counts:
+    """What an optimizer counts, for each leaf and model.
+
+    Attributes:
+        t: updates made, shape `(leaves, models)`.
+        clock: steps seen; goes on while a leaf is frozen.
+        skipped: steps that were skipped because of a gradient that is not finite.
+        scalars: state of the rule that is not an element's, shape `(leaves, models, scalars)`.
+        steps: steps of the optimizer itself.
+    """
+
+    t: np.ndarray
+    clock: np.ndarray
+    skipped: np.ndarray
+    scalars: np.ndarray
+    steps: int = 0
+
+    @classmethod
+    def zero(cls, leaves: int, models: int, scalars: list[float]) -> Counts:
+        """Nothing has happened yet.
+
+        Args:
+            leaves: number of leaves.
+            models: number of models.
+            scalars: the values that they start at.
+        """
+        t, clock, skipped = np.zeros((3, leaves, models), np.int64)
+        return cls(t, clock, skipped, np.broadcast_to(np.array(scalars, np.float64), (leaves, models, len(scalars))))
+
+
+class Rows:
+    """Leaves that have the same hyperparameters and counts share a row.
+
+    Args:
+        configuration: for each leaf, the index of its hyperparameters.
+        frozen: for each configuration and model, whether it is frozen.
+        counts: of each leaf and model.
+        by_leaf: give each leaf a row of its own, for sums over a leaf and for steps of some leaves only.
+
+    Attributes:
+        index: the row of each leaf and model.
+        configuration, model, frozen: of each row.
+        counters: `(rows + 1, 4)`, updated by kernels; the last row is the optimizer's own, whose clock counts steps.
+        scalars: `(rows, scalars)`, updated by kernels.
+    """
+
+    def __init__(self, configuration: np.ndarray, frozen: np.ndarray, counts: Counts, by_leaf: bool) -> None:
+        leaves, models = counts.t.shape
+        fixed = np.empty((leaves, models, 6), np.int64)
+        fixed[..., 0] = configuration[:, None]
+        fixed[..., 1] = np.arange(models)
+        fixed[..., 2], fixed[..., 3], fixed[..., 4] = counts.t, counts.clock, counts.skipped
+        fixed[..., 5] = np.arange(leaves)[:, None] if by_leaf else 0
+        bits = np.ascontiguousarray(counts.scalars).view(np.int64)
+        key = np.concatenate([fixed, bits], axis=2).reshape(leaves * models, -1)
+        _, first, index = np.unique(key, axis=0, return_index=True, return_inverse=True)
+        unique = key[first]
+        self.by_leaf = by_leaf
+        self.index = index.reshape(leaves, models)
+        self.configuration, self.model = unique[:, 0], unique[:, 1]
+        self.frozen = frozen[self.configuration, self.model]
+        self.counters = np.zeros((len(unique) + 1, 4), np.int64)
+        self.counters[:-1, T], self.counters[:-1, CLOCK], self.counters[:-1, SKIPPED] = unique[:, 2:5].T
+        self.counters[:, GO] = 1
+        self.counters[-1, CLOCK] = counts.steps
+        self.scalars = np.ascontiguousarray(counts.scalars.reshape(leaves * models, -1)[first])
+
+    def __len__(self) -> int:
+        """Number of rows, without the optimizer's own."""
+        return len(self.configuration)
+
+    @property
+    def steps(self) -> int:
+        """Steps of the optimizer."""
+        return int(self.counters[-1, CLOCK])
+
+    def counts(self) -> Counts:
+        """What has been counted, for each leaf and model; copies."""
+        t, clock, skipped = (self.counters[self.index, k] for k in (T, CLOCK, SKIPPED))
+        return Counts(t, clock, skipped, self.scalars[self.index], self.steps)
+
+    def advance(self, active: np.ndarray, seen: np.ndarray) -> np.ndarray:
+        """What a step adds to t and clock of each row, and of the optimizer.
+
+        Args:
+            active: for each leaf, whether it is updated if it is not frozen.
+            seen: for each leaf, whether the step is one of it at all: its clock goes on while it is frozen.
+        """
+        out = np.zeros((len(self) + 1, 2), np.int64)
+        for leaf in np.flatnonzero(active | seen):
+            rows = self.index[leaf]
+            out[rows, 0] = active[leaf] & ~self.frozen[rows]
+            out[rows, 1] = active[leaf] | (seen[leaf] & self.frozen[rows])
+        out[-1, 1] = 1
+        return out

@@ -1,0 +1,181 @@
+"""What a step did: the rates, and whatever norms were taken on the way."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .kernels.sums import fold
+
+__all__ = ["LeafInfo", "StepInfo"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a plan keeps what a step reported, so that it can be read when somebody asks.
+
+    Attributes:
+        paths: of the leaves.
+        population: number of models, or None.
+        entry: the entry in the sums of each leaf and model, -1 if the step left it alone; None: nothing was summed.
+        rows: the row in the reports of each leaf and model.
+        reports: the names of the reports.
+        norms: name to column of the sums of squares.
+    """
+
+    paths: Sequence[str]
+    population: int | None
+    entry: np.ndarray | None
+    rows: np.ndarray
+    reports: tuple[str, ...]
+    norms: Mapping[str, int]
+
+
+class LeafInfo(NamedTuple):
+    """What a step found out about one leaf; in a population arrays of one number a model.
+
+    A number is None if the step did not take it, and NaN if the leaf was not updated.
+
+    Attributes:
+        grad_norm: norm of the gradient, unscaled and before clipping; with `clip_norm`, `skip_nonfinite` or
+            `statistics`.
+        param_norm: norm of the parameters after the step; with `statistics`.
+        update_norm: norm of what the step added to the parameters; with `statistics`.
+        clip_coef: what the gradient was multiplied by to clip it, 1 if it was not; with `clip_norm`.
+    """
+
+    grad_norm: Any
+    param_norm: Any
+    update_norm: Any
+    clip_coef: Any
+
+
+class StepInfo:
+    """What a step did; read-only. `info["layer.w"]` has the norms of one leaf (`LeafInfo`)."""
+
+    __slots__ = ("_grad_scale", "_layout", "_lrs", "_reports", "_step", "_sums")
+
+    def __init__(
+        self,
+        step: int,
+        lrs: Mapping[str, Any],
+        layout: Any = None,
+        reports: Any = None,
+        sums: Any = None,
+        grad_scale: Any = 1.0,
+    ) -> None:
+        self._step, self._lrs = step, lrs
+        self._layout, self._reports, self._sums, self._grad_scale = layout, reports, sums, grad_scale
+
+    @property
+    def step(self) -> int:
+        """Number of the step, from 1; skipped steps do not count."""
+        return self._step
+
+    @property
+    def lrs(self) -> Mapping[str, Any]:
+        """The learning rate of each group by pattern, and under "" that of all other leaves."""
+        return self._lrs
+
+    @property
+    def lr(self) -> Any:
+        """The learning rate used; an array `(population,)` if it differs between models."""
+        return self._lrs[""]
+
+    def _plain(self, per_model: np.ndarray) -> Any:
+        """One number a model in the form that users get."""
+        return per_model if self._layout.population is not None else per_model[0].item()
+
+    def _reported(self, name: str) -> np.ndarray | None:
+        """A report for each leaf and model, NaN where there is none."""
+        layout = self._layout
+        if layout is None or name not in layout.reports or layout.entry is None:
+            return None
+        values = self._reports[layout.rows, layout.reports.index(name)]
+        return np.where(layout.entry >= 0, values, np.nan)
+
+    def _first(self, values: np.ndarray) -> np.ndarray:
+        """For each model, the value of the first leaf that is in the step; 1 if none is."""
+        there: np.ndarray = self._layout.entry >= 0
+        return np.where(there.any(axis=0), values[there.argmax(axis=0), np.arange(values.shape[1])], 1.0)
+
+    def _norms(self, name: str) -> np.ndarray | None:
+        """A norm of each leaf and model, NaN where it was not updated."""
+        layout = self._layout
+        if layout is None or layout.entry is None or name not in layout.norms:
+            return None
+        squares = np.append(self._sums[:, layout.norms[name]], np.nan)[layout.entry]  # -1: the NaN at the end
+        if name == "grad_norm":
+            return np.sqrt(squares) / self._grad_scale
+        finite = self._reported("finite")
+        return np.sqrt(squares) if finite is None else np.where(finite != 0, np.sqrt(squares), np.nan)
+
+    @property
+    def grad_norm(self) -> Any:
+        """Norm of the whole gradient, unscaled and before clipping; None if nothing asked for it."""
+        norms = self._reported("grad_norm")
+        if norms is not None:
+            return self._plain(self._first(norms))
+        layout = self._layout
+        if layout is None or layout.entry is None or "grad_norm" not in layout.norms:
+            return None
+        out = np.zeros(layout.entry.shape[1])
+        for model, entries in enumerate(layout.entry.T):
+            squares = self._sums[entries[entries >= 0]][:, [layout.norms["grad_norm"]]].copy()
+            if len(squares):
+                fold(squares, 0, len(squares), 0)
+                out[model] = np.sqrt(squares[0, 0])
+        return self._plain(out / self._grad_scale)
+
+    @property
+    def clip_coef(self) -> Any:
+        """What the gradient was multiplied by to clip it, 1 if it was not; the smallest where it differs."""
+        values = self._reported("clip_coef")
+        if values is None:
+            return None
+        return self._plain(np.min(np.where(self._layout.entry < 0, np.inf, values), axis=0))
+
+    @property
+    def skipped(self) -> Any:
+        """Whether the step was skipped since the gradient is not finite; for each model of a population."""
+        finite = self._reported("finite")
+        if finite is None:
+            population = self._layout.population if self._layout is not None else None
+            return False if population is None else np.zeros(population, bool)
+        return self._plain(self._first(finite) == 0)
+
+    def __getitem__(self, path: str) -> LeafInfo:
+        """The norms of one leaf."""
+        paths = self._layout.paths if self._layout is not None else ()
+        if path not in paths:
+            close = difflib.get_close_matches(str(path), paths, n=1) or list(paths[:5])
+            raise KeyError(f"no leaf {path!r}; there is {', '.join(close)}")
+        k = list(paths).index(path)
+        found = [
+            None if values is None else self._plain(values[k])
+            for values in (
+                *(self._norms(n) for n in ("grad_norm", "param_norm", "update_norm")),
+                self._reported("clip_coef"),
+            )
+        ]
+        return LeafInfo(*found)
+
+    def asdict(self) -> dict[str, Any]:
+        """Flat names and values for a logger.
+
+        "step", "lr" and "lr/<pattern>" for each group; what was taken of "grad_norm", "clip_coef" and "skipped".
+        """
+        out = {"step": self.step, "lr": self.lr, **{f"lr/{p}": lr for p, lr in self.lrs.items() if p}}
+        more = {"grad_norm": self.grad_norm, "clip_coef": self.clip_coef}
+        out.update({name: value for name, value in more.items() if value is not None})
+        if self._reported("finite") is not None:
+            out["skipped"] = self.skipped
+        return out
+
+    def __repr__(self) -> str:
+        """Everything in `asdict`."""
+        return f"StepInfo({', '.join(f'{k}={v!r}' for k, v in self.asdict().items())})"
