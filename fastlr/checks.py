@@ -88,8 +88,9 @@ def hyperparameter(name: str, value: Any, like: Any, population: int | None, whe
     label = f"{where}{name}"
     if name in OPTIONAL and value is None:
         return None
-    if name == "frozen" and population is not None and not isinstance(value, bool | np.bool_):
-        return mask(label, value, population)
+    if name == "frozen":
+        several = population is not None and not isinstance(value, bool | np.bool_)
+        return mask(label, value, population) if several else hyperparameter("", value, False, None, label)
     if isinstance(like, bool):
         if isinstance(value, bool | np.bool_):
             return bool(value)
@@ -101,7 +102,7 @@ def hyperparameter(name: str, value: Any, like: Any, population: int | None, whe
     return _number(name, label, value, population)
 
 
-def mask(name: str, value: Any, population: int) -> np.ndarray:
+def mask(name: str, value: Any, population: int | None) -> np.ndarray:
     """One bool for each model of a population, as a read-only array.
 
     Raises:
@@ -313,6 +314,22 @@ def state_names(names: Iterable[str]) -> None:
             raise ValueError(
                 f"a state called {name!r} cannot be saved beside {', '.join(RESERVED)}. Rename it in the rule."
             )
+
+
+def patterns(name: str, value: Any) -> tuple[str, ...]:
+    """One pattern or several, as a tuple.
+
+    Raises:
+        TypeError: if it is something else.
+        ValueError: if there is none.
+    """
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, list | tuple | set | frozenset) or not all(isinstance(x, str) for x in value):
+        raise TypeError(f"{name} must be a pattern or a list of patterns, got {value!r}.")
+    if not value:
+        raise ValueError(f"{name} must name a pattern or several, got {value!r}.")
+    return tuple(value)
 
 
 def count(name: str, value: Any) -> int:

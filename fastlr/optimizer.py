@@ -32,6 +32,8 @@ __all__ = ["Optimizer", "StepOptions", "warmup"]
 _BACKENDS: dict[str, Callable[[Staged, Storage], Kernel]] = {"numba": cpu.build, "numpy": reference.build}
 _BEFORE, _AFTER = Before(rules.before), After(rules.after)
 _MAX_PLANS = 256  # leaves that take part in a step can change from step to step; their plans are kept
+# What exists only if the optimizer was built with it.
+_ON_REQUEST = {"ema": "ema=0.999", "shadow": 'shadow="bfloat16"', "lr_scale": "lr_scale=tree"}
 _ACCUMULATION = Rule(rules.accumulation)
 
 
@@ -431,10 +433,11 @@ class Optimizer:
 
     def _mask(self, only: Any) -> tuple[bool, ...]:
         """Which leaves a partial step is about."""
-        key = only if isinstance(only, str) else tuple(only)
+        if self.loss_scale is not None:
+            raise ValueError("a loss scale follows whole steps; step without only=, or build without loss_scale=.")
+        key = checks.patterns("only", only)
         if key not in self._masks:
-            patterns = [key] if isinstance(key, str) else list(key)
-            matched = {path for pattern in patterns for path in matching("only", pattern, self._structure.paths)}
+            matched = {path for pattern in key for path in matching("only", pattern, self._structure.paths)}
             mask = tuple(path in matched for path in self._structure.paths)
             self._masks[key] = self._everyone if all(mask) else mask
         found: tuple[bool, ...] = self._masks[key]
@@ -648,6 +651,8 @@ class Optimizer:
         hyper = self.__dict__.get("_hyper")
         if hyper is not None and name in hyper.names:
             return getattr(hyper.defaults, name)
+        if name in _ON_REQUEST:  # from the property of that name
+            raise AttributeError(f"there is no {name}; build the optimizer with it, such as {_ON_REQUEST[name]}.")
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -737,7 +742,7 @@ class Optimizer:
             AttributeError: if the optimizer was built without `ema=`.
         """
         if "ema" not in self._columns:
-            raise AttributeError("there is no moving average; build the optimizer with ema=, such as ema=0.999.")
+            raise AttributeError
         return self._companion("ema")
 
     @property
@@ -750,7 +755,7 @@ class Optimizer:
             AttributeError: if the optimizer was built without `shadow=`.
         """
         if self._shadow is None:
-            raise AttributeError('there is no low-precision copy; build the optimizer with shadow="bfloat16".')
+            raise AttributeError
         data = self._flat["shadow"]
         if self._shadow == "float16":
             return self._tree(data.view(np.float16))
@@ -768,7 +773,7 @@ class Optimizer:
             AttributeError: if the optimizer was built without `lr_scale=`.
         """
         if "lr_scale" not in self._columns:
-            raise AttributeError("there is no rate per element; build the optimizer with lr_scale=.")
+            raise AttributeError
         return self._trees["lr_scale"]
 
     # Saving

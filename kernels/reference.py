@@ -99,7 +99,7 @@ def build(staged: Staged, storage: Storage) -> Kernel:
             if q not in quantities:
                 continue
             which = SCOPES.index(scope) - 1
-            finish = np.sqrt if kinds[q] == "norm" else float
+            finish = np.sqrt if kinds[q] == "norm" else np.positive
             if which < 0:
                 tables.sums[leaves[:, ROW], s] = finish(tables.leaf_sums[:, q])
                 continue

@@ -100,7 +100,7 @@ def test_command_line(capsys, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rules", "adagard"], "rule 'adagard' is not known; there are sgd, adadelta"),
+        (["--rules", "adagard"], "rule 'adagard' is not known; there are lamb, lars, sgd"),
         (["--dtype", "float16"], "dtype 'float16' is not known"),
         (["--compare", "{file}"], "is not a file written by fastlr bench --json"),
         (["--compare", "missing.json"], "No such file"),
