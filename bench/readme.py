@@ -36,7 +36,8 @@ def optimizers() -> str:
         first = doc.split("\n", 1)[0].removeprefix(f"{name}: ").rstrip(".")
         source = " ".join(re.search(r"Source: (.*?)(?:\n\n|$)", doc, re.S)[1].split())  # type: ignore[index]
         opt = cls(np.zeros(1))
-        settings = {k: v for k, v in opt.groups.defaults._values.items() if k not in ("frozen", "maximize")}
+        shown = opt.groups.defaults._values.items()
+        settings = {k: v for k, v in shown if k not in ("frozen", "maximize") and v is not None}
         usual = {"weight_decay": 0.0, "decoupled_weight_decay": False}
         values = ", ".join(f"{k}={v}" for k, v in settings.items() if usual.get(k) != v or k not in usual)
         every = [cls._states.get(s, s) for s in cls._rule.states]
@@ -101,10 +102,43 @@ def measured(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def whole(rows: list[dict]) -> str:
+    """What the whole step costs, beside separate calls, and each option by itself."""
+    kinds = {
+        "full": "AdamW, clip, test, average, bfloat16 copy, clear",
+        "target": "Adam, clip, target average",
+    }
+    names = {"fastlr": "fastlr, one call", "torch_calls": "PyTorch", "optax": "Optax", "roofline": "the memory's speed"}
+    lines = [f"| step | parameters | {' | '.join(names.values())} |", "|---|---|---|---|---|---|"]
+    for mode, words in kinds.items():
+        by = {r["impl"]: r for r in rows if r["mode"] == mode}
+        own = by["fastlr"]
+        others = [by.get(name) for name in list(names)[1:]]
+        cells = [f"{report._time(r['p50_s'])} ({r['p50_s'] / own['p50_s']:.2f}x)" if r else "" for r in others]
+        cells.insert(0, report._time(own["p50_s"]))
+        size = f"{own['n']:,}" + (f" in {own['leaves']} arrays" if own["leaves"] > 1 else "")
+        lines.append(f"| {words} | {size} | {' | '.join(cells)} |")
+    options = [r for r in rows if r["mode"] == "options"]
+    plain = next(r for r in options if r["impl"] == "fastlr")
+    added = ", ".join(
+        f"{r['impl'][2:]} {(r['p50_s'] - plain['p50_s']) * 1e3:+.1f} ms" for r in options if r is not plain
+    )
+    machine = f"{own['cpu']}, {own['threads']} threads, {own['date'][:10]}"
+    torch = own["versions"].get("torch", "not installed")
+    lines += [
+        "",
+        f"Each option by itself, added to {plain['p50_s'] * 1e3:.1f} ms of AdamW over {plain['n']:,} parameters: "
+        f"{added}. {machine}; torch {torch}. PyTorch: `clip_grad_norm_(foreach=True)`, `AdamW(fused=True)`, `lerp_`, "
+        "`copy_`, `zero_`; Optax: `chain(clip_by_global_norm, adamw)` with the average under `jit` with donation.",
+    ]
+    return "\n".join(lines)
+
+
 def generated(text: str) -> str:
     """The README with its generated parts written anew."""
     rows = newest()
-    for name, content in (("optimizers", optimizers()), ("headline", headline(rows)), ("measured", measured(rows))):
+    parts = {"optimizers": optimizers(), "headline": headline(rows), "measured": measured(rows), "whole": whole(rows)}
+    for name, content in parts.items():
         pattern = rf"(<!-- {name}: bench/readme.py -->\n).*?(<!-- end -->)"
         text, count = re.subn(pattern, lambda m, c=content: f"{m[1]}{c}\n{m[2]}", text, flags=re.S)
         assert count == 1, f"the README has no part {name!r}"

@@ -41,9 +41,16 @@ def _parser() -> argparse.ArgumentParser:
     b.add_argument("--quick", action="store_true", help="three rules and three sizes, in under a minute")
     b.add_argument("--rules", type=_list, help="adam,rmsprop,... (default: all)")
     b.add_argument("--sizes", type=_counts, help="numbers of parameters: 1k,1M,25M")
-    b.add_argument("--leaves", type=_counts, default=[1], help="separate arrays per model: 1,148 (1: one flat array)")
+    b.add_argument("--leaves", type=_counts, help="separate arrays per model: 1,148 (1: one flat array)")
     b.add_argument("--dtype", type=_list, default=["float32"], help=f"{' or '.join(DTYPES)}, or both with a comma")
     b.add_argument("--threads", type=int, help="threads for every implementation")
+    b.add_argument(
+        "--step",
+        choices=["update", "full", "options", "target"],
+        default="update",
+        help="the update alone; AdamW with clip, average, copy and clearing; each option by itself; "
+        "Adam with clip and a target network's average",
+    )
     b.add_argument("--in-loop", action="store_true", help="between matrix products, as in a trainer")
     b.add_argument("--seconds", type=float, help="about how long to measure each line")
     b.add_argument("--json", metavar="FILE", help="write one row per measured implementation")
@@ -53,17 +60,26 @@ def _parser() -> argparse.ArgumentParser:
 
 def _bench(args: argparse.Namespace) -> None:
     old = report.load(args.compare) if args.compare else None
-    rules = args.rules or (["adam", "rmsprop", "adagrad"] if args.quick else None)
-    sizes = args.sizes or ([1_000, 1_000_000, 25_000_000] if args.quick else [1_000, 10_000, 1_000_000, 25_000_000])
-    seconds = args.seconds or (1.0 if args.quick else 3.0)
-    rows = bench.run(rules, sizes, args.dtype, args.leaves, args.threads, args.in_loop, seconds)
+    whole = args.step != "update"
+    rules = args.rules or (["adam", "rmsprop", "adagrad"] if args.quick and not whole else None)
+    usual = {"target": [70_000], "full": [25_000_000], "options": [25_000_000]}
+    sizes = usual.get(
+        args.step, [1_000, 1_000_000, 25_000_000] if args.quick else [1_000, 10_000, 1_000_000, 25_000_000]
+    )
+    leaves = args.leaves or ([10] if args.step == "target" else [1])
+    seconds = args.seconds or (1.0 if args.quick else 10.0 if whole else 3.0)
+    rows = bench.run(
+        rules, args.sizes or sizes, args.dtype, leaves, args.threads, args.in_loop, seconds, step=args.step
+    )
     print(
         f"{info.cpu_name()}, {rows[0]['threads']} threads, " + ", ".join(f"{k} {v}" for k, v in info.versions().items())
     )
     if args.in_loop:
         report.show("One optimizer step between other work", *report.loop_table(rows))
+    elif args.step == "options":
+        report.show("What an option adds to a step of AdamW", *report.option_table(rows))
     else:
-        report.show("One optimizer step", *report.table(rows))
+        report.show("One whole step" if whole else "One optimizer step", *report.table(rows))
     if old is not None:
         report.show(f"Changed since {args.compare}", *report.comparison(rows, old))
     if args.json:

@@ -37,7 +37,7 @@ def versions() -> dict[str, str]:
         "numpy": np.__version__,
         "numba": numba.__version__,
     }
-    for name in ("llvmlite", "torch", "numba-cuda"):
+    for name in ("llvmlite", "torch", "jax", "optax", "numba-cuda"):
         try:
             out[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -10,10 +10,15 @@ import pytest
 from cases import CASES, Case
 from numba import types
 
+import fastlr
 from fastlr.kernels import cpu
 from fastlr.kernels.cpu import Storage
 
 pytestmark = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="reads x86-64 assembly")
+
+
+# Arithmetic on float64, and conversions to and from it.
+DOUBLE = r"\bv?(?:add|sub|mul|div|sqrt|min|max|cmp\w*|cvt\w*)(?:sd|pd)\b.*|\bv?cvt(?:ss2sd|ps2pd|sd2ss|pd2ps)\b.*"
 
 
 def assembly(staged, dtype: str) -> str:
@@ -49,9 +54,7 @@ def test_float32(case: Case):
     vector = set(re.findall(r"\bv(?:mul|add|sub|div|sqrt)ps\b.*%([xyz])mm", text))
     assert vector & {"y", "z"} or "%ymm" not in text, "no vector arithmetic"
     assert re.search(r"\bv?(?:mul|add|sub)ps\b", text)
-    double = re.findall(
-        r"\bv?(?:add|sub|mul|div|sqrt|min|max|cmp\w*|cvt\w*)(?:sd|pd)\b.*|\bv?cvt(?:ss2sd|ps2pd|sd2ss|pd2ps)\b.*", text
-    )
+    double = re.findall(DOUBLE, text)
     assert not double, f"float64 in a float32 loop: {double[:5]}"
     fused = re.findall(r"\bvfn?m(?:add|sub)\w+", text)
     assert not fused, f"contracted: {fused[:3]}"
@@ -59,6 +62,43 @@ def test_float32(case: Case):
     assert "sqrtf" not in text
     if "sqrt(" in staged.update:
         assert re.search(r"\bv?sqrtps\b", text) and re.search(r"\bv?divps\b", text)
+
+
+FULL = {
+    "weight_decay": 0.1,
+    "clip_norm": 1.0,
+    "clip_value": 0.5,
+    "skip_nonfinite": True,
+    "ema": 0.9,
+    "zero_grads": True,
+    "lr_scale": np.ones(1, np.float32),
+}
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("shadow", [None, "bfloat16", "float16"])
+def test_the_whole_update(kind, shadow):
+    """Every option on: still vectors, no float64 but in the sums of a measure, no contraction, no calls."""
+    staged = fastlr.AdamW(np.zeros(1, np.float32), shadow=shadow, **FULL).rule
+    storage = Storage("float32", kind, shadow, True)
+    text = compiled(cpu.update_loop(staged, storage), staged, storage)
+    assert re.search(r"\bv?divps\b", text) and re.search(r"\bv?sqrtps\b", text)
+    assert not re.search(DOUBLE, text) and not re.search(r"\bvfn?m(?:add|sub)\w+", text)
+    assert not re.search(r"\bv?cvt(?:ph2ps|ps2ph)\b|__(?:gnu_[fh]2[hf]|trunc|extend)\w*", text)  # not the processor's
+    if shadow:
+        assert re.search(r"\bv?movnt\w+", text)  # whole lines past the caches
+
+
+@pytest.mark.parametrize("make", [fastlr.AdamW, fastlr.LAMB])
+def test_a_measure(make):
+    """Sums of squares in float64 lanes, of values computed in float32 vectors."""
+    staged = make(np.zeros(1, np.float32), clip_norm=1.0).rule
+    storage = Storage("float32", "float32")
+    for number in range(len(staged.measures)):
+        text = compiled(cpu.measure_loop(staged, number, storage), staged, storage)
+        assert re.search(r"\bv?addpd\b.*%[yz]mm", text) or "%ymm" not in text
+        assert re.search(r"\bv?cvtps2pd\b", text)
+        assert not re.search(r"\bvfn?m(?:add|sub)\w+", text)
 
 
 def test_float64():

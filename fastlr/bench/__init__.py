@@ -65,6 +65,7 @@ def run(
     in_loop: bool = False,
     seconds: float = 3.0,
     quiet: bool = False,
+    step: str = "update",
 ) -> list[dict[str, Any]]:
     """Measure every implementation, alternating in one run.
 
@@ -77,14 +78,18 @@ def run(
         in_loop: measure between matrix products, and what the step does to them, instead of alone.
         seconds: about how long to measure each rule, size and dtype.
         quiet: show no progress.
+        step: "update": the optimizers alone. "full": AdamW with clipping, moving average, bfloat16 copy and clearing,
+            beside the separate calls of PyTorch and of Optax. "options": AdamW with each option by itself. "target":
+            Adam with clipping and a target network's average.
 
     Returns:
         One dict per measured implementation, as `fastlr bench --json` writes them.
 
     Raises:
-        ValueError: if a rule or dtype is not known.
+        TypeError: if a kind of step is not known.
+        ValueError: if a rule or dtype is not known, or does not go with the kind of step.
         RuntimeError: if an implementation's answer is wrong; nothing wrong is timed.
     """
     from . import measuring
 
-    return measuring.run(rules, sizes, dtypes, leaves, threads, in_loop, seconds, quiet)
+    return measuring.run(rules, sizes, dtypes, leaves, threads, in_loop, seconds, quiet, step)

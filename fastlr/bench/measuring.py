@@ -8,7 +8,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,14 @@ from .. import checks
 from .. import threads as _threads
 from ..info import cpu_name, versions
 from . import candidates as c
-from . import competitors
+from . import competitors, steps
 from .report import progress
 
 # Before each turn, long enough for the other libraries' threads to stop spinning; then steps that are not counted.
 _SETTLE_S = 0.02
 _WARM_STEPS = 3
 _TURN_S = 0.03
+KINDS = ("update", "full", "options", "target")
 _PRODUCT = 512  # rows and columns of the matrices in a loop
 
 
@@ -44,14 +45,19 @@ def _times(step: Callable[[], Any], seconds: float) -> list[float]:
     return out
 
 
-def _checked(problem: c.Problem, build: Callable[[c.Problem], c.Candidate | None], name: str) -> None:
+def _checked(
+    problem: c.Problem,
+    build: Callable[[c.Problem], c.Candidate | None],
+    name: str,
+    refer: Callable[[c.Problem], c.Candidate],
+) -> None:
     """Compare a candidate with the reference after some steps on a small problem.
 
     Raises:
         RuntimeError: if they differ by more than rounding; for fastlr, at all.
     """
     small = c.Problem(problem.rule, min(problem.n, 10_007), min(problem.leaves, 7), problem.dtype, problem.threads)
-    reference = c.fastlr_candidate(small, backend="numpy")
+    reference = refer(small)
     candidate = build(small)
     if candidate is None or candidate.params is None:
         return
@@ -60,7 +66,7 @@ def _checked(problem: c.Problem, build: Callable[[c.Problem], c.Candidate | None
         candidate.step()
     assert reference.params is not None
     a, b = reference.params(), candidate.params()
-    if name == "fastlr":
+    if name.startswith(("fastlr", "+")):
         good = np.array_equal(a, b)
     else:
         good = np.allclose(a, b, rtol=0, atol=2e-5 if problem.dtype == "float32" else 1e-12)
@@ -120,8 +126,15 @@ def run(
     in_loop: bool,
     seconds: float,
     quiet: bool,
+    step: str,
 ) -> list[dict[str, Any]]:
     """See `fastlr.bench.run`."""
+    checks.choices("step", [step], KINDS)
+    if step != "update":
+        only = (steps.TARGET if step == "target" else steps.FULL).make.__name__.lower()
+        if (rules is not None and list(rules) != [only]) or list(dtypes) != ["float32"] or in_loop:
+            raise ValueError(f"step {step!r} is measured for {only} in float32, alone. Leave out the other choices.")
+        rules = [only]
     rules = list(c.RULES) if rules is None else [r.lower() for r in rules]
     for kind, given, known in (("rule", rules, c.RULES), ("dtype", dtypes, checks.DTYPES)):
         unknown = [x for x in given if x not in known]
@@ -143,7 +156,7 @@ def run(
     environment = _environment()
     rows: list[dict[str, Any]] = []
     for problem in progress(problems, quiet):
-        measure = _measure_in_loop if in_loop else _measure
+        measure = partial(_measure_step, step) if step != "update" else _measure_in_loop if in_loop else _measure
         rows += [{**row, **environment} for row in measure(problem, seconds)]
         gc.collect()
     return rows
@@ -154,7 +167,7 @@ def _prepare(problem: c.Problem, with_numpy: bool) -> tuple[dict[str, c.Candidat
     states = len(probe.state)
     ready = {}
     for name, build in _builders(problem, states, with_numpy).items():
-        _checked(problem, build, name)
+        _checked(problem, build, name, partial(c.fastlr_candidate, backend="numpy"))
         candidate = build(problem)
         if candidate is not None:
             ready[name] = candidate
@@ -163,6 +176,13 @@ def _prepare(problem: c.Problem, with_numpy: bool) -> tuple[dict[str, c.Candidat
 
 def _measure(problem: c.Problem, seconds: float) -> Iterator[dict[str, Any]]:
     ready, states = _prepare(problem, with_numpy=True)
+    samples = _alternate(ready, seconds)
+    for name, candidate in ready.items():
+        yield _row(problem, name, "alone", samples[name], _moved(problem, name, states), candidate.compile_s)
+
+
+def _alternate(ready: Mapping[str, c.Candidate], seconds: float) -> dict[str, list[float]]:
+    """The times of each candidate, round by round."""
     samples: dict[str, list[float]] = {name: [] for name in ready}
     began = time.perf_counter()
     rounds = 0
@@ -170,16 +190,33 @@ def _measure(problem: c.Problem, seconds: float) -> Iterator[dict[str, Any]]:
         for name, candidate in ready.items():
             samples[name] += _times(candidate.step, _TURN_S)
         rounds += 1
+    return samples
+
+
+def _measure_step(kind: str, problem: c.Problem, seconds: float) -> Iterator[dict[str, Any]]:
+    """Whole steps; see `steps`."""
+    ready, moved = {}, {}
+    for name, entry in steps.entries(kind, problem).items():
+        if entry.step is not None:
+            _checked(problem, entry.build, name, entry.reference)
+        candidate = entry.build(problem)
+        if candidate is not None:
+            ready[name], moved[name] = candidate, entry.moved
+    samples = _alternate(ready, seconds)
     for name, candidate in ready.items():
-        yield _row(problem, name, "alone", samples[name], states, candidate.compile_s)
+        yield _row(problem, name, kind, samples[name], moved[name], candidate.compile_s)
+
+
+def _moved(problem: c.Problem, name: str, states: int) -> float:
+    """Bytes per parameter that an update has to move."""
+    entered = next((one for one in competitors if one.name == name), None)
+    return entered.bytes_per_param if entered else (3 + 2 * states) * np.dtype(problem.dtype).itemsize
 
 
 def _row(
-    problem: c.Problem, name: str, mode: str, samples: list[float], states: int, compile_s: float
+    problem: c.Problem, name: str, mode: str, samples: list[float], moved: float, compile_s: float
 ) -> dict[str, Any]:
     p10, p50, p90 = (float(x) for x in np.percentile(samples, [10, 50, 90]))
-    entered = next((one for one in competitors if one.name == name), None)
-    moved = entered.bytes_per_param if entered else (3 + 2 * states) * np.dtype(problem.dtype).itemsize
     return {
         "impl": name,
         "rule": problem.rule,
@@ -219,7 +256,7 @@ def _measure_in_loop(problem: c.Problem, seconds: float) -> Iterator[dict[str, A
     ready.pop("roofline")
     for kind, neighbour in _neighbours(problem.threads).items():
         alone: list[float] = []
-        steps: dict[str, list[float]] = {name: [] for name in ready}
+        spent: dict[str, list[float]] = {name: [] for name in ready}
         cold: dict[str, list[float]] = {name: [] for name in ready}
         after: dict[str, list[float]] = {name: [] for name in ready}
         began = time.perf_counter()
@@ -236,10 +273,12 @@ def _measure_in_loop(problem: c.Problem, seconds: float) -> Iterator[dict[str, A
                     t2 = time.perf_counter()
                     if k >= _WARM_STEPS:
                         after[name].append(t1 - t0)
-                        steps[name].append(t2 - t1)
+                        spent[name].append(t2 - t1)
         for name, candidate in ready.items():
             yield {
-                **_row(problem, name, f"in_loop_{kind}", steps[name], states, candidate.compile_s),
+                **_row(
+                    problem, name, f"in_loop_{kind}", spent[name], _moved(problem, name, states), candidate.compile_s
+                ),
                 "alone_p50_s": float(np.median(cold[name])),
                 "neighbour_p50_s": float(np.median(after[name])),
                 "neighbour_alone_p50_s": float(np.median(alone)),

@@ -82,6 +82,25 @@ def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     return header, lines
 
 
+def option_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines for what each option adds to a step, in bytes and in time."""
+    header = [*_COLUMNS, "p50", "time added", "bytes added", "at the plain step's speed", "ratio"]
+    lines = []
+    for row in rows:
+        plain = _find(rows, row, impl="fastlr")
+        assert plain is not None
+        added = row["p50_s"] - plain["p50_s"]
+        size = row["gb_per_s"] * row["p50_s"] * 1e9 - plain["gb_per_s"] * plain["p50_s"] * 1e9
+        expected = size / plain["gb_per_s"] / 1e9
+        cells = [_time(row["p50_s"]), "", "", "", ""]
+        if row is not plain:
+            sign = "-" if added < 0 else ""
+            cells[1:3] = sign + _time(abs(added)), f"{size / row['n']:.0f} a parameter"
+            cells[3:] = (_time(expected), f"{added / expected:.2f}") if expected > 1e-12 else ("", "")
+        lines.append([*_cells(row), *cells])
+    return header, lines
+
+
 def loop_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Header and lines of the report for steps in a loop."""
     header = [

@@ -1,0 +1,231 @@
+"""Whole steps of a trainer: fastlr's one call beside the same done by separate calls of PyTorch and Optax.
+
+Three kinds. "full": AdamW with clipping, moving average, bfloat16 copy and clearing. "options": AdamW plain and with
+each option by itself, for what an option costs. "target": Adam with clipping and a target network's average, as in
+reinforcement learning.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+import fastlr
+
+from ..buffers import allocate
+from .candidates import Candidate, Problem
+
+LR, DECAY, LIMIT, EMA = 1e-3, 1e-2, 1.0, 0.999
+
+
+@dataclass(frozen=True)
+class Step:
+    """A kind of step.
+
+    Attributes:
+        make: the optimizer.
+        settings: its options.
+        moved: bytes that a float32 step moves per parameter: what is read and what is written.
+    """
+
+    make: type[fastlr.Optimizer]
+    settings: dict[str, Any] = field(default_factory=dict)
+    moved: int = 28
+
+
+_PLAIN = {"lr": LR, "weight_decay": DECAY}
+FULL = Step(
+    fastlr.AdamW,
+    {
+        **_PLAIN,
+        "clip_norm": LIMIT,
+        "skip_nonfinite": True,
+        "ema": EMA,
+        "shadow": "bfloat16",
+        "zero_grads": True,
+    },
+    46,
+)
+TARGET = Step(fastlr.Adam, {"lr": LR, "clip_norm": LIMIT, "ema": EMA}, 40)
+# Each option by itself, and the bytes that it adds per parameter.
+OPTIONS: dict[str, tuple[dict[str, Any], int]] = {
+    "clip_norm": ({"clip_norm": LIMIT}, 4),
+    "skip_nonfinite": ({"skip_nonfinite": True}, 4),
+    "clip_value": ({"clip_value": LIMIT}, 0),
+    "ema": ({"ema": EMA}, 8),
+    "shadow": ({"shadow": "bfloat16"}, 2),
+    "zero_grads": ({"zero_grads": True}, 4),
+    "lr_scale": ({"lr_scale": True}, 4),
+    "statistics": ({"statistics": True}, 0),
+}
+
+
+def fastlr_step(step: Step, problem: Problem, backend: str = "numba") -> Candidate:
+    """The whole step in one call."""
+    settings = {**step.settings, "threads": problem.threads, "backend": backend}
+    params = fastlr.flatten(problem.parts(problem.array(0)))
+    if settings.get("lr_scale"):
+        settings["lr_scale"] = params.like(np.ones_like(params.data))
+    opt = step.make(params, **settings)
+    first = problem.array(1)
+    opt.grads.data[:] = first
+    if problem.n > 100_000 or not settings.get("zero_grads"):
+        return Candidate(opt.step, lambda: params.data, opt.warmup())
+
+    def whole() -> None:  # on the small problems of a check with a gradient each time
+        opt.grads.data[:] = first
+        opt.step()
+
+    return Candidate(whole, lambda: params.data, opt.warmup())
+
+
+def torch_steps(step: Step, problem: Problem) -> Candidate | None:
+    """The same by PyTorch's calls: clip, fused optimizer, average, copy, clear."""
+    if importlib.util.find_spec("torch") is None:
+        return None
+    import torch
+
+    torch.set_num_threads(problem.threads)
+    leaves = [torch.from_numpy(x.copy()).requires_grad_() for x in problem.parts(problem.array(0))]
+    first = [torch.from_numpy(g.copy()) for g in problem.parts(problem.array(1))]
+    for leaf, gradient in zip(leaves, first, strict=True):
+        leaf.grad = gradient.clone()
+    averages = [leaf.detach().clone() for leaf in leaves]
+    shadows = [leaf.detach().to(torch.bfloat16) for leaf in leaves]
+    decay = {"weight_decay": DECAY} if step is FULL else {}
+    opt = getattr(torch.optim, step.make.__name__)(leaves, lr=LR, fused=True, **decay)
+    again = problem.n <= 100_000 and step is FULL
+
+    @torch.no_grad()  # type: ignore[untyped-decorator, unused-ignore]
+    def whole() -> None:
+        if again:
+            for leaf, gradient in zip(leaves, first, strict=True):
+                leaf.grad.copy_(gradient)
+        torch.nn.utils.clip_grad_norm_(leaves, LIMIT, foreach=True)
+        opt.step()
+        torch._foreach_lerp_(averages, leaves, 1 - EMA)
+        if step is FULL:
+            for shadow, leaf in zip(shadows, leaves, strict=True):
+                shadow.copy_(leaf)
+                leaf.grad.zero_()
+
+    return Candidate(whole, lambda: np.concatenate([x.detach().numpy().ravel() for x in leaves]))
+
+
+def optax_steps(step: Step, problem: Problem) -> Candidate | None:
+    """The same by Optax in one jitted function that may reuse its arguments' memory; it need not clear gradients."""
+    if step is not FULL or any(importlib.util.find_spec(name) is None for name in ("jax", "optax")):
+        return None
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    chain = optax.chain(optax.clip_by_global_norm(LIMIT), optax.adamw(LR, weight_decay=DECAY))
+
+    @partial(jax.jit, donate_argnums=(0, 1, 2, 3))
+    def whole(params: Any, state: Any, average: Any, shadow: Any, grads: Any) -> Any:
+        updates, state = chain.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        average = jax.tree.map(lambda e, p: e + (1 - EMA) * (p - e), average, params)
+        return params, state, average, jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+
+    params = [jnp.array(x) for x in problem.parts(problem.array(0))]
+    grads = [jnp.array(x) for x in problem.parts(problem.array(1))]
+    held = [
+        params,
+        chain.init(params),
+        jax.tree.map(jnp.copy, params),
+        jax.tree.map(lambda p: p.astype(jnp.bfloat16), params),
+    ]
+
+    wait: Callable[..., Any] = jax.block_until_ready
+
+    def run() -> None:
+        held[:] = whole(*held, grads)
+        wait(held)
+
+    return Candidate(run, lambda: np.concatenate([np.asarray(x).ravel() for x in held[0]]))
+
+
+def roofline(problem: Problem) -> Candidate:
+    """The same bytes as in a full step with almost no arithmetic: a reading pass and a reading and writing one."""
+    import numba
+
+    streams = [allocate(problem.n, problem.dtype, k) for k in range(5)]
+    for stream in streams:
+        stream.fill(1e-3)
+    copy = allocate(problem.n, np.uint16, 5)
+    threads = min(problem.threads, numba.config.NUMBA_NUM_THREADS)
+    little = np.float32(1e-9)
+
+    def step() -> None:
+        numba.set_num_threads(threads)
+        _touch()(*streams, streams[1].view(np.int32), copy, little)
+
+    step()
+    return Candidate(step)
+
+
+def _touch() -> Callable[..., None]:
+    if not _TOUCH:
+        import numba
+
+        prange = numba.prange
+
+        def touch(p, g, m, v, e, bits, copy, c):  # type: ignore[no-untyped-def]
+            total = 0
+            for i in prange(bits.size):
+                total += bits[i]
+            d = c * np.float32(total & 1)
+            for i in prange(p.size):
+                p[i] += c
+                g[i] += d
+                m[i] += c
+                v[i] += c
+                e[i] += c
+                copy[i] = np.uint16(7)
+
+        _TOUCH.append(numba.njit(parallel=True, error_model="numpy")(touch))
+    return _TOUCH[0]
+
+
+_TOUCH: list[Callable[..., None]] = []
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is measured: how to make it, the bytes per parameter it has to move, and the step it must agree with."""
+
+    build: Callable[[Problem], Candidate | None]
+    moved: int
+    step: Step | None
+
+    def reference(self, problem: Problem) -> Candidate:
+        """The same step by NumPy."""
+        assert self.step is not None
+        return fastlr_step(self.step, problem, backend="numpy")
+
+
+def entries(kind: str, problem: Problem) -> dict[str, Entry]:
+    """What is measured for a kind of step, by name."""
+
+    def own(step: Step) -> Entry:
+        return Entry(partial(fastlr_step, step), step.moved, step)
+
+    if kind == "options":
+        out = {"fastlr": own(Step(fastlr.AdamW, _PLAIN))}
+        for name, (more, added) in OPTIONS.items():
+            out[f"+ {name}"] = own(Step(fastlr.AdamW, {**_PLAIN, **more}, 28 + added))
+        return out
+    step = FULL if kind == "full" else TARGET
+    out = {"fastlr": own(step), "torch_calls": Entry(partial(torch_steps, step), step.moved, step)}
+    if step is FULL:
+        out["optax"] = Entry(partial(optax_steps, step), step.moved, step)
+        if problem.leaves == 1:
+            out["roofline"] = Entry(roofline, step.moved, None)
+    return out
