@@ -114,15 +114,13 @@ def whole(rows: list[dict]) -> str:
         by = {r["impl"]: r for r in rows if r["mode"] == mode}
         own = by["fastlr"]
         others = [by.get(name) for name in list(names)[1:]]
-        cells = [f"{report._time(r['p50_s'])} ({r['p50_s'] / own['p50_s']:.2f}x)" if r else "" for r in others]
+        cells = [f"{report._time(r['p50_s'])} ({report.beside(r, own, None)[0]:.2f}x)" if r else "" for r in others]
         cells.insert(0, report._time(own["p50_s"]))
         size = f"{own['n']:,}" + (f" in {own['leaves']} arrays" if own["leaves"] > 1 else "")
         lines.append(f"| {words} | {size} | {' | '.join(cells)} |")
     options = [r for r in rows if r["mode"] == "options"]
     plain = next(r for r in options if r["impl"] == "fastlr")
-    added = ", ".join(
-        f"{r['impl'][2:]} {(r['p50_s'] - plain['p50_s']) * 1e3:+.1f} ms" for r in options if r is not plain
-    )
+    added = ", ".join(f"{r['impl'][2:]} {r['added_s'] * 1e3:+.1f} ms" for r in options if r is not plain)
     machine = f"{own['cpu']}, {own['threads']} threads, {own['date'][:10]}"
     torch = own["versions"].get("torch", "not installed")
     lines += [

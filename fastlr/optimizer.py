@@ -17,10 +17,11 @@ from .buffers import Alloc, FlatBuffer, allocate
 from .gradients import Gradients
 from .groups import Groups, matching
 from .kernels import cpu, reference, rules
-from .kernels.cpu import CLOCK, Kernel, Storage
+from .kernels.cpu import CLOCK, Kernel
 from .kernels.formats import FORMATS, to_float32
 from .kernels.primitives import SCOPES
 from .kernels.staging import After, Before, Rule, Staged
+from .kernels.tiles import Storage
 from .loss_scale import LossScale
 from .plans import Column, Plan
 from .rows import Counts, Rows

@@ -57,7 +57,7 @@ class Plan:
 
     Args:
         sizes: elements of each leaf of one model.
-        columns: as `kernels.cpu.Storage.columns` has them.
+        columns: as `kernels.tiles.Storage.columns` has them.
         rows: of the leaves.
         kept: whether the step updates a leaf of a model, shape `(leaves, models)`.
         advance: see `Rows.advance`.

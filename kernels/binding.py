@@ -50,6 +50,7 @@ class _Sum:
     element: str  # the name in `update` of what is added up
     round: int  # the measuring pass in which it can be taken: those of earlier rounds are known then
     names: dict[str, str]  # scope -> name in `decide`
+    column: str  # the argument of `update` that it is, as it stands, or ""
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Measure:
 
     source: str
     kinds: tuple[str, ...]  # "norm" or "total", for each value
+    columns: tuple[str, ...]  # the argument that each value is as it stands, or ""
 
 
 def _names(node: ast.AST) -> set[str]:
@@ -254,7 +256,11 @@ class Stager:
 
         by_round = [[s for s in sums if s.round == r] for r in sorted({s.round for s in sums})]
         measures = [
-            Measure(element("measure", [ast.Name(s.element) for s in part]), tuple(s.kind for s in part))
+            Measure(
+                element("measure", [ast.Name(s.element) for s in part]),
+                tuple(s.kind for s in part),
+                tuple(s.column for s in part),
+            )
             for part in by_round
         ]
         return Staged(
@@ -640,7 +646,8 @@ class Stager:
         if key not in self.sums:
             element = self._named("added", value).node
             assert isinstance(element, ast.Name)
-            self.sums[key] = _Sum(kind, element.id, self._round("update", element), {})
+            argument = value.node.id if isinstance(value.node, ast.Name) and value.node.id not in self.versions else ""
+            self.sums[key] = _Sum(kind, element.id, self._round("update", element), {}, argument)
         known = self.sums[key]
         if scope not in known.names:
             known.names[scope] = name = self._fresh(f"{kind}_{scope}")

@@ -10,37 +10,31 @@ busy with something else costs only its share. Between phases the calling thread
 Which thread does which tile does not show in the result.
 """
 
-import hashlib
 import math
 import time
-import types as types_module
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numba
 import numpy as np
-from numba import njit, types
+from numba import types
 
 from . import primitives, sums
 from .caching import KernelCache
-from .formats import FORMATS, to_float32
 from .memory import (
     atomic_load,
     atomic_store,
     elements,
     fetch_add,
-    lanes,
-    outbox,
     pause,
     row,
     sched_yield,
     table,
-    where,
 )
 from .primitives import SCOPES
 from .staging import Staged, define
-from .sums import LANES
+from .tiles import ELEMENT, Storage, compiled, digest_of, measure_loop, update_loop, zero_of
 
 # Columns of a plan's tables.
 ROW, FIRST_ADDRESS = 0, 1  # leaves: the row of its counters, then the addresses of each column (`Storage.columns`)
@@ -60,37 +54,6 @@ LINE = 8
 # that steps one after the other find it awake and a matrix product that follows is hardly disturbed.
 _ASKED, _PATIENCE = 50_000, 5_000
 
-# No fast-math and no contraction: the same bits as NumPy. NumPy's error model: x / 0 is inf, without a branch.
-_FLAGS = {"error_model": "numpy", "nogil": True, "fastmath": False, "boundscheck": False}
-
-
-@dataclass(frozen=True)
-class Storage:
-    """How the columns of a step stand in memory.
-
-    Attributes:
-        compute: "float32" or "float64"; of the arithmetic, and of all columns but those named here.
-        gradient: the same, or one of `formats.FORMATS`.
-        shadow: one of `formats.FORMATS` for a copy of the new parameters, or None.
-        clear: set each gradient to zero once it has been read.
-    """
-
-    compute: str
-    gradient: str
-    shadow: str | None = None
-    clear: bool = False
-
-    def columns(self, staged: Staged) -> list[str]:
-        """The dtype of each column: p, g, states, inputs, and the shadow at the end."""
-        g = FORMATS[self.gradient].storage if self.gradient in FORMATS else self.gradient
-        others = [self.compute] * (len(staged.states) + len(staged.inputs))
-        return [self.compute, g, *others, *([FORMATS[self.shadow].storage] if self.shadow else [])]
-
-    def written(self, staged: Staged) -> list[int]:
-        """The columns that a step writes, in order."""
-        states = range(2, 2 + len(staged.states))
-        return [0, *([1] if self.clear else []), *states, *([len(self.columns(staged)) - 1] if self.shadow else [])]
-
 
 @dataclass(frozen=True)
 class Kernel:
@@ -109,170 +72,6 @@ class Kernel:
     takes_helpers: bool
 
 
-def _compiled(function: Callable[..., Any], digest: str) -> Any:
-    """A function as part of one kernel, by a name of its own.
-
-    Numba's symbols carry a counter of the process that compiled them. Two kernels from two processes can so have the
-    same symbols, and in a third process that loads both from disk one would silently run the other's code.
-    """
-    own = types_module.FunctionType(
-        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
-    )
-    own.__qualname__ = f"{function.__name__}_{digest}"
-    return njit(**_FLAGS)(own)
-
-
-_ELEMENT = {
-    "sqrt": math.sqrt,
-    "abs": abs,
-    "exp": math.exp,
-    "log": math.log,
-    "tanh": math.tanh,
-    "sin": math.sin,
-    "cos": math.cos,
-}
-
-
-def _digest(staged: Staged, storage: Storage) -> str:
-    return hashlib.sha256(f"{staged!r} {storage!r}".encode()).hexdigest()[:16]
-
-
-def accessors(storage: Storage, select: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
-    """`decode_g` and `encode_shadow` as far as the storage needs them, with the select of a backend."""
-    out: dict[str, Callable[..., Any]] = {}
-    if storage.gradient in FORMATS:
-        out["decode_g"] = FORMATS[storage.gradient].make(select)[0]
-    if storage.shadow:
-        out["encode_shadow"] = FORMATS[storage.shadow].make(select)[1]
-        if storage.compute == "float64":
-            out["narrow"] = to_float32(select)
-    return out
-
-
-def _read(staged: Staged, storage: Storage) -> list[str]:
-    """The arguments of the staged functions, from the tuple `c` of what the columns hold."""
-    read = [f"c[{k}]" for k in range(2 + len(staged.states) + len(staged.inputs))]
-    if storage.gradient in FORMATS:
-        read[1] = "float64(decode_g(c[1]))" if storage.compute == "float64" else "decode_g(c[1])"
-    return read
-
-
-def element_text(staged: Staged, storage: Storage) -> str:
-    """The source of `element(c, h)`: from what the columns hold to what is stored, and what is kept aside.
-
-    What is stored are the columns of `Storage.written` without the shadow. Kept aside are the shadow, which leaves in
-    whole lines, and what is emitted, which is added up.
-    """
-    states = len(staged.states)
-    stored = ["r[0]", *(["zero"] if storage.clear else []), *(f"r[{1 + k}]" for k in range(states))]
-    kept = [f"r[{1 + states + k}]" for k in range(len(staged.emitted))]
-    if storage.shadow:
-        kept.insert(0, "encode_shadow(narrow(r[0]))" if storage.compute == "float64" else "encode_shadow(r[0])")
-    both = f"({', '.join(stored)},), ({', '.join(kept)},)" if kept else f"({', '.join(stored)},)"
-    return f"def element(c, h):\n    r = update({', '.join(_read(staged, storage))}, h)\n    return {both}"
-
-
-def _element(staged: Staged, storage: Storage, digest: str) -> Callable[..., Any]:
-    """`element(c, h)`, compiled; see `element_text`."""
-    update = _compiled(define(staged.update, "update", {**_ELEMENT, "where": where}), digest)
-    convert = {name: _compiled(f, digest) for name, f in accessors(storage, where).items()}
-    namespace = {**convert, "zero": _zero(staged, storage), "float64": np.float64, "update": update}
-    return _compiled(define(element_text(staged, storage), "element", namespace), digest)
-
-
-def _zero(staged: Staged, storage: Storage) -> Any:
-    """The zero of a gradient."""
-    return np.dtype(storage.columns(staged)[1]).type(0)
-
-
-def update_loop(staged: Staged, storage: Storage) -> Any:
-    """The loop over one tile, `tile(addresses, h, start, stop, out, past)`: load, call the staged update, store.
-
-    What the update emits is added up and written to the address `out`; if `past` is not 0, whole lines of the shadow
-    are written past the caches. Without emitted values and shadow neither is used.
-    """
-    digest = _digest(staged, storage)
-    formats, written = storage.columns(staged), storage.written(staged)
-    read = range(2 + len(staged.states) + len(staged.inputs))
-    element = _element(staged, storage, digest)
-    if not staged.emitted and not storage.shadow:
-        load, store = elements(formats, read, written)
-
-        def plain(addresses, h, start, stop, out, past):
-            for i in range(start, stop):
-                store(addresses, i, element(load(addresses, i), h))
-
-        return _compiled(plain, digest)
-
-    emits, kinds = bool(staged.emitted), ("norm",) * len(staged.emitted)
-    box = [formats[-1]] if storage.shadow else []
-    values = [*box, *[storage.compute] * len(kinds)]
-    every_format = [*formats, *values, *["float64"] * len(kinds)]
-    load, store = elements(every_format, read, [k for k in written if not (storage.shadow and k == len(formats) - 1)])
-    take, keep = elements(every_format, [len(formats)], range(len(formats), len(formats) + len(values)))
-    _, put = elements(every_format, [], [len(formats) - 1])
-    place_box, send = outbox(LANES, formats[-1])
-    place, clear, add, finish = lanes(LANES, kinds, storage.compute)
-    shadow, column, width = storage.shadow is not None, len(formats) - 1, np.dtype(formats[-1]).itemsize
-    nowhere = ()
-
-    def tile(addresses, h, start, stop, out, past):
-        mailbox = place_box() if shadow else nowhere
-        room = place() if emits else nowhere
-        every = addresses + mailbox + room
-        for i in range(start, stop, LANES):
-            count = min(LANES, stop - i)
-            if emits and count < LANES:
-                clear(room)
-            for j in range(count):
-                stored, kept = element(load(every, i + j), h)
-                store(every, i + j, stored)
-                keep(every, j, kept)
-            if shadow:
-                if count == LANES:
-                    send(mailbox, addresses[column] + i * width, past)
-                else:
-                    for j in range(count):
-                        put(every, i + j, take(every, j))
-            if emits:
-                add(room)
-        if emits:
-            finish(room, out)
-
-    return _compiled(tile, digest)
-
-
-def measure_loop(staged: Staged, number: int, storage: Storage) -> Any:
-    """The loop over one tile of a measure, as `update_loop`: load, add up, write the sums to `out`."""
-    digest = _digest(staged, storage)
-    formats, measure = storage.columns(staged), staged.measures[number]
-    columns, count = 2 + len(staged.states) + len(staged.inputs), len(measure.kinds)
-    every_format = [*formats, *[storage.compute] * count, *["float64"] * count]
-    load, _ = elements(every_format, range(columns), [])
-    _, keep = elements(every_format, [], range(len(formats), len(formats) + count))
-    place, clear, add, finish = lanes(LANES, measure.kinds, storage.compute)
-    namespace = {**_ELEMENT, "where": where, "float64": np.float64}
-    if storage.gradient in FORMATS:
-        namespace["decode_g"] = _compiled(accessors(storage, where)["decode_g"], digest)
-    namespace["measure"] = _compiled(define(measure.source, "measure", namespace), digest)
-    read = ", ".join(_read(staged, storage))
-    values = _compiled(define(f"def values(c, h):\n    return measure({read}, h)", "values", namespace), digest)
-
-    def tile(addresses, h, start, stop, out, past):
-        room = place()
-        every = addresses + room
-        for i in range(start, stop, LANES):
-            part = min(LANES, stop - i)
-            if part < LANES:
-                clear(room)
-            for j in range(part):
-                keep(every, j, values(load(every, i + j), h))
-            add(room)
-        finish(room, out)
-
-    return _compiled(tile, digest)
-
-
 def _sweep(staged: Staged, storage: Storage, digest: str) -> Any:
     """Take tiles and run the loop of a phase over each."""
     columns, slots, quantities = len(storage.columns(staged)), staged.slots, staged.quantities
@@ -281,14 +80,14 @@ def _sweep(staged: Staged, storage: Storage, digest: str) -> Any:
     last, may_skip, clears = len(staged.measures), "finite" in staged.reports, storage.clear
     starts = (*np.cumsum([0, *(len(m.kinds) for m in staged.measures)]).tolist(),)
     _, store_g = elements(storage.columns(staged), [], [1])
-    zero = (_zero(staged, storage),)
+    zero = (zero_of(staged, storage),)
     loops = {f"loop_{k}": measure_loop(staged, k, storage) for k in range(last)}
     loop = loops[f"loop_{last}"] = update_loop(staged, storage)
     if last:
         arguments = "addresses, h, first, stop, out, past"
         lines = [f"def loop(phase, {arguments}):"]
         lines += [f"    if phase == {k}:\n        return loop_{k}({arguments})" for k in range(last)]
-        loop = _compiled(define("\n".join([*lines, f"    return loop_{last}({arguments})"]), "loop", loops), digest)
+        loop = compiled(define("\n".join([*lines, f"    return loop_{last}({arguments})"]), "loop", loops), digest)
 
     def take_tiles(phase, leaves, tiles, counters, h, base, partials, chunk, shares, mine):
         past = setting_at(base + 8 * PAST)[0]
@@ -317,15 +116,15 @@ def _sweep(staged: Staged, storage: Storage, digest: str) -> Any:
                     else:
                         loop(addresses, values, start, start + count, out, past)
 
-    return _compiled(take_tiles, digest)
+    return compiled(take_tiles, digest)
 
 
 def _decision(staged: Staged, digest: str) -> Any:
     """`decide` for every row that is in the step."""
-    namespace = {**_ELEMENT, "real_power": math.pow}
+    namespace = {**ELEMENT, "real_power": math.pow}
     if "power(" in staged.decide.replace("real_power(", ""):
-        namespace["power"] = _compiled(primitives.power, digest)
-    decide = _compiled(define(staged.decide, "decide", namespace), digest)
+        namespace["power"] = compiled(primitives.power, digest)
+    decide = compiled(define(staged.decide, "decide", namespace), digest)
     uniforms, scalars, added = len(staged.uniforms), len(staged.scalars), len(staged.sums)
     slots, reports = staged.slots, len(staged.reports)
     uniforms_at, scalars_at, sums_at = (row("float64", n) for n in (uniforms, scalars, added))
@@ -351,13 +150,13 @@ def _decision(staged: Staged, digest: str) -> Any:
                 for k in range(reports):
                     report[r, k] = values[slots + scalars + k]
 
-    return _compiled(decide_rows, digest)
+    return compiled(decide_rows, digest)
 
 
 def _addition(staged: Staged, kinds: Sequence[str], digest: str) -> Any:
     """Add up the blocks of some quantities: leaf by leaf, then over the scopes that `decide` asks for."""
     every, added = staged.quantities, len(staged.sums)
-    fold = _compiled(sums.fold, digest)
+    fold = compiled(sums.fold, digest)
     integers, floats = table("int64"), table("float64")
     asked = staged.sums or ((0, SCOPES[0]),)
     sources, scopes = tuple(q for q, _ in asked), tuple(SCOPES.index(scope) for _, scope in asked)
@@ -397,7 +196,7 @@ def _addition(staged: Staged, kinds: Sequence[str], digest: str) -> Any:
                     value = work[bounds[cell_of_row[r, 0], 0], 0]
                     results[r, s] = math.sqrt(value) if root else value
 
-    return _compiled(add_up, digest)
+    return compiled(add_up, digest)
 
 
 def _commit(staged: Staged, digest: str) -> Any:
@@ -425,13 +224,13 @@ def _commit(staged: Staged, digest: str) -> Any:
         if going > 0 or stepping == 0:
             counters[rows, CLOCK] += advance[rows, 1]
 
-    return _compiled(commit, digest)
+    return compiled(commit, digest)
 
 
 def build(staged: Staged, storage: Storage) -> Kernel:
     """Compile a staged rule for one storage, or load it from disk."""
     began = time.perf_counter()
-    digest = _digest(staged, storage)
+    digest = digest_of(staged, storage)
     measures, quantities = len(staged.measures), staged.quantities
     sweep = _sweep(staged, storage, digest)
     decide_rows, commit = _decision(staged, digest), _commit(staged, digest)
@@ -493,7 +292,7 @@ def build(staged: Staged, storage: Storage) -> Kernel:
     compute = types.Array(getattr(types, storage.compute), 2, "C")
     control_kind = types.Array(types.int64, 1, "C")
     signature = types.void(integers_2d, integers_2d, floats_2d, integers_2d, compute, control_kind, types.int64)
-    dispatcher = _compiled(step, digest)
+    dispatcher = compiled(step, digest)
     dispatcher._cache = cache = KernelCache(staged.name, staged, storage, numba.config.DISABLE_JIT)
     dispatcher.compile(signature)
     dispatcher.disable_compile()

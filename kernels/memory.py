@@ -9,6 +9,7 @@ import ctypes
 import os
 import platform
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -120,23 +121,44 @@ def row(kind: str, count: int) -> Callable[..., Any]:
     return read
 
 
-def lanes(width: int, kinds: Sequence[str], compute: str) -> tuple[Callable[..., Any], ...]:
-    """Memory on the stack to add up values in float64, `width` lanes for each of some quantities.
+@dataclass(frozen=True)
+class Lanes:
+    """Functions of compiled code that add up values in float64, in `width` lanes for each of some quantities.
+
+    Attributes:
+        place: `place()`, a tuple of addresses on the stack: of values for each quantity, then of its lanes, all zero.
+        clear: `clear(places, row)` sets a row of `width` values of each quantity to zero.
+        add: `add(places, row)` adds a row of values of each quantity to its lanes.
+        add_rows: `add_rows(places)` does it for all rows, one after the other.
+        add_columns: `add_columns(addresses, places, i)` does it for elements of columns from i on, where they are.
+        finish: `finish(places, out)` halves the lanes, upper onto lower, down to one; its value goes to `out`.
+    """
+
+    place: Callable[..., Any]
+    clear: Callable[..., Any]
+    add: Callable[..., Any]
+    add_rows: Callable[..., Any]
+    add_columns: Callable[..., Any]
+    finish: Callable[..., Any]
+
+
+def lanes(width: int, rows: int, kinds: Sequence[str], compute: str, columns: Sequence[int] = ()) -> Lanes:
+    """Memory on the stack to add up values in float64, and what adds.
+
+    Lanes are loaded and stored once for many rows of values: storing them is what takes longest.
 
     Args:
         width: lanes, a power of two.
+        rows: how many rows of `width` values there is room for.
         kinds: "norm" for sums of squares or "total" for sums, for each quantity.
         compute: the dtype of the values.
-
-    Returns:
-        `place()`, a tuple of addresses: of `width` values for each quantity, then of the lanes of each, all zero;
-        `clear(addresses)` sets the values to zero; `add(addresses)` adds each value to its lane; `finish(addresses,
-        out)` halves the lanes, upper onto lower, down to one, and writes that of each quantity to the address `out`.
+        columns: the column that each quantity is, for `add_columns`.
     """
     count = len(kinds)
     many = ir.VectorType(_LLVM["float64"], width)
     values = ir.VectorType(_LLVM[compute], width)
-    room = _BYTES["float64"] * width
+    room = _BYTES[compute] * width * rows
+    lane_room = _BYTES["float64"] * width
     addresses_type = types.UniTuple(types.int64, 2 * count)
 
     def vector(builder: Any, addresses: Any, k: int, kind: Any) -> Any:
@@ -146,10 +168,11 @@ def lanes(width: int, kinds: Sequence[str], compute: str) -> tuple[Callable[...,
     def place(typing_context: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             with builder.goto_entry_block():
-                memory = builder.alloca(ir.ArrayType(ir.IntType(8), 2 * count * room))
+                memory = builder.alloca(ir.ArrayType(ir.IntType(8), count * (room + lane_room)))
                 memory.align = 64
             first = builder.ptrtoint(memory, _I64)
-            every = [builder.add(first, ir.Constant(_I64, k * room)) for k in range(2 * count)]
+            offsets = [k * room for k in range(count)] + [count * room + k * lane_room for k in range(count)]
+            every = [builder.add(first, ir.Constant(_I64, offset)) for offset in offsets]
             addresses = context.make_tuple(builder, signature.return_type, every)
             for k in range(count):
                 builder.store(ir.Constant(many, None), vector(builder, addresses, count + k, many), align=64)
@@ -158,24 +181,52 @@ def lanes(width: int, kinds: Sequence[str], compute: str) -> tuple[Callable[...,
         return addresses_type(), generate
 
     @intrinsic
-    def clear(typing_context: Any, addresses: Any) -> Any:
+    def clear(typing_context: Any, places: Any, row: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            for k in range(count):
-                builder.store(ir.Constant(values, None), vector(builder, args[0], k, values), align=64)
+            for source in sources(builder, args[0], args[1]):
+                builder.store(ir.Constant(values, None), builder.inttoptr(source, values.as_pointer()), align=64)
 
-        return types.void(addresses), generate
+        return types.void(places, types.int64), generate
+
+    def grow(builder: Any, places: Any, sources: Any, times: int, align: int) -> None:
+        """Add `times` rows from the address of each quantity to its lanes."""
+        for k, (kind, source) in enumerate(zip(kinds, sources, strict=True)):
+            lane = vector(builder, places, count + k, many)
+            total = builder.load(lane, align=64)
+            for r in range(times):
+                at = builder.add(source, ir.Constant(_I64, r * width * _BYTES[compute]))
+                x = builder.load(builder.inttoptr(at, values.as_pointer()), align=align)
+                x = x if compute == "float64" else builder.fpext(x, many)
+                total = builder.fadd(total, builder.fmul(x, x) if kind == "norm" else x)
+            builder.store(total, lane, align=64)
+
+    def sources(builder: Any, places: Any, row: Any) -> list[Any]:
+        """The address of a row of values of each quantity."""
+        offset = builder.mul(row, ir.Constant(_I64, width * _BYTES[compute]))
+        return [builder.add(builder.extract_value(places, k), offset) for k in range(count)]
 
     @intrinsic
-    def add(typing_context: Any, addresses: Any) -> Any:
+    def add(typing_context: Any, places: Any, row: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            for k, kind in enumerate(kinds):
-                x = builder.load(vector(builder, args[0], k, values), align=64)
-                x = x if compute == "float64" else builder.fpext(x, many)
-                x = builder.fmul(x, x) if kind == "norm" else x
-                lane = vector(builder, args[0], count + k, many)
-                builder.store(builder.fadd(builder.load(lane, align=64), x), lane, align=64)
+            grow(builder, args[0], sources(builder, args[0], args[1]), 1, 64)
 
-        return types.void(addresses), generate
+        return types.void(places, types.int64), generate
+
+    @intrinsic
+    def add_rows(typing_context: Any, places: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            grow(builder, args[0], sources(builder, args[0], ir.Constant(_I64, 0)), rows, 64)
+
+        return types.void(places), generate
+
+    @intrinsic
+    def add_columns(typing_context: Any, addresses: Any, places: Any, i: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            offset = builder.mul(args[2], ir.Constant(_I64, _BYTES[compute]))
+            at = [builder.add(builder.extract_value(args[0], k), offset) for k in columns]
+            grow(builder, args[1], at, rows, _BYTES[compute])
+
+        return types.void(addresses, places, types.int64), generate
 
     @intrinsic
     def finish(typing_context: Any, addresses: Any, out: Any) -> Any:
@@ -194,7 +245,7 @@ def lanes(width: int, kinds: Sequence[str], compute: str) -> tuple[Callable[...,
 
         return types.void(addresses, out), generate
 
-    return place, clear, add, finish
+    return Lanes(place, clear, add, add_rows, add_columns, finish)
 
 
 def outbox(count: int, kind: str) -> tuple[Callable[..., Any], Callable[..., Any]]:

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from . import cpu, primitives, sums
-from .cpu import CLOCK, COUNT, FIRST_ADDRESS, GO, LEAF, ROW, SKIPPED, START, Kernel, Storage, T
+from .cpu import CLOCK, COUNT, FIRST_ADDRESS, GO, LEAF, ROW, SKIPPED, START, Kernel, T
 from .memory import view
 from .primitives import SCOPES
 from .staging import Staged, define
+from .tiles import Storage, accessors
 
 _NUMPY = {
     "sqrt": np.sqrt,
@@ -65,7 +66,7 @@ def build(staged: Staged, storage: Storage) -> Kernel:
     decide = define(staged.decide, "decide", {**_NUMPY, **powers})
     update = define(staged.update, "update", _NUMPY)
     measures = [define(m.source, "measure", _NUMPY) for m in staged.measures]
-    convert: dict[str, Callable[..., Any]] = cpu.accessors(storage, np.where)
+    convert: dict[str, Callable[..., Any]] = accessors(storage, np.where)
     columns, states = storage.columns(staged), len(staged.states)
     uniforms, slots, scalars = len(staged.uniforms), staged.slots, len(staged.scalars)
     kinds = [kind for m in staged.measures for kind in m.kinds] + ["norm"] * len(staged.emitted)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 
 import fastlr
 from fastlr import bench, cli
-from fastlr.bench import candidates, measuring, report
+from fastlr.bench import candidates, measuring, report, steps
 
 KEYS = {"impl", "rule", "device", "dtype", "n", "leaves", "threads", "mode", "p10_s", "p50_s", "p90_s"}
 KEYS |= {"ns_per_param", "gb_per_s", "compile_s", "commit", "date", "cpu", "versions"}
@@ -59,7 +60,32 @@ def test_a_wrong_answer_is_not_timed():
         return candidate
 
     with pytest.raises(RuntimeError, match="fastlr does not agree with the reference on adam"):
-        measuring._checked(candidates.Problem("adam", 100, 1, "float32", 1), wrong, "fastlr")
+        problem = candidates.Problem("adam", 100, 1, "float32", 1)
+        measuring._checked(problem, wrong, "fastlr", candidates.fastlr_candidate)
+
+
+@pytest.mark.parametrize(("kind", "leaves"), [("full", 1), ("full", 3), ("target", 10), ("options", 1)])
+def test_whole_steps(kind, leaves):
+    """Each is checked against the reference before it is timed, so that all do the same."""
+    rows = bench.run(sizes=[1_000], leaves=[leaves], seconds=0.0, threads=1, quiet=True, step=kind)
+    found = {row["impl"] for row in rows}
+    expected = {
+        "full": {"fastlr", "torch_calls", "optax", "roofline"},
+        "target": {"fastlr", "torch_calls"},
+        "options": {"fastlr", *(f"+ {name}" for name in steps.OPTIONS)},
+    }[kind]
+    missing = {n for n, module in (("torch_calls", "torch"), ("optax", "optax")) if find_spec(module) is None}
+    assert found == expected - missing - ({"roofline"} if leaves > 1 else set())
+    assert all(row["mode"] == kind and row["relative"] > 0 for row in rows)
+    header, lines = report.option_table(rows) if kind == "options" else report.table(rows)
+    assert len(lines) == len(rows) and all(len(line) == len(header) for line in lines)
+
+
+def test_whole_steps_that_are_not_measured():
+    with pytest.raises(ValueError, match="step 'full' is measured for adamw in float32, alone"):
+        bench.run(["sgd"], [1_000], step="full", quiet=True)
+    with pytest.raises(TypeError, match="step 'half' is not known; there are update, full, options, target"):
+        bench.run(sizes=[1_000], step="half", quiet=True)
 
 
 def test_in_a_loop():

@@ -11,8 +11,8 @@ from cases import CASES, Case
 from numba import types
 
 import fastlr
-from fastlr.kernels import cpu
-from fastlr.kernels.cpu import Storage
+from fastlr.kernels import tiles
+from fastlr.kernels.tiles import Storage
 
 pytestmark = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="reads x86-64 assembly")
 
@@ -23,7 +23,7 @@ DOUBLE = r"\bv?(?:add|sub|mul|div|sqrt|min|max|cmp\w*|cvt\w*)(?:sd|pd)\b.*|\bv?c
 
 def assembly(staged, dtype: str) -> str:
     """The code of the loop over one tile, without the entry that Numba makes for calls from Python."""
-    return compiled(cpu.update_loop(staged, Storage(dtype, dtype)), staged, Storage(dtype, dtype))
+    return compiled(tiles.update_loop(staged, Storage(dtype, dtype)), staged, Storage(dtype, dtype))
 
 
 def compiled(loop, staged, storage: Storage) -> str:
@@ -81,7 +81,7 @@ def test_the_whole_update(kind, shadow):
     """Every option on: still vectors, no float64 but in the sums of a measure, no contraction, no calls."""
     staged = fastlr.AdamW(np.zeros(1, np.float32), shadow=shadow, **FULL).rule
     storage = Storage("float32", kind, shadow, True)
-    text = compiled(cpu.update_loop(staged, storage), staged, storage)
+    text = compiled(tiles.update_loop(staged, storage), staged, storage)
     assert re.search(r"\bv?divps\b", text) and re.search(r"\bv?sqrtps\b", text)
     assert not re.search(DOUBLE, text) and not re.search(r"\bvfn?m(?:add|sub)\w+", text)
     assert not re.search(r"\bv?cvt(?:ph2ps|ps2ph)\b|__(?:gnu_[fh]2[hf]|trunc|extend)\w*", text)  # not the processor's
@@ -95,7 +95,7 @@ def test_a_measure(make):
     staged = make(np.zeros(1, np.float32), clip_norm=1.0).rule
     storage = Storage("float32", "float32")
     for number in range(len(staged.measures)):
-        text = compiled(cpu.measure_loop(staged, number, storage), staged, storage)
+        text = compiled(tiles.measure_loop(staged, number, storage), staged, storage)
         assert re.search(r"\bv?addpd\b.*%[yz]mm", text) or "%ymm" not in text
         assert re.search(r"\bv?cvtps2pd\b", text)
         assert not re.search(r"\bvfn?m(?:add|sub)\w+", text)
@@ -117,7 +117,7 @@ def test_a_float64_literal_would_be_seen():
     assert spoilt.update != staged.update
     storage = Storage("float32", "float32")
     try:
-        text = compiled(cpu.update_loop(spoilt, storage), spoilt, storage)
+        text = compiled(tiles.update_loop(spoilt, storage), spoilt, storage)
     except Exception as error:  # the store refuses a tuple of float64
         text = str(error)
     assert "pd" in text or "float64" in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import gc
+import itertools
 import platform
 import shutil
 import subprocess
@@ -176,21 +177,27 @@ def _prepare(problem: c.Problem, with_numpy: bool) -> tuple[dict[str, c.Candidat
 
 def _measure(problem: c.Problem, seconds: float) -> Iterator[dict[str, Any]]:
     ready, states = _prepare(problem, with_numpy=True)
-    samples = _alternate(ready, seconds)
+    rounds = _alternate(ready, seconds)
     for name, candidate in ready.items():
-        yield _row(problem, name, "alone", samples[name], _moved(problem, name, states), candidate.compile_s)
+        samples = list(itertools.chain(*rounds[name]))
+        row = _row(problem, name, "alone", samples, _moved(problem, name, states), candidate.compile_s)
+        yield {**row, **_beside(rounds, name)}
 
 
-def _alternate(ready: Mapping[str, c.Candidate], seconds: float) -> dict[str, list[float]]:
+def _alternate(ready: Mapping[str, c.Candidate], seconds: float) -> dict[str, list[list[float]]]:
     """The times of each candidate, round by round."""
-    samples: dict[str, list[float]] = {name: [] for name in ready}
+    rounds: dict[str, list[list[float]]] = {name: [] for name in ready}
     began = time.perf_counter()
-    rounds = 0
-    while rounds < 5 or time.perf_counter() - began < seconds:
+    while len(next(iter(rounds.values()))) < 5 or time.perf_counter() - began < seconds:
         for name, candidate in ready.items():
-            samples[name] += _times(candidate.step, _TURN_S)
-        rounds += 1
-    return samples
+            rounds[name].append(_times(candidate.step, _TURN_S))
+    return rounds
+
+
+def _beside(rounds: Mapping[str, list[list[float]]], name: str) -> dict[str, float]:
+    """A candidate beside fastlr, compared within each round: a machine's speed can drift while it is measured."""
+    own, other = (np.array([np.median(times) for times in rounds[n]]) for n in ("fastlr", name))
+    return {"relative": float(np.median(other / own)), "added_s": float(np.median(other - own))}
 
 
 def _measure_step(kind: str, problem: c.Problem, seconds: float) -> Iterator[dict[str, Any]]:
@@ -202,9 +209,10 @@ def _measure_step(kind: str, problem: c.Problem, seconds: float) -> Iterator[dic
         candidate = entry.build(problem)
         if candidate is not None:
             ready[name], moved[name] = candidate, entry.moved
-    samples = _alternate(ready, seconds)
+    rounds = _alternate(ready, seconds)
     for name, candidate in ready.items():
-        yield _row(problem, name, kind, samples[name], moved[name], candidate.compile_s)
+        samples = list(itertools.chain(*rounds[name]))
+        yield {**_row(problem, name, kind, samples, moved[name], candidate.compile_s), **_beside(rounds, name)}
 
 
 def _moved(problem: c.Problem, name: str, states: int) -> float:
