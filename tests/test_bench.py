@@ -59,8 +59,8 @@ def test_a_wrong_answer_is_not_timed():
         candidate.params()[0] += 1.0
         return candidate
 
+    problem = candidates.Problem("adam", 100, 1, "float32", 1)
     with pytest.raises(RuntimeError, match="fastlr does not agree with the reference on adam"):
-        problem = candidates.Problem("adam", 100, 1, "float32", 1)
         measuring._checked(problem, wrong, "fastlr", candidates.fastlr_candidate)
 
 
