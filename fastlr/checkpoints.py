@@ -32,11 +32,11 @@ def _describe(opt: Optimizer) -> dict[str, Any]:
     return {
         "format": _FORMAT,
         "rule": opt._source.name,
-        "states": [opt._states.get(s, s) for s in opt._letters],
+        "states": [opt._states.get(s, s) for s in opt._columns.letters],
         "scalars": list(opt._source.scalars),
-        "dtype": opt._dtype.name,
-        "population": opt._models,
-        "leaves": {path: list(shape) for path, shape in zip(opt._structure.paths, opt._shapes, strict=True)},
+        "dtype": opt._params.dtype.name,
+        "population": opt._params.population,
+        "leaves": {path: list(shape) for path, shape in zip(opt._params.paths, opt._params.shapes, strict=True)},
     }
 
 
@@ -53,11 +53,11 @@ def collect(opt: Optimizer, params: bool) -> dict[str, np.ndarray]:
         "skipped": counts.skipped,
         **{name: counts.scalars[..., k].copy() for k, name in enumerate(opt._source.scalars)},
     }
-    for name, letter in zip(description["states"], opt._letters, strict=True):
-        for path, leaf in zip(opt._structure.paths, opt._columns[letter], strict=True):
+    for name, letter in zip(description["states"], opt._columns.letters, strict=True):
+        for path, leaf in zip(opt._params.paths, opt._columns.arrays[letter], strict=True):
             out[_key(name, path)] = leaf.copy()
     if params:
-        for path, leaf in zip(opt._structure.paths, opt._leaves, strict=True):
+        for path, leaf in zip(opt._params.paths, opt._params.leaves, strict=True):
             out[_key("params", path)] = leaf.copy()
     return out
 
@@ -82,10 +82,10 @@ def apply(opt: Optimizer, state: Mapping[str, np.ndarray]) -> None:
     wanted: dict[str, tuple[tuple[int, ...], Any]] = dict.fromkeys(("step", "clock", "skipped"), (shape, np.int64))
     wanted.update(dict.fromkeys(opt._source.scalars, (shape, np.float64)))
     prefixes = list(saved["states"])
-    with_params = any(_key("params", path) in state for path in opt._structure.paths)
+    with_params = any(_key("params", path) in state for path in opt._params.paths)
     for prefix in prefixes + ["params"] * with_params:
-        for path, leaf_shape in zip(opt._structure.paths, opt._shapes, strict=True):
-            wanted[_key(prefix, path)] = (leaf_shape, opt._dtype)
+        for path, leaf_shape in zip(opt._params.paths, opt._params.shapes, strict=True):
+            wanted[_key(prefix, path)] = (leaf_shape, opt._params.dtype)
     arrays = {}
     for key, (expected, dtype) in wanted.items():
         if key not in state:
@@ -103,7 +103,11 @@ def apply(opt: Optimizer, state: Mapping[str, np.ndarray]) -> None:
             f"this one has {', '.join(sorted(expected_names))}."
         )
     hyper = Groups(
-        as_given(own), {p: as_given(v) for p, v in groups.items()}, opt._structure.paths, opt._models, opt._spelling
+        as_given(own),
+        {p: as_given(v) for p, v in groups.items()},
+        opt._params.paths,
+        opt._params.population,
+        opt._spelling,
     )
     hyper.defaults.frozen = frozen if isinstance(frozen, bool) else np.array(frozen)
     if opt.loss_scale is not None and "loss_scale" in saved:
@@ -114,13 +118,13 @@ def apply(opt: Optimizer, state: Mapping[str, np.ndarray]) -> None:
     counts = Counts(arrays["step"], arrays["clock"], arrays["skipped"], stacked, steps)
     opt._put(_hyper=hyper)
     opt._put(**opt._rows_for(counts))
-    for prefix, letter in zip(prefixes, opt._letters, strict=True):
-        for path, leaf in zip(opt._structure.paths, opt._columns[letter], strict=True):
+    for prefix, letter in zip(prefixes, opt._columns.letters, strict=True):
+        for path, leaf in zip(opt._params.paths, opt._columns.arrays[letter], strict=True):
             leaf[...] = arrays[_key(prefix, path)]
     if with_params:
-        for path, leaf in zip(opt._structure.paths, opt._leaves, strict=True):
+        for path, leaf in zip(opt._params.paths, opt._params.leaves, strict=True):
             leaf[...] = arrays[_key("params", path)]
-    opt._encode_shadow()
+    opt._columns.encode_shadow()
 
 
 def as_given(values: Mapping[str, Any]) -> dict[str, Any]:

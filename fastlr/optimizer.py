@@ -13,12 +13,13 @@ import numpy as np
 
 from . import checkpoints, checks
 from . import threads as _threads
-from .buffers import Alloc, FlatBuffer, allocate
+from .buffers import Alloc, FlatBuffer
+from .columns import Columns, Parameters
 from .gradients import Gradients
 from .groups import Groups, matching
 from .kernels import cpu, reference, rules
 from .kernels.cpu import CLOCK, Kernel
-from .kernels.formats import FORMATS, to_float32
+from .kernels.formats import FORMATS
 from .kernels.primitives import SCOPES
 from .kernels.staging import After, Before, Rule, Staged
 from .kernels.tiles import Storage
@@ -26,7 +27,7 @@ from .loss_scale import LossScale
 from .plans import Column, Plan
 from .rows import Counts, Rows
 from .step_info import Layout, StepInfo
-from .trees import Structure, is_container, leaves_with_paths
+from .trees import is_container
 
 __all__ = ["Optimizer", "StepOptions", "warmup"]
 
@@ -201,7 +202,7 @@ class Optimizer:
         self._put(_source=rule, _backend=backend, _threads=threads, _alloc=alloc, _lock=threading.RLock())
         self._put(_scope=scope, _tests=skip_nonfinite or loss_scale is not None, _statistics=bool(statistics))
         self._put(loss_scale=loss_scale, _shadow=shadow, _clears=zero_grads, _grad_bits=grad_dtype)
-        self._attach(params)
+        self._put(_params=Parameters(params), _masks={})
 
         spelled = {n: k for k, names in self._spelling.items() for n in names}
         known: dict[str, Any] = {spelled.get(n, n): rule.defaults.get(n) for n in rule.hyperparameters}
@@ -215,24 +216,22 @@ class Optimizer:
             raise TypeError(f"rule {rule.name!r} needs a value for {', '.join(missing)}.")
         known.update(clip_norm=clip_norm, clip_value=clip_value)
         kinds = {**rule.defaults, **_kinds(type(self))}
-        values = {n: checks.hyperparameter(n, v, kinds.get(n, v), self._models) for n, v in known.items()}
+        values = {n: checks.hyperparameter(n, v, kinds.get(n, v), self._params.population) for n, v in known.items()}
         if ema is not None:
-            values["ema_decay"] = checks.hyperparameter("ema", ema, 0.0, self._models)
+            values["ema_decay"] = checks.hyperparameter("ema", ema, 0.0, self._params.population)
         elif ema_out is not None:
             raise ValueError("ema_out is where the average is kept; give its decay as well, such as ema=0.999.")
-        self._put(_hyper=Groups(values, groups, self._structure.paths, self._models, self._spelling))
+        self._put(_hyper=Groups(values, groups, self._params.paths, self._params.population, self._spelling))
         flags = {n for n, v in values.items() if isinstance(v, bool)}
         switches = {spelled.get(n, n) for n in rule.switches | _BEFORE.switches}
         self._put(_structural={*flags, *switches, *checks.OPTIONAL}, _epoch=_threads.epoch)
         self._put(_unscaled=loss_scale is not None, _grad_scale=1.0, _by_leaf=False)
         self._put(_accumulated=None, _adding={})
-        external = {"ema": ema_out, "lr_scale": lr_scale}
-        inputs = ["lr_scale"] if lr_scale is not None else []
-        self._put(_inputs=inputs, _external=[n for n, given in external.items() if given is not None])
-        staged = self._stage()
-        self._allocate(staged.states, external)
+        external = {n: tree for n, tree in (("ema", ema_out), ("lr_scale", lr_scale)) if tree is not None}
+        self._put(_per_element=lr_scale is not None)
+        self._allocate(self._stage().states, external)
         starts = [rule.defaults[name] for name in rule.scalars]
-        counts = Counts.zero(len(self._leaves), self._models or 1, starts)
+        counts = Counts.zero(len(self._params.leaves), self._params.models, starts)
         self._put(**self._rows_for(counts))
 
     # Set-up
@@ -241,98 +240,18 @@ class Optimizer:
         """Set attributes of the object itself, all at once; plain assignment is for hyperparameters."""
         self.__dict__.update(attributes)
 
-    def _attach(self, params: Any) -> None:
-        """Check the parameters and remember where they are."""
-        if isinstance(params, FlatBuffer):
-            structure, tree, models = params._structure, params.unflatten(), params.population
-        else:
-            structure, tree, models = Structure(params), params, None
-        leaves = [leaf for _, leaf in leaves_with_paths(tree)]
-        dtype = np.dtype(checks.parameters(structure.paths, leaves))
-        sizes = [leaf.size for leaf in leaves]
-        self._put(
-            params=params,
-            _structure=structure,
-            _models=models,
-            _leaves=leaves,
-            _shapes=[leaf.shape for leaf in leaves],
-            _sizes=sizes,
-            _size=sum(sizes),
-            _everyone=(True,) * len(leaves),
-            _dtype=dtype,
-            _starts=np.cumsum([0, *sizes])[:-1],
-            _is_array=isinstance(params, np.ndarray),
-            _is_flat=isinstance(params, np.ndarray | FlatBuffer),
-            _masks={},
-        )
-
     def _initial(self, letter: str) -> float:
         """The value at which a state starts; for subclasses."""
         return 0.0
 
-    def _given(self, name: str, tree: Any, written: bool) -> list[np.ndarray]:
-        """Arrays of the user's that go along with the parameters, checked."""
-        if isinstance(tree, FlatBuffer):
-            if tree._structure.paths != self._structure.paths:
-                raise ValueError(f"{name} is a buffer of other leaves than params. Make it from the same structure.")
-            tree = tree.unflatten()
-        leaves = [tree] if self._is_array else self._structure.leaves(tree, name)
-        checks.companions(name, self._structure.paths, leaves, self._leaves, written)
-        return leaves
-
-    def _cut(self, data: np.ndarray) -> list[np.ndarray]:
-        """Flat data as one array for each leaf."""
-        ends = self._starts + np.array(self._sizes, np.int64)
-        return [data[a:b].reshape(s) for a, b, s in zip(self._starts, ends, self._shapes, strict=True)]
-
     def _allocate(self, letters: Sequence[str], external: Mapping[str, Any]) -> None:
-        """The columns beside parameters and gradients, and what finds the gradients.
-
-        Args:
-            letters: the states, averages among them; they get their initial values.
-            external: the user's arrays, or None where there are none, for "ema" and "lr_scale".
-        """
-        flat: dict[str, np.ndarray] = {}
-        columns: dict[str, list[np.ndarray]] = {}
-        trees: dict[str, Any] = {}
-        for name in self._external:
-            if external[name] is None:
-                raise ValueError(f"this optimizer was given {name}; pass it for the new parameters as well.")
-            trees[name] = external[name]
-            columns[name] = self._given("ema_out" if name == "ema" else name, external[name], name == "ema")
-        for scale in columns.get("lr_scale", ()):
-            if not (np.isfinite(scale) & (scale >= 0)).all():
-                raise ValueError("lr_scale must be non-negative and finite everywhere.")
-        for leaf in columns.get("ema", ()):
-            for scale in columns.get("lr_scale", ()):
-                if np.may_share_memory(leaf, scale) and np.shares_memory(leaf, scale):
-                    raise ValueError("ema_out and lr_scale share memory. Pass memory of its own for each.")
-        for k, letter in enumerate([n for n in letters if n not in columns]):
-            flat[letter] = allocate(self._size, self._dtype, 2 + k, self._alloc)
-            columns[letter] = self._cut(flat[letter])
-            if letter == "ema":
-                for own, leaf in zip(columns[letter], self._leaves, strict=True):
-                    own[...] = leaf
-            elif self._initial(letter):
-                flat[letter].fill(self._initial(letter))
-        if self._shadow:
-            storage = FORMATS[self._shadow].storage
-            flat["shadow"] = allocate(self._size, storage, 2 + len(letters), self._alloc)
-            columns["shadow"] = self._cut(flat["shadow"])
-        columns = {n: columns[n] for n in (*letters, *self._inputs, *(["shadow"] if self._shadow else []))}
-        written = [*self._leaves, *(leaf for n, leaves in columns.items() if n not in self._inputs for leaf in leaves)]
-        gradients = Gradients(self._structure.paths, self._shapes, self._dtype, written, self._alloc, self._grad_bits)
-        self._put(_columns=columns, _flat=flat, _trees=trees, _letters=tuple(letters), _gradients=gradients)
-        self._encode_shadow()
-
-    def _encode_shadow(self) -> None:
-        """Bring the low-precision copy up to date with the parameters."""
-        if self._shadow:
-            _, encode = FORMATS[self._shadow].make(np.where)
-            narrow = to_float32(np.where) if self._dtype == np.float64 else np.asarray
-            with np.errstate(all="ignore"):
-                for shadow, leaf in zip(self._columns["shadow"], self._leaves, strict=True):
-                    shadow[...] = encode(narrow(leaf))
+        """The columns beside parameters and gradients, and what finds the gradients."""
+        parameters = self._params
+        columns = Columns(parameters, letters, self._initial, external, self._shadow, self._alloc)
+        written = [*parameters.leaves, *columns.written]
+        paths, shapes = parameters.structure.paths, parameters.shapes
+        gradients = Gradients(paths, shapes, parameters.dtype, written, self._alloc, self._grad_bits)
+        self._put(_columns=columns, _gradients=gradients)
 
     def _check_settings(self, uniforms: list[dict[str, Any]]) -> None:
         """What one hyperparameter demands of another, in each configuration; for subclasses."""
@@ -351,7 +270,7 @@ class Optimizer:
             "tested": self._tests,
             "norm_clipped": norm_clipped,
             "value_clipped": value_clipped,
-            "per_element": bool(self._inputs),
+            "per_element": self._per_element,
             "averaged": "ema_decay" in uniforms[0],
             "statistics": self._statistics,
         }
@@ -387,8 +306,8 @@ class Optimizer:
         staged = self._staged
         if staged is None or not hyper.changed.isdisjoint(self._structural):
             staged = self._stage()
-        if staged.states != self._letters:
-            names = ", ".join(sorted(self._states.get(s, s) for s in set(staged.states) ^ set(self._letters)))
+        if staged.states != self._columns.letters:
+            names = ", ".join(sorted(self._states.get(s, s) for s in set(staged.states) ^ set(self._columns.letters)))
             raise ValueError(
                 f"the hyperparameters as they are now need other states than those that exist ({names}). "
                 "Choose at the start whether a state is there: build a new optimizer."
@@ -404,7 +323,7 @@ class Optimizer:
         rows = new["_rows"]
         table = np.zeros((len(rows), max(1, len(staged.uniforms))))
         self._fill_table(staged, rows, table)
-        h = np.zeros((len(rows), staged.slots), self._dtype)
+        h = np.zeros((len(rows), staged.slots), self._params.dtype)
         self._put(**{**new, "_staged": staged}, _table=table, _h=h, _epoch=_threads.epoch, _lrs=hyper.lr)
         hyper.changed.clear()
 
@@ -419,9 +338,11 @@ class Optimizer:
 
     def _take_scale(self, grad_scale: Any) -> None:
         """What the gradients of this step are to be divided by."""
-        scale: Any = 1.0 if grad_scale is None else checks.scale("grad_scale", grad_scale, self._models)
+        scale: Any = 1.0 if grad_scale is None else checks.scale("grad_scale", grad_scale, self._params.population)
         if self.loss_scale is not None:
-            scale = checks.scale("grad_scale times the loss scale", scale * self.loss_scale.scale, self._models)
+            scale = checks.scale(
+                "grad_scale times the loss scale", scale * self.loss_scale.scale, self._params.population
+            )
         if not self._unscaled:
             if isinstance(scale, float) and scale == 1.0:
                 return
@@ -438,9 +359,9 @@ class Optimizer:
             raise ValueError("a loss scale follows whole steps; step without only=, or build without loss_scale=.")
         key = checks.patterns("only", only)
         if key not in self._masks:
-            matched = {path for pattern in key for path in matching("only", pattern, self._structure.paths)}
-            mask = tuple(path in matched for path in self._structure.paths)
-            self._masks[key] = self._everyone if all(mask) else mask
+            matched = {path for pattern in key for path in matching("only", pattern, self._params.paths)}
+            mask = tuple(path in matched for path in self._params.paths)
+            self._masks[key] = self._params.everyone if all(mask) else mask
         found: tuple[bool, ...] = self._masks[key]
         return found
 
@@ -453,21 +374,21 @@ class Optimizer:
             flat: whether the gradients are one array.
             kind: the format of the gradients.
         """
-        if active is not self._everyone and not self._by_leaf:
+        if active is not self._params.everyone and not self._by_leaf:
             self._put(_by_leaf=True)
             self._refresh()
-        everyone = self._everyone  # stands for itself: a tuple of thousands would be hashed at each step
+        everyone = self._params.everyone  # stands for itself: a tuple of thousands would be hashed at each step
         key = (None if active is everyone else active, None if seen is everyone else seen, flat, kind)
         if key not in self._plans:
             if len(self._plans) >= _MAX_PLANS:
                 self._put(_plans={}, _recent={})
             rows: Rows = self._rows
-            itemsize = self._dtype.itemsize
-            columns = [Column(self._leaves, itemsize), Column(None, 2 if kind in FORMATS else itemsize)]
-            columns += [Column(arrays, arrays[0].itemsize) for arrays in self._columns.values()]
+            itemsize = self._params.dtype.itemsize
+            columns = [Column(self._params.leaves, itemsize), Column(None, 2 if kind in FORMATS else itemsize)]
+            columns += [Column(arrays, arrays[0].itemsize) for arrays in self._columns.arrays.values()]
             taking_part = np.array(active, bool)
             plan = Plan(
-                [size // (self._models or 1) for size in self._sizes],
+                [size // self._params.models for size in self._params.sizes],
                 columns,
                 rows,
                 taking_part[:, None] & ~rows.frozen[rows.index],
@@ -475,10 +396,10 @@ class Optimizer:
                 self._staged,
                 self._table,
                 self._h,
-                merge=flat and self._is_flat and not self._external,
+                merge=flat and self._params.is_flat and not self._columns.external,
             )
-            if seen != self._everyone:  # what a partial step does not see is not left out, it comes later
-                leaf = np.searchsorted(self._starts, [first for first, _ in plan.left_out], side="right") - 1
+            if seen != self._params.everyone:  # what a partial step does not see is not left out, it comes later
+                leaf = np.searchsorted(self._params.starts, [first for first, _ in plan.left_out], side="right") - 1
                 plan.left_out = [span for span, k in zip(plan.left_out, leaf, strict=True) if seen[k]]
             plan.layout = self._layout(plan)
             self._plans[key] = plan
@@ -493,12 +414,19 @@ class Optimizer:
         norms["grad_norm"] = norms.pop("raw_grad_norm", 0)
         if "grad_norm" not in staged.reports and "raw_grad_norm" not in staged.emitted:
             del norms["grad_norm"]
-        return Layout(self._structure.paths, self._models, plan.entry, self._rows.index, staged.reports, norms)
+        return Layout(
+            self._params.paths,
+            self._params.population,
+            plan.entry,
+            self._rows.index,
+            staged.reports,
+            norms,
+        )
 
     def _kernel_for(self, kind: str, clear: bool) -> Kernel:
         """The kernel for gradients of a format that are cleared or not."""
         if (kind, clear) not in self._kernels:
-            storage = Storage(self._dtype.name, kind, self._shadow, clear)
+            storage = Storage(self._params.dtype.name, kind, self._shadow, clear)
             self._kernels[kind, clear] = _kernel(self._staged, storage, self._backend)
         kernel: Kernel = self._kernels[kind, clear]
         return kernel
@@ -506,11 +434,11 @@ class Optimizer:
     @property
     def _kernel(self) -> Kernel:
         """The kernel for gradients of the parameters' dtype."""
-        return self._kernel_for(self._dtype.name, False)
+        return self._kernel_for(self._params.dtype.name, False)
 
     def _bind(self, grads: Any, only: Any) -> tuple[Plan, str, Any]:
         """The plan for a step, with the addresses of the gradients in it, their format, and what must be kept alive."""
-        active = seen = self._everyone if only is None else self._mask(only)
+        active = seen = self._params.everyone if only is None else self._mask(only)
         if grads is None:
             grads = self._gradients.own
             if grads is None:
@@ -520,12 +448,12 @@ class Optimizer:
                 )
             if self._accumulated is not None:
                 active = tuple(a and b for a, b in zip(active, self._accumulated, strict=True))
-                active = self._everyone if all(active) else active
+                active = self._params.everyone if all(active) else active
         elif isinstance(grads, FlatBuffer):
-            if grads._structure.paths != self._structure.paths or grads._shapes != tuple(self._shapes):
+            if grads._structure.paths != self._params.paths or grads._shapes != tuple(self._params.shapes):
                 raise ValueError("grads is a buffer of other leaves than params. Make it from the same structure.")
             grads = grads.data
-        part = None if active is self._everyone else (active, seen)
+        part = None if active is self._params.everyone else (active, seen)
         if isinstance(grads, np.ndarray) or not is_container(grads):
             recent = self._recent.get((True, part))
             if recent is not None and recent[0].points_at([grads]):
@@ -536,7 +464,7 @@ class Optimizer:
             if recent is None or recent[0] is not plan:
                 self._recent[True, part] = plan, kind
             return plan, kind, array
-        leaves = self._structure.leaves(grads)
+        leaves = self._params.structure.leaves(grads)
         if only is not None:
             leaves = [leaf if there else None for leaf, there in zip(leaves, seen, strict=True)]
         recent = self._recent.get((False, part))
@@ -545,7 +473,7 @@ class Optimizer:
         addresses, arrays, kind = self._gradients.leaves(leaves)
         if arrays is not leaves:
             active = tuple(a is not None for a in arrays)
-            active = self._everyone if all(active) else active
+            active = self._params.everyone if all(active) else active
         plan = self._plan_for(active, seen, flat=False, kind=kind)
         plan.point_gradients(addresses, leaves if arrays is leaves else None)
         self._recent[False, part] = plan, kind
@@ -625,17 +553,17 @@ class Optimizer:
             TypeError: if a gradient is no array or has another dtype.
             ValueError: if the structure or a shape differs.
         """
-        own = self._tree(self._gradients.allocate_own())
+        own = self._params.tree(self._gradients.allocate_own())
         before = self._accumulated
         first = before is None
         if first not in self._adding:
             settings = {"threads": self._threads, "backend": self._backend, "grad_dtype": self._grad_bits}
             self._adding[first] = Optimizer(own, _ACCUMULATION, lr=0.0, first=first, **settings)
         whole = isinstance(grads, np.ndarray | FlatBuffer) or not is_container(grads)
-        there = self._everyone if whole else tuple(g is not None for g in self._structure.leaves(grads))
+        there = self._params.everyone if whole else tuple(g is not None for g in self._params.structure.leaves(grads))
         self._adding[first].step(grads)
         if before is None:
-            for leaf, given in zip(self._cut(self._gradients.own), there, strict=True):
+            for leaf, given in zip(self._params.cut(self._gradients.own), there, strict=True):
                 if not given:
                     leaf[...] = 0
         self._put(_accumulated=there if before is None else tuple(a or b for a, b in zip(there, before, strict=True)))
@@ -643,7 +571,7 @@ class Optimizer:
     def warmup(self) -> float:
         """Compile what the next step needs, or load it from the cache; the seconds that took."""
         self._refresh()
-        return float(self._kernel_for(self._dtype.name, self._clears).compile_s)
+        return float(self._kernel_for(self._params.dtype.name, self._clears).compile_s)
 
     # Hyperparameters
 
@@ -666,6 +594,11 @@ class Optimizer:
         setattr(self._hyper.defaults, name, value)
 
     @property
+    def params(self) -> Any:
+        """The parameters, as they were given."""
+        return self._params.source
+
+    @property
     def groups(self) -> Groups:
         """The groups by pattern; `opt.groups["head.*"].lr = 1e-4` takes effect at the next step."""
         hyper: Groups = self._hyper
@@ -686,7 +619,7 @@ class Optimizer:
     def skipped_steps(self) -> Any:
         """Steps that were skipped because the gradient was not finite; `(population,)` in a population."""
         most = self._rows.counts().skipped.max(axis=0)
-        return most if self._models is not None else int(most[0])
+        return most if self._params.population is not None else int(most[0])
 
     def __reduce_ex__(self, protocol: object) -> Any:
         """Refuse copies and pickles, which would hold the addresses of somebody else's parameters."""
@@ -699,18 +632,10 @@ class Optimizer:
         """The class, its own hyperparameters and what it updates."""
         shown = self._hyper.defaults._values.items()
         values = ", ".join(f"{n}={v!r}" for n, v in shown if n != "frozen" and v is not None)
-        size = f"{self._size} x {self._dtype} in {len(self._leaves)} leaves"
+        size = f"{self._params.size} x {self._params.dtype} in {len(self._params.leaves)} leaves"
         return f"<{type(self).__name__}({values}) of {size}, {self.steps} steps>"
 
     # Gradients and states in the parameters' structure
-
-    def _tree(self, data: np.ndarray) -> Any:
-        """Flat data in the parameters' structure, as views."""
-        if self._is_array:
-            return data.reshape(self._shapes[0])
-        if self._is_flat:
-            return self.params.like(data)
-        return FlatBuffer(self._structure, self._shapes, data)
 
     @property
     def grads(self) -> Any:
@@ -718,7 +643,7 @@ class Optimizer:
 
         An array if the parameters are one, else a `FlatBuffer`: `opt.grads["layer.w"]` is a view.
         """
-        return self._tree(self._gradients.allocate_own())
+        return self._params.tree(self._gradients.allocate_own())
 
     def zero_grad(self) -> None:
         """Set `opt.grads` to zero, if it has been used."""
@@ -729,11 +654,7 @@ class Optimizer:
     @property
     def state(self) -> dict[str, Any]:
         """The states by name, each an array or a `FlatBuffer` in the parameters' structure; views, not copies."""
-        return {self._states.get(letter, letter): self._companion(letter) for letter in self._letters}
-
-    def _companion(self, name: str) -> Any:
-        """A column in the parameters' structure: a view, or the user's own arrays as they were given."""
-        return self._trees[name] if name in self._trees else self._tree(self._flat[name])
+        return {self._states.get(letter, letter): self._columns.tree(letter) for letter in self._columns.letters}
 
     @property
     def ema(self) -> Any:
@@ -742,9 +663,9 @@ class Optimizer:
         Raises:
             AttributeError: if the optimizer was built without `ema=`.
         """
-        if "ema" not in self._columns:
+        if "ema" not in self._columns.arrays:
             raise AttributeError
-        return self._companion("ema")
+        return self._columns.tree("ema")
 
     @property
     def shadow(self) -> Any:
@@ -757,14 +678,7 @@ class Optimizer:
         """
         if self._shadow is None:
             raise AttributeError
-        data = self._flat["shadow"]
-        if self._shadow == "float16":
-            return self._tree(data.view(np.float16))
-        try:
-            import ml_dtypes
-        except ImportError:
-            return self._tree(data)
-        return self._tree(data.view(ml_dtypes.bfloat16))
+        return self._columns.shadow()
 
     @property
     def lr_scale(self) -> Any:
@@ -773,9 +687,9 @@ class Optimizer:
         Raises:
             AttributeError: if the optimizer was built without `lr_scale=`.
         """
-        if "lr_scale" not in self._columns:
+        if not self._per_element:
             raise AttributeError
-        return self._trees["lr_scale"]
+        return self._columns.tree("lr_scale")
 
     # Saving
 
@@ -853,27 +767,32 @@ class Optimizer:
         """
         new: Optimizer = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
-        new._attach(params)
-        if new._dtype != self._dtype or new._models != self._models:
+        new._put(_params=Parameters(params), _masks={})
+        ours, theirs = self._params, new._params
+        if theirs.dtype != ours.dtype or theirs.population != ours.population:
             raise TypeError(
-                f"the new parameters are {new._dtype} with population={new._models}, the old ones {self._dtype} with "
-                f"population={self._models}. Build a new optimizer."
+                f"the new parameters are {theirs.dtype} with population={theirs.population}, the old ones {ours.dtype} "
+                f"with population={ours.population}. Build a new optimizer."
             )
         _, *overrides = self._hyper.export().items()
         values = {n: v for n, v in self._hyper.defaults._values.items() if n != "frozen"}
         given = {pattern: checkpoints.as_given(override) for pattern, override in overrides}
-        hyper = Groups(values, given, new._structure.paths, new._models, self._spelling)
+        hyper = Groups(values, given, new._params.paths, new._params.population, self._spelling)
         hyper.defaults.frozen = self._hyper.defaults.frozen
         new._put(_hyper=hyper, _by_leaf=False, _accumulated=None, _adding={})
-        new._allocate(self._letters, {"ema": ema_out, "lr_scale": lr_scale})
+        external = {"ema": ema_out, "lr_scale": lr_scale}
+        for name in self._columns.external:
+            if external[name] is None:
+                raise ValueError(f"this optimizer was given {name}; pass it for the new parameters as well.")
+        new._allocate(self._columns.letters, {name: external[name] for name in self._columns.external})
         starts = [self._source.defaults[name] for name in self._source.scalars]
-        old, counts = self._rows.counts(), Counts.zero(len(new._leaves), new._models or 1, starts)
+        old, counts = self._rows.counts(), Counts.zero(len(new._params.leaves), new._params.models, starts)
         counts.scalars, counts.steps = counts.scalars.copy(), old.steps
-        places = {path: k for k, path in enumerate(self._structure.paths)}
+        places = {path: k for k, path in enumerate(self._params.paths)}
         fresh = []
-        for k, path in enumerate(new._structure.paths):
+        for k, path in enumerate(new._params.paths):
             j = places.get(path)
-            if j is None or self._shapes[j] != new._shapes[k]:
+            if j is None or self._params.shapes[j] != new._params.shapes[k]:
                 fresh.append(path)
                 continue
             for mine, theirs in zip(
@@ -882,9 +801,9 @@ class Optimizer:
                 strict=True,
             ):
                 mine[k] = theirs[j]
-            for letter in self._letters:
-                if letter not in self._external:
-                    new._columns[letter][k][...] = self._columns[letter][j]
+            for letter in self._columns.letters:
+                if letter not in self._columns.external:
+                    new._columns.arrays[letter][k][...] = self._columns.arrays[letter][j]
         new._put(**new._rows_for(counts))
         self.__dict__.update(new.__dict__)
         return tuple(fresh)

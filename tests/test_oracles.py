@@ -120,14 +120,14 @@ def test_float32_within_the_bound_of_its_terms(case: Case, rng):
         opt.step((rng.standard_normal(n) * 10.0 ** rng.integers(-3, 2)).astype(np.float32))
     g = rng.standard_normal(n).astype(np.float32)
     states = opt._source.states
-    kept = opt._flat
+    kept = opt._columns._flat
     exact = {s: Bounded(kept[s].astype(np.float64)) if s in kept else Bounded(0.0) for s in states}
     values = opt._hyper.uniforms()[0]
     owned = {"weight_decay": 0.0} if "weight_decay" in opt._source.hyperparameters else {}
     flags = dict.fromkeys(("unscaled", "tested", "norm_clipped", "value_clipped", "per_element"), False)
     given = {k: values[k] for k in ("lr", "clip_norm", "clip_value", "maximize", "weight_decay")}
     given.update(decoupled_weight_decay=values["decoupled_weight_decay"], grad_scale=1.0, scope="all", **flags)
-    p, g_in, _ = bounded(rules.before)(
+    p, g_in, *_ = bounded(rules.before)(
         Bounded(params.astype(np.float64)), Bounded(g.astype(np.float64)), None, **{**given, **owned}
     )
     arguments = {k: values[k] for k in opt._source.hyperparameters}

@@ -1,0 +1,189 @@
+"""Parameters as an optimizer sees them, and the memory that goes along with them, element by element."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from . import checks
+from .buffers import Alloc, FlatBuffer, allocate
+from .kernels.formats import FORMATS, to_float32
+from .trees import Structure, leaves_with_paths
+
+__all__ = ["Columns", "Parameters"]
+
+# What the caller calls the arrays that may be his own.
+_CALLED = {"ema": "ema_out", "lr_scale": "lr_scale"}
+
+
+class Parameters:
+    """The caller's parameters: checked, and where they are.
+
+    Args:
+        source: a tree of arrays, a `FlatBuffer` or one array.
+
+    Attributes:
+        source: as given.
+        structure: of the tree.
+        population: number of models, or None.
+        leaves, shapes, sizes: the arrays in order, of all models.
+        starts: the place of each leaf's first element if all stood one after the other.
+        size: number of elements.
+        dtype: of every leaf.
+        everyone: True for each leaf.
+        is_array, is_flat: whether they are one array; one array or a buffer.
+
+    Raises:
+        TypeError: if a leaf is no array of float32 or float64, or dtypes are mixed.
+        ValueError: if a leaf cannot be updated in place, or two share memory.
+    """
+
+    def __init__(self, source: Any) -> None:
+        self.source = source
+        if isinstance(source, FlatBuffer):
+            self.structure, tree, self.population = source._structure, source.unflatten(), source.population
+        else:
+            self.structure, tree, self.population = Structure(source), source, None
+        self.leaves: list[np.ndarray] = [leaf for _, leaf in leaves_with_paths(tree)]
+        self.dtype = np.dtype(checks.parameters(self.structure.paths, self.leaves))
+        self.shapes = [leaf.shape for leaf in self.leaves]
+        self.sizes = [leaf.size for leaf in self.leaves]
+        self.size = sum(self.sizes)
+        self.starts = np.cumsum([0, *self.sizes])[:-1]
+        self.everyone = (True,) * len(self.leaves)
+        self.is_array = isinstance(source, np.ndarray)
+        self.is_flat = isinstance(source, np.ndarray | FlatBuffer)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The path of each leaf."""
+        return self.structure.paths
+
+    @property
+    def models(self) -> int:
+        """Number of models; 1 if it is no population."""
+        return self.population or 1
+
+    def cut(self, data: np.ndarray) -> list[np.ndarray]:
+        """Flat data as one array for each leaf; views."""
+        ends = self.starts + np.array(self.sizes, np.int64)
+        return [data[a:b].reshape(s) for a, b, s in zip(self.starts, ends, self.shapes, strict=True)]
+
+    def tree(self, data: np.ndarray) -> Any:
+        """Flat data in the parameters' structure: an array if they are one, else a `FlatBuffer`; views."""
+        if self.is_array:
+            return data.reshape(self.shapes[0])
+        if self.is_flat:
+            return self.source.like(data)
+        return FlatBuffer(self.structure, self.shapes, data)
+
+    def companions(self, name: str, tree: Any, written: bool) -> list[np.ndarray]:
+        """The leaves of a tree that goes along with the parameters, checked.
+
+        Args:
+            name: what the caller calls it.
+            tree: in the parameters' structure.
+            written: whether a step writes it.
+        """
+        if isinstance(tree, FlatBuffer):
+            if tree._structure.paths != self.paths:
+                raise ValueError(f"{name} is a buffer of other leaves than params. Make it from the same structure.")
+            tree = tree.unflatten()
+        leaves = [tree] if self.is_array else self.structure.leaves(tree, name)
+        checks.companions(name, self.structure.paths, leaves, self.leaves, written)
+        return leaves
+
+
+class Columns:
+    """What a step reads and writes of each element beside parameter and gradient.
+
+    Args:
+        parameters: what they go along with.
+        letters: the states, averages among them, in the order of the rule.
+        initial: the value at which a state starts.
+        external: the caller's arrays for "ema" and "lr_scale", where there are some.
+        shadow: the format of a copy of the parameters, or None.
+        alloc: where memory comes from.
+
+    Attributes:
+        letters: the states.
+        inputs: what is only read, after the states.
+        arrays: the memory of each leaf, by name, in the order of a plan's columns.
+        external: the caller's arrays, as given.
+
+    Raises:
+        TypeError: if arrays of the caller's are no arrays like the parameters.
+        ValueError: if they do not fit, share memory or hold bad values.
+    """
+
+    def __init__(
+        self,
+        parameters: Parameters,
+        letters: Sequence[str],
+        initial: Callable[[str], float],
+        external: Mapping[str, Any],
+        shadow: str | None,
+        alloc: Alloc | None,
+    ) -> None:
+        self._parameters, self._format = parameters, shadow
+        self.letters = tuple(letters)
+        self.external = dict(external)
+        self.inputs = tuple(name for name in ("lr_scale",) if name in external)
+        given = {n: parameters.companions(_CALLED[n], tree, n == "ema") for n, tree in external.items()}
+        self._check(given)
+        self._flat: dict[str, np.ndarray] = {}
+        for k, letter in enumerate([n for n in letters if n not in given]):
+            self._flat[letter] = allocate(parameters.size, parameters.dtype, 2 + k, alloc)
+        if shadow is not None:
+            self._flat["shadow"] = allocate(parameters.size, FORMATS[shadow].storage, 2 + len(letters), alloc)
+        names = [*letters, *self.inputs, *(["shadow"] if shadow else [])]
+        self.arrays = {n: given[n] if n in given else parameters.cut(self._flat[n]) for n in names}
+        for letter in letters:
+            if letter == "ema" and letter not in given:  # the average begins as a copy
+                for own, leaf in zip(self.arrays[letter], parameters.leaves, strict=True):
+                    own[...] = leaf
+            elif letter != "ema" and initial(letter):
+                self._flat[letter].fill(initial(letter))
+        self.encode_shadow()
+
+    @staticmethod
+    def _check(given: Mapping[str, list[np.ndarray]]) -> None:
+        """What the caller's arrays must be beyond their shape and dtype."""
+        for scale in given.get("lr_scale", ()):
+            if not (np.isfinite(scale) & (scale >= 0)).all():
+                raise ValueError("lr_scale must be non-negative and finite everywhere.")
+            for average in given.get("ema", ()):
+                if np.may_share_memory(average, scale) and np.shares_memory(average, scale):
+                    raise ValueError("ema_out and lr_scale share memory. Pass memory of its own for each.")
+
+    @property
+    def written(self) -> list[np.ndarray]:
+        """The arrays that a step writes."""
+        return [array for name, arrays in self.arrays.items() if name not in self.inputs for array in arrays]
+
+    def tree(self, name: str) -> Any:
+        """A column in the parameters' structure: a view, or the caller's own arrays as they were given."""
+        return self.external[name] if name in self.external else self._parameters.tree(self._flat[name])
+
+    def shadow(self) -> Any:
+        """The copy in low precision as numbers, or as bits where nobody knows bfloat16."""
+        data = self._flat["shadow"]
+        if self._format == "float16":
+            return self._parameters.tree(data.view(np.float16))
+        try:
+            import ml_dtypes
+        except ImportError:
+            return self._parameters.tree(data)
+        return self._parameters.tree(data.view(ml_dtypes.bfloat16))
+
+    def encode_shadow(self) -> None:
+        """Bring the copy in low precision up to date with the parameters."""
+        if self._format is None:
+            return
+        _, encode = FORMATS[self._format].make(np.where)
+        narrow = to_float32(np.where) if self._parameters.dtype == np.float64 else np.asarray
+        with np.errstate(all="ignore"):
+            for shadow, leaf in zip(self.arrays["shadow"], self._parameters.leaves, strict=True):
+                shadow[...] = encode(narrow(leaf))
