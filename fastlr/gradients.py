@@ -90,7 +90,7 @@ class Gradients:
         addresses: list[int] = []
         first: Any = None
         try:  # the usual case, fast: every leaf an array of the right dtype and shape, in order
-            first = self._dtype if leaves[0].dtype is self._dtype else leaves[0].dtype
+            first = leaves[0].dtype
             for leaf, shape in zip(leaves, self._shapes, strict=True):
                 if leaf.dtype is not first or leaf.shape != shape or leaf.flags.num & _IN_ORDER != _IN_ORDER:
                     break

@@ -34,6 +34,9 @@ __all__ = ["Optimizer", "StepOptions", "warmup"]
 _BACKENDS: dict[str, Callable[[Staged, Storage], Kernel]] = {"numba": cpu.build, "numpy": reference.build}
 _BEFORE, _AFTER = Before(rules.before), After(rules.after)
 _MAX_PLANS = 256  # leaves that take part in a step can change from step to step; their plans are kept
+# Names of the step's own that a rule cannot give to a hyperparameter; the others it owns if it names them.
+_TAKEN = {*_BEFORE.hyperparameters, *_BEFORE.states, *_AFTER.hyperparameters, *_AFTER.states, "statistics", "frozen"}
+_TAKEN -= {"lr", "weight_decay", "decoupled_weight_decay", "maximize"}
 # What exists only if the optimizer was built with it.
 _ON_REQUEST = {"ema": "ema=0.999", "shadow": 'shadow="bfloat16"', "lr_scale": "lr_scale=tree"}
 _ACCUMULATION = Rule(rules.accumulation)
@@ -69,7 +72,7 @@ class StepOptions(TypedDict, total=False):
     shadow: str | None
     zero_grads: bool
     lr_scale: Any
-    statistics: bool | None
+    statistics: bool
     grad_dtype: str | None
     groups: Mapping[str, Mapping[str, Any]] | None
     threads: int | None
@@ -116,7 +119,7 @@ class Optimizer:
         zero_grads: `step()` sets `opt.grads` to zero in the same pass. Gradients handed to `step` are never written.
         lr_scale: a factor on the learning rate for each element, >= 0 and finite, in the parameters' structure and
             read where it is; an element whose factor is 0 stays as it is, its decay included.
-        statistics: take the norms in `info["layer.w"]`. Default None: no norms but those that the step needs anyway.
+        statistics: take all norms in `info["layer.w"]`. Default False: none but those that the step needs anyway.
         grad_dtype: what gradients of dtype uint16 hold: "bfloat16" or "float16". Arrays of float16, of ml_dtypes'
             bfloat16 and PyTorch tensors of either are understood as they are.
         groups: pattern to hyperparameters, such as `{"*.bias": {"weight_decay": 0.0}, "embed": {"frozen": True}}`.
@@ -175,7 +178,7 @@ class Optimizer:
         shadow: str | None = None,
         zero_grads: bool = False,
         lr_scale: Any = None,
-        statistics: bool | None = None,
+        statistics: bool = False,
         grad_dtype: str | None = None,
         groups: Mapping[str, Mapping[str, Any]] | None = None,
         threads: int | None = None,
@@ -187,6 +190,7 @@ class Optimizer:
         if not isinstance(rule, Rule):
             raise TypeError(f"rule must be made by fastlr.rule, got {rule!r}.")
         checks.state_names([*(self._states.get(s, s) for s in rule.states), *rule.scalars])
+        checks.rule_names(rule.hyperparameters, _TAKEN)
         if threads is not None:
             threads = checks.count("threads", threads)
         checks.choices("backend", [backend], _BACKENDS)
@@ -196,11 +200,11 @@ class Optimizer:
                 checks.choices(name, [kind], FORMATS)
         if loss_scale is not None and not isinstance(loss_scale, LossScale):
             raise TypeError(f"loss_scale must be a fastlr.LossScale, got {loss_scale!r}.")
-        for name, given in (("skip_nonfinite", skip_nonfinite), ("zero_grads", zero_grads)):
+        switches = {"skip_nonfinite": skip_nonfinite, "zero_grads": zero_grads, "statistics": statistics}
+        for name, given in switches.items():
             checks.hyperparameter(name, given, False, None)
-        checks.hyperparameter("statistics", bool(statistics) if statistics is None else statistics, False, None)
         self._put(_source=rule, _backend=backend, _threads=threads, _alloc=alloc, _lock=threading.RLock())
-        self._put(_scope=scope, _tests=skip_nonfinite or loss_scale is not None, _statistics=bool(statistics))
+        self._put(_scope=scope, _tests=skip_nonfinite or loss_scale is not None, _statistics=statistics)
         self._put(loss_scale=loss_scale, _shadow=shadow, _clears=zero_grads, _grad_bits=grad_dtype)
         self._put(_params=Parameters(params), _masks={})
 
@@ -223,8 +227,8 @@ class Optimizer:
             raise ValueError("ema_out is where the average is kept; give its decay as well, such as ema=0.999.")
         self._put(_hyper=Groups(values, groups, self._params.paths, self._params.population, self._spelling))
         flags = {n for n, v in values.items() if isinstance(v, bool)}
-        switches = {spelled.get(n, n) for n in rule.switches | _BEFORE.switches}
-        self._put(_structural={*flags, *switches, *checks.OPTIONAL}, _epoch=_threads.epoch)
+        tested = {spelled.get(n, n) for n in rule.switches | _BEFORE.switches}
+        self._put(_structural={*flags, *tested, *checks.OPTIONAL}, _epoch=_threads.epoch)
         self._put(_unscaled=loss_scale is not None, _grad_scale=1.0, _by_leaf=False)
         self._put(_accumulated=None, _adding={})
         external = {n: tree for n, tree in (("ema", ema_out), ("lr_scale", lr_scale)) if tree is not None}
@@ -249,9 +253,11 @@ class Optimizer:
         parameters = self._params
         columns = Columns(parameters, letters, self._initial, external, self._shadow, self._alloc)
         written = [*parameters.leaves, *columns.written]
-        paths, shapes = parameters.structure.paths, parameters.shapes
-        gradients = Gradients(paths, shapes, parameters.dtype, written, self._alloc, self._grad_bits)
-        self._put(_columns=columns, _gradients=gradients)
+        gradients = Gradients(
+            parameters.paths, parameters.shapes, parameters.dtype, written, self._alloc, self._grad_bits
+        )
+        addressed = [Column.of(arrays) for arrays in (parameters.leaves, *columns.arrays.values())]
+        self._put(_columns=columns, _gradients=gradients, _addressed=addressed)
 
     def _check_settings(self, uniforms: list[dict[str, Any]]) -> None:
         """What one hyperparameter demands of another, in each configuration; for subclasses."""
@@ -383,9 +389,8 @@ class Optimizer:
             if len(self._plans) >= _MAX_PLANS:
                 self._put(_plans={}, _recent={})
             rows: Rows = self._rows
-            itemsize = self._params.dtype.itemsize
-            columns = [Column(self._params.leaves, itemsize), Column(None, 2 if kind in FORMATS else itemsize)]
-            columns += [Column(arrays, arrays[0].itemsize) for arrays in self._columns.arrays.values()]
+            params, *others = self._addressed
+            columns = [params, Column(None, 2 if kind in FORMATS else params.itemsize), *others]
             taking_part = np.array(active, bool)
             plan = Plan(
                 [size // self._params.models for size in self._params.sizes],
@@ -521,7 +526,7 @@ class Optimizer:
             plan.run(kernel, self._threads or _threads.get_num_threads())
             del kept
             if grads is None:
-                self._after_own(plan, clear)
+                self._after_own(plan, clear, only)
             steps = int(self._rows.counters[-1, CLOCK])
             if plan.layout is None:
                 return StepInfo(steps, self._lrs)
@@ -532,10 +537,12 @@ class Optimizer:
         finally:
             self._lock.release()
 
-    def _after_own(self, plan: Plan, clear: bool) -> None:
+    def _after_own(self, plan: Plan, clear: bool, only: Any) -> None:
         """After a step from `opt.grads`: the next accumulation starts anew; clear what the pass has not."""
         if self._accumulated is not None:
-            self._put(_accumulated=None)
+            done = self._params.everyone if only is None else self._mask(only)
+            left = tuple(a and not b for a, b in zip(self._accumulated, done, strict=True))
+            self._put(_accumulated=left if any(left) else None)
         if clear:
             for first, last in plan.left_out:
                 self._gradients.own[first:last] = 0
@@ -561,12 +568,16 @@ class Optimizer:
             self._adding[first] = Optimizer(own, _ACCUMULATION, lr=0.0, first=first, **settings)
         whole = isinstance(grads, np.ndarray | FlatBuffer) or not is_container(grads)
         there = self._params.everyone if whole else tuple(g is not None for g in self._params.structure.leaves(grads))
-        self._adding[first].step(grads)
-        if before is None:
-            for leaf, given in zip(self._params.cut(self._gradients.own), there, strict=True):
-                if not given:
-                    leaf[...] = 0
-        self._put(_accumulated=there if before is None else tuple(a or b for a, b in zip(there, before, strict=True)))
+        before = (False,) * len(there) if before is None else before
+        adding = self._adding[first]
+        if adding._staged is None:
+            adding._refresh()
+        adding._bind(grads, None)  # what is wrong with them shows before anything is written
+        for leaf, given, held in zip(self._params.cut(self._gradients.own), there, before, strict=True):
+            if not held and given == (not first):  # not written by the first, or added to although it is the first
+                leaf[...] = 0
+        adding.step(grads)
+        self._put(_accumulated=tuple(a or b for a, b in zip(there, before, strict=True)))
 
     def warmup(self) -> float:
         """Compile what the next step needs, or load it from the cache; the seconds that took."""

@@ -43,13 +43,18 @@ class Column:
     """One column of a plan.
 
     Attributes:
-        arrays: the memory of each leaf, of all models; kept alive by whoever made the plan. None for gradients, whose
-            addresses come later.
+        addresses: of each leaf, of all models, kept alive by whoever made the plan; None for gradients, whose addresses
+            come later.
         itemsize: bytes of an element.
     """
 
-    arrays: Sequence[np.ndarray] | None
+    addresses: np.ndarray | None
     itemsize: int
+
+    @classmethod
+    def of(cls, arrays: Sequence[np.ndarray]) -> Column:
+        """The column that arrays are, one for each leaf."""
+        return cls(np.array([checks.address(a) for a in arrays], np.int64), arrays[0].itemsize)
 
 
 class Plan:
@@ -114,9 +119,8 @@ class Plan:
         self.leaves = np.zeros((len(starts), 1 + len(columns)), np.int64)
         self.leaves[:, ROW] = row[starts]
         for k, column in enumerate(columns):
-            if column.arrays is not None:
-                base = np.array([checks.address(a) for a in column.arrays], np.int64)
-                self.leaves[:, FIRST_ADDRESS + k] = base[leaf] + inside * column.itemsize
+            if column.addresses is not None:
+                self.leaves[:, FIRST_ADDRESS + k] = column.addresses[leaf] + inside * column.itemsize
 
         per = -(-totals // BLOCK)
         which = np.repeat(np.arange(len(starts)), per)

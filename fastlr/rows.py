@@ -99,9 +99,8 @@ class Rows:
             seen: for each leaf, whether the step is one of it at all: its clock goes on while it is frozen.
         """
         out = np.zeros((len(self) + 1, 2), np.int64)
-        for leaf in np.flatnonzero(active | seen):
-            rows = self.index[leaf]
-            out[rows, 0] = active[leaf] & ~self.frozen[rows]
-            out[rows, 1] = active[leaf] | (seen[leaf] & self.frozen[rows])
+        active, seen, frozen = active[:, None], seen[:, None], self.frozen[self.index]
+        out[self.index, 0] = active & ~frozen  # leaves that differ in this have rows of their own
+        out[self.index, 1] = active | (seen & frozen)
         out[-1, 1] = 1
         return out

@@ -642,6 +642,18 @@ def test_a_leaf_that_never_had_a_gradient_is_not_updated(rng):
         opt.accumulate(np.ones(3))
 
 
+def test_accumulation_and_partial_steps(rng):
+    """What has been stepped starts anew, what has not goes on."""
+    params = {"a": np.zeros(2), "b": np.zeros(2), "c": np.zeros(2)}
+    opt = fastlr.SGD(params, lr=1.0)
+    opt.accumulate({"a": np.ones(2), "b": np.ones(2), "c": None})
+    opt.step(only="a")
+    opt.accumulate({"a": np.full(2, 5.0), "b": np.ones(2), "c": None})
+    opt.step(only=["a", "b", "c"])
+    assert [params[k][0] for k in "abc"] == [-6.0, -2.0, 0.0]
+    assert opt.state_dict()["step"].tolist() == [[2], [1], [0]]
+
+
 # Partial steps
 
 
@@ -983,6 +995,15 @@ def test_more_bad_input():
         averaged.ema_decay = 2.0
     with pytest.raises(ValueError, match="its states is"):
         plain.load_state_dict(averaged.state_dict())
+
+
+def taken_name(p, g, *, lr, grad_scale=1.0):
+    return p - lr * g / grad_scale
+
+
+def test_a_rule_cannot_take_the_name_of_an_option():
+    with pytest.raises(ValueError, match="'grad_scale' is the name of an option of the step"):
+        fastlr.Optimizer(np.ones(2), fastlr.rule(taken_name), lr=0.1)
 
 
 def not_a_scope(p, g, *, lr):
