@@ -14,6 +14,7 @@ import pytest
 from cases import CASES, PLAIN, Case
 
 import fastlr
+from fastlr.bench.steps import FULL, OPTIONS
 
 
 @pytest.mark.parametrize("n", [1_000, 100_000, 4_000_000])
@@ -25,6 +26,21 @@ def test_step(benchmark, case: Case, dtype, n):
     rng = np.random.default_rng(0)
     opt = case.make(fastlr.flatten([rng.standard_normal(n).astype(dtype)]), **case.settings)
     opt.grads.data[:] = rng.standard_normal(n)
+    opt.step()
+    benchmark(opt.step)
+
+
+@pytest.mark.parametrize("n", [1_000, 100_000, 4_000_000])
+@pytest.mark.parametrize("option", ["none", *OPTIONS, "all"])
+def test_options(benchmark, option, n):
+    """AdamW with each option by itself, and the whole step."""
+    benchmark.group = f"options n={n}"
+    settings = {"none": {}, "all": FULL.settings}.get(option) or OPTIONS.get(option, ({}, 0))[0]
+    params = fastlr.flatten([np.random.default_rng(0).standard_normal(n).astype(np.float32)])
+    if settings.get("lr_scale"):
+        settings = {"lr_scale": params.like(np.ones(n, np.float32))}
+    opt = fastlr.AdamW(params, **settings)
+    opt.grads.data[:] = 0.1
     opt.step()
     benchmark(opt.step)
 
