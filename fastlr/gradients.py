@@ -81,7 +81,7 @@ class Gradients:
     def leaves(self, leaves: list[Any]) -> tuple[list[int], list[Any], str]:
         """The address of each leaf's gradient, 0 where it is None, the arrays there, and their format.
 
-        The list of arrays is the list given if every leaf is read where it is.
+        The list of arrays is the list given if every leaf that is there is read where it is.
 
         Raises:
             TypeError: if a leaf is no array or has another dtype.
@@ -90,14 +90,18 @@ class Gradients:
         addresses: list[int] = []
         first: Any = None
         try:  # the usual case, fast: every leaf an array of the right dtype and shape, in order
-            first = leaves[0].dtype
             for leaf, shape in zip(leaves, self._shapes, strict=True):
+                if leaf is None:
+                    addresses.append(0)
+                    continue
+                if first is None:
+                    first = leaf.dtype
                 if leaf.dtype is not first or leaf.shape != shape or leaf.flags.num & _IN_ORDER != _IN_ORDER:
                     break
                 addresses.append(leaf.__array_interface__["data"][0])
         except (AttributeError, TypeError):
             addresses.clear()
-        if len(addresses) == len(leaves):
+        if len(addresses) == len(leaves) and first is not None:
             kind = self._name if first is self._dtype else self._formats.get(first.name)
             if kind is not None and first.isnative and not self._any_overlaps(addresses, first.itemsize):
                 return addresses, leaves, kind

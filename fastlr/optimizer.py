@@ -476,11 +476,11 @@ class Optimizer:
         if recent is not None and recent[0].points_at(leaves):
             return *recent, None
         addresses, arrays, kind = self._gradients.leaves(leaves)
-        if arrays is not leaves:
+        complete = 0 not in addresses
+        if not complete:
             active = tuple(a is not None for a in arrays)
-            active = self._params.everyone if all(active) else active
-        plan = self._plan_for(active, seen, flat=False, kind=kind)
-        plan.point_gradients(addresses, leaves if arrays is leaves else None)
+        plan = self._plan_for(self._params.everyone if complete else active, seen, flat=False, kind=kind)
+        plan.point_gradients(addresses, leaves if complete and arrays is leaves else None)
         self._recent[False, part] = plan, kind
         return plan, kind, arrays
 
