@@ -98,10 +98,10 @@ class StepInfo:
         values = self._reports[layout.rows, layout.reports.index(name)]
         return np.where(layout.entry >= 0, values, np.nan)
 
-    def _first(self, values: np.ndarray) -> np.ndarray:
-        """For each model, the value of the first leaf that is in the step; 1 if none is."""
+    def _first(self, values: np.ndarray, default: float) -> np.ndarray:
+        """For each model, the value of the first leaf that is in the step; the default if none is."""
         there: np.ndarray = self._layout.entry >= 0
-        return np.where(there.any(axis=0), values[there.argmax(axis=0), np.arange(values.shape[1])], 1.0)
+        return np.where(there.any(axis=0), values[there.argmax(axis=0), np.arange(values.shape[1])], default)
 
     def _norms(self, name: str) -> np.ndarray | None:
         """A norm of each leaf and model, NaN where it was not updated."""
@@ -119,7 +119,7 @@ class StepInfo:
         """Norm of the whole gradient, unscaled and before clipping; None if nothing asked for it."""
         norms = self._reported("grad_norm")
         if norms is not None:
-            return self._plain(self._first(norms))
+            return self._plain(self._first(norms, 0.0))
         layout = self._layout
         if layout is None or layout.entry is None or "grad_norm" not in layout.norms:
             return None
@@ -137,7 +137,9 @@ class StepInfo:
         values = self._reported("clip_coef")
         if values is None:
             return None
-        return self._plain(np.min(np.where(self._layout.entry < 0, np.inf, values), axis=0))
+        left_out = self._layout.entry < 0
+        smallest = np.min(np.where(left_out, np.inf, values), axis=0)
+        return self._plain(np.where(left_out.all(axis=0), 1.0, smallest))
 
     @property
     def skipped(self) -> Any:
@@ -146,7 +148,7 @@ class StepInfo:
         if finite is None:
             population = self._layout.population if self._layout is not None else None
             return False if population is None else np.zeros(population, bool)
-        return self._plain(self._first(finite) == 0)
+        return self._plain(self._first(finite, 1.0) == 0)
 
     def __getitem__(self, path: str) -> LeafInfo:
         """The norms of one leaf."""
