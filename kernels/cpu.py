@@ -120,7 +120,8 @@ def _sweep(staged: Staged, storage: Storage, digest: str) -> Any:
 
 
 def _decision(staged: Staged, digest: str) -> Any:
-    """`decide` for every row that is in the step."""
+    """`decide` for every row in the step, and for frozen ones where it may be skipped: their clock depends on it."""
+    may_skip = "finite" in staged.reports
     namespace = {**ELEMENT, "real_power": math.pow}
     if "power(" in staged.decide.replace("real_power(", ""):
         namespace["power"] = compiled(primitives.power, digest)
@@ -136,7 +137,7 @@ def _decision(staged: Staged, digest: str) -> Any:
         new_scalars = floats(control[NEW_SCALARS], rows, scalars)
         report = floats(control[REPORTS], rows, reports)
         for r in range(rows):
-            if advance[r, 0] != 0:
+            if advance[r, 0] != 0 or (may_skip and advance[r, 1] != 0):
                 values = decide(
                     counters[r, T] + 1,
                     *uniforms_at(np.int64(settings.ctypes.data) + r * uniforms * 8),
@@ -211,16 +212,15 @@ def _commit(staged: Staged, digest: str) -> Any:
         old, new = floats(control[SCALARS], rows, scalars), floats(control[NEW_SCALARS], rows, scalars)
         stepping = going = 0
         for r in range(rows):
-            go = 1
+            go = counters[r, GO] if may_skip and advance[r, 1] != 0 else 1
             if advance[r, 0] != 0:
-                go = counters[r, GO] if may_skip else 1
                 stepping += 1
                 going += go
+                counters[r, SKIPPED] += 1 - go
                 for k in range(scalars * go):
                     old[r, k] = new[r, k]
             counters[r, T] += advance[r, 0] * go
             counters[r, CLOCK] += advance[r, 1] * go
-            counters[r, SKIPPED] += 1 - go
         if going > 0 or stepping == 0:
             counters[rows, CLOCK] += advance[rows, 1]
 

@@ -86,7 +86,7 @@ def build(staged: Staged, storage: Storage) -> Kernel:
 
     def decide_rows(table: np.ndarray, counters: np.ndarray, h: np.ndarray, tables: _Tables) -> np.ndarray:
         new = tables.scalars.copy()
-        for r in np.flatnonzero(tables.advance[:-1, 0]):
+        for r in np.flatnonzero(tables.advance[:-1, 1 if "finite" in staged.reports else 0]):
             values = decide(int(counters[r, T]) + 1, *table[r, :uniforms], *tables.scalars[r], *tables.sums[r])
             h[r], new[r] = values[:slots], values[slots : slots + scalars]
             tables.reports[r] = values[slots + scalars :]
@@ -154,11 +154,11 @@ def build(staged: Staged, storage: Storage) -> Kernel:
             if staged.emitted:
                 add_up(leaves, tables, range(first, first + len(staged.emitted)))
         stepping = tables.advance[:-1, 0] != 0
-        go = np.where(stepping, go, 1)
+        go = np.where(tables.advance[:-1, 1] != 0, go, 1)
         tables.scalars[stepping & (go != 0)] = new_scalars[stepping & (go != 0)]
         counters[:-1, T] += tables.advance[:-1, 0] * go
         counters[:-1, CLOCK] += tables.advance[:-1, 1] * go
-        counters[:-1, SKIPPED] += 1 - go
+        counters[:-1, SKIPPED] += stepping * (1 - go)
         if not stepping.any() or (stepping & (go != 0)).any():
             counters[-1, CLOCK] += tables.advance[-1, 1]
 

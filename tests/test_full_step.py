@@ -435,6 +435,23 @@ def test_in_a_population_only_the_bad_model_skips(backend, rng):
     np.testing.assert_array_equal(other.ema.data, opt.ema.data)
 
 
+@pytest.mark.parametrize("backend", ["numba", "numpy"])
+@pytest.mark.parametrize("population", [None, 3])
+def test_a_skipped_step_is_none_for_frozen_leaves_either(population, backend):
+    one = {"a": np.ones(2), "b": np.ones(3)}
+    params = one if population is None else fastlr.flatten(one, population=population)
+    opt = fastlr.Adam(params, skip_nonfinite=True, groups={"b": {"frozen": True}}, backend=backend)
+    g = {k: np.ones(v.shape) for k, v in dict(params).items()}
+    opt.step(g)
+    g["a"].reshape(population or 1, -1)[-1] = np.nan
+    opt.step(g)
+    state, models = opt.state_dict(), population or 1
+    clock = [2] * (models - 1) + [1]  # the last model skipped
+    assert state["clock"].tolist() == [clock, clock]
+    assert state["step"].tolist() == [clock, [0] * models]
+    assert state["skipped"].tolist() == [[0] * (models - 1) + [1], [0] * models]
+
+
 def test_models_can_be_frozen():
     fleet = fastlr.flatten({"w": np.ones(3)}, population=4)
     opt = fastlr.Adam(fleet, lr=0.1, ema=0.5, zero_grads=True)
