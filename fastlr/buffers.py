@@ -3,57 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from . import checks
+from . import checks, device_arrays, devices, places
+from .places import HOST, Alloc, Place
 from .trees import Structure, leaves_with_paths
 
 __all__ = ["FlatBuffer", "flatten"]
-
-Alloc = Callable[[int], Any]
-
-_PAGE = 4096
-_ALIGNMENT = 64
-# Streams that start at the same page offset fight for the same cache sets: ten of them ran at 35 GB/s, at offsets
-# 320 bytes apart at 63.
-_STAGGER = 320
-
-
-def allocate(count: int, dtype: Any, place: int = 0, alloc: Alloc | None = None) -> np.ndarray:
-    """Memory for `count` zeros, 64-byte aligned, at the page offset of its place among the streams of a sweep.
-
-    Args:
-        count: number of elements.
-        dtype: their dtype.
-        place: 0 for parameters, 1 for gradients, 2 and up for states.
-        alloc: where the memory comes from: `alloc(nbytes)` returns a writable buffer of at least that size.
-
-    Raises:
-        TypeError: if what `alloc` returns is no buffer.
-        ValueError: if it is too small or read-only.
-    """
-    nbytes = count * np.dtype(dtype).itemsize
-    room = nbytes + 2 * _PAGE
-    if alloc is None:
-        raw = np.empty(room, np.uint8)
-    else:
-        given = alloc(room)
-        try:
-            raw = np.frombuffer(given, np.uint8)
-        except (TypeError, ValueError, BufferError) as error:
-            raise TypeError(f"alloc({room}) returned a {type(given).__name__}, expected a buffer: {error}.") from None
-        if raw.nbytes < room or not raw.flags.writeable:
-            raise ValueError(
-                f"alloc({room}) returned {raw.nbytes} {'' if raw.flags.writeable else 'read-only '}bytes, "
-                f"expected at least {room} writable ones."
-            )
-    start = -checks.address(raw) % _PAGE + place * _STAGGER % _PAGE
-    data = raw[start : start + nbytes].view(dtype)
-    data.fill(0)
-    return data
 
 
 class FlatBuffer(Mapping[str, Any]):
@@ -63,14 +22,15 @@ class FlatBuffer(Mapping[str, Any]):
     into a leaf of exactly its shape. Iterating gives the paths, `len(buf)` is the number of leaves.
 
     Attributes:
-        data: all elements in order, shape `(n,)`, 64-byte aligned.
+        data: all elements in order, shape `(n,)`, 64-byte aligned; an array of the library that the leaves are of.
         population: number of models, or None; the leaves of a population have that many rows.
     """
 
     def __init__(
-        self, structure: Structure, shapes: Sequence[tuple[int, ...]], data: np.ndarray, population: int | None = None
+        self, structure: Structure, shapes: Sequence[tuple[int, ...]], data: Any, population: int | None = None
     ) -> None:
         self.data = data
+        self._place = places.of(data)
         self.population = population
         self._structure = structure
         self._shapes = tuple(shapes)
@@ -86,20 +46,42 @@ class FlatBuffer(Mapping[str, Any]):
 
     @property
     def dtype(self) -> np.dtype:
-        """The dtype of every leaf."""
-        return self.data.dtype
+        """The dtype of every leaf, as NumPy's; of two-byte floats that NumPy lacks, that of their bits."""
+        return np.dtype(places.storage_of(self._place.memory("", self.data).kind))
+
+    @property
+    def device(self) -> str:
+        """Where the elements are: "cpu", "cuda:0"."""
+        return self._place.label
 
     @property
     def size(self) -> int:
         """Number of elements of all leaves together."""
-        return self.data.size
+        return int(self._ends[-1])
 
     @property
     def nbytes(self) -> int:
         """Bytes of all leaves together."""
-        return self.data.nbytes
+        return self.size * self.dtype.itemsize
 
-    def like(self, data: np.ndarray) -> FlatBuffer:
+    def to(self, device: str) -> FlatBuffer:
+        """A copy of the buffer somewhere else, or the buffer itself if it is there.
+
+        Args:
+            device: "cpu", or "cuda", "cuda:1", ... for a GPU.
+
+        Raises:
+            ValueError: if it is none of these.
+            DeviceError: if there is no such GPU.
+        """
+        place = place_called(device)
+        if place.label == self._place.label:
+            return self
+        data = place.allocate(self.size, self.dtype)
+        place.copy(data, self._place.to_host(self.data))
+        return self.like(data)
+
+    def like(self, data: Any) -> FlatBuffer:
         """The same leaves over other memory."""
         return FlatBuffer(self._structure, self._shapes, data, self.population)
 
@@ -135,10 +117,17 @@ class FlatBuffer(Mapping[str, Any]):
         leaf = self._views.get(str(path))
         if leaf is None:
             raise KeyError(self._unknown(str(path)))
-        array = np.asarray(value)
-        if array.shape != leaf.shape:
-            raise ValueError(f"{str(path)!r} has shape {leaf.shape}, got {array.shape}; nothing is broadcast.")
-        np.copyto(leaf, array, casting="same_kind")
+        array = np.asarray(value) if places.of(value) is HOST else value
+        if tuple(array.shape) != tuple(leaf.shape):
+            raise ValueError(
+                f"{str(path)!r} has shape {tuple(leaf.shape)}, got {tuple(array.shape)}; nothing is broadcast."
+            )
+        if self._place is HOST:
+            np.copyto(leaf, array, casting="same_kind")
+        else:
+            self._place.copy(
+                leaf, array if places.of(array) is not HOST else array.astype(self.dtype, "C", "same_kind")
+            )
 
     def __iter__(self) -> Iterator[str]:
         """The paths."""
@@ -156,34 +145,54 @@ class FlatBuffer(Mapping[str, Any]):
         )
         more = f", ... {len(self) - 6} more" if len(self) > 6 else ""
         models = f", population={self.population}" if self.population is not None else ""
-        return f"FlatBuffer({self.size} x {self.dtype}{models}: {leaves}{more})"
+        where = "" if self._place is HOST else f" on {self.device}"
+        return f"FlatBuffer({self.size} x {self.dtype}{where}{models}: {leaves}{more})"
 
 
-def _remade(
-    structure: Structure, shapes: Sequence[tuple[int, ...]], data: np.ndarray, population: int | None
-) -> FlatBuffer:
-    own = allocate(data.size, data.dtype)
-    own[:] = data
+def _remade(structure: Structure, shapes: Sequence[tuple[int, ...]], data: Any, population: int | None) -> FlatBuffer:
+    place = places.of(data)
+    own = place.allocate(place.memory("", data).size, places.storage_of(place.memory("", data).kind))
+    place.copy(own, data)
     return FlatBuffer(structure, shapes, own, population)
 
 
-def flatten(tree: Any, *, population: int | None = None, alloc: Alloc | None = None) -> FlatBuffer:
+def place_called(device: str) -> Place:
+    """The place that a user names; on a GPU, that of arrays of no library.
+
+    Raises:
+        ValueError: if it is no name of a place.
+        DeviceError: if there is no such GPU.
+    """
+    if device == "cpu":
+        return HOST
+    name, _, number = str(device).partition(":")
+    if name != "cuda" or not (number == "" or number.isdigit()):
+        raise ValueError(f'device must be "cpu", "cuda" or "cuda:" and a number, got {device!r}.')
+    return device_arrays.on_device(devices.gpu(int(number or 0)))
+
+
+def flatten(
+    tree: Any, *, population: int | None = None, alloc: Alloc | None = None, device: str | None = None
+) -> FlatBuffer:
     """Copy a tree of arrays into one aligned buffer.
 
     Args:
         tree: nested dicts, lists, tuples, named tuples, dataclasses and None, with arrays of float32 or float64 (all of
-            one dtype) as leaves; paths join with ".". It is only read.
+            one dtype) as leaves; paths join with ".". It is only read. Arrays on a GPU stay on it, in a buffer of their
+            library.
         population: put this many models side by side: every leaf of shape `s` becomes `(population, *s)`, each row a
             copy of the leaf, and any hyperparameter of an optimizer over the buffer may be an array `(population,)`.
         alloc: `alloc(nbytes)` returns the writable memory to use (pinned, memory-mapped, shared); the buffer is
             aligned inside it.
+        device: "cpu" or "cuda", "cuda:1", ...: where to put the buffer; default: where the arrays are.
 
     Returns:
         The buffer.
 
     Raises:
         TypeError: if a leaf is not an array of float32 or float64, or dtypes are mixed.
-        ValueError: if two leaves have the same path, or there is no leaf.
+        ValueError: if two leaves have the same path, there is no leaf, or leaves are in different places.
+        DeviceError: if there is no such GPU.
 
     Example:
         >>> import numpy as np, fastlr
@@ -196,14 +205,21 @@ def flatten(tree: Any, *, population: int | None = None, alloc: Alloc | None = N
     if population is not None:
         population = checks.count("population", population)
     structure = Structure(tree)
-    leaves = [
-        np.asarray(leaf) if isinstance(leaf, np.ndarray | np.generic) else leaf for _, leaf in leaves_with_paths(tree)
-    ]
-    dtype = checks.arrays(structure.paths, leaves)
+    leaves = [np.asarray(leaf) if isinstance(leaf, np.generic) else leaf for _, leaf in leaves_with_paths(tree)]
+    source = places.common_place("params", structure.paths, leaves)
+    found = [source.memory(checks.called(path), leaf) for path, leaf in zip(structure.paths, leaves, strict=True)]
+    dtype = checks.arrays(structure.paths, found)
+    target = source if device is None or place_called(device).label == source.label else place_called(device)
     rows = () if population is None else (population,)
-    shapes = [(*rows, *leaf.shape) for leaf in leaves]
+    shapes = [(*rows, *leaf.shape) for leaf in found]
     size = sum(int(np.prod(s, dtype=np.int64)) for s in shapes)
-    buffer = FlatBuffer(structure, shapes, allocate(size, dtype, 0, alloc), population)
+    buffer = FlatBuffer(structure, shapes, target.allocate(size, dtype, 0, alloc), population)
     for path, leaf in zip(structure.paths, leaves, strict=True):
-        buffer._views[path][...] = leaf
+        view, content = buffer._views[path], source.contiguous(leaf)
+        if target is HOST:
+            view[...] = source.to_host(content)
+        elif source is target and population is None:
+            target.copy(view, content)
+        else:
+            target.copy(view, np.array(np.broadcast_to(source.to_host(content), tuple(view.shape))))
     return buffer

@@ -55,10 +55,10 @@ def collect(opt: Optimizer, params: bool) -> dict[str, np.ndarray]:
     }
     for name, letter in zip(description["states"], opt._columns.letters, strict=True):
         for path, leaf in zip(opt._params.paths, opt._columns.arrays[letter], strict=True):
-            out[_key(name, path)] = leaf.copy()
+            out[_key(name, path)] = opt._params.place.to_host(leaf)
     if params:
         for path, leaf in zip(opt._params.paths, opt._params.leaves, strict=True):
-            out[_key("params", path)] = leaf.copy()
+            out[_key("params", path)] = opt._params.place.to_host(leaf)
     return out
 
 
@@ -120,10 +120,10 @@ def apply(opt: Optimizer, state: Mapping[str, np.ndarray]) -> None:
     opt._put(**opt._rows_for(counts))
     for prefix, letter in zip(prefixes, opt._columns.letters, strict=True):
         for path, leaf in zip(opt._params.paths, opt._columns.arrays[letter], strict=True):
-            leaf[...] = arrays[_key(prefix, path)]
+            opt._params.place.copy(leaf, arrays[_key(prefix, path)])
     if with_params:
         for path, leaf in zip(opt._params.paths, opt._params.leaves, strict=True):
-            leaf[...] = arrays[_key("params", path)]
+            opt._params.place.copy(leaf, arrays[_key("params", path)])
     opt._columns.encode_shadow()
 
 

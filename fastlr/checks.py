@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from .places import Memory
+
 DTYPES = ("float32", "float64")
 
 # What a state dict holds beside the states of the rule, and names of columns that are none of the rule's.
@@ -156,42 +158,39 @@ def number(name: str, value: Any, low: float, high: float) -> float:
     return float(value)
 
 
-def _called(path: str, name: str = "params") -> str:
+def called(path: str, name: str = "params") -> str:
+    """What a leaf is called in messages."""
     return f"{name}[{path!r}]" if path else name
 
 
-def arrays(paths: Sequence[str], leaves: Sequence[Any]) -> str:
-    """Check that leaves are arrays of one floating dtype; its name.
+def arrays(paths: Sequence[str], leaves: Sequence[Memory]) -> str:
+    """Check that leaves have one floating dtype; its name.
 
     Raises:
-        TypeError: if a leaf is not a NumPy array of float32 or float64, or they are mixed.
+        TypeError: if a leaf is not float32 or float64, or they are mixed.
         ValueError: if there is none.
     """
     if not leaves:
         raise ValueError("params holds no arrays. Pass at least one array of float32 or float64.")
-    first = None
     for path, leaf in zip(paths, leaves, strict=True):
-        called = _called(path)
-        if not isinstance(leaf, np.ndarray):
+        leaf_name = called(path)
+        if leaf.kind not in DTYPES:
+            raise TypeError(f"{leaf_name} has dtype {leaf.kind}, expected float32 or float64. Convert it with .astype.")
+        if leaf.kind != leaves[0].kind:
             raise TypeError(
-                f"{called} is a {type(leaf).__name__}, expected a NumPy array that can be updated in place. "
-                "Convert it, or share its memory (torch: tensor.detach().numpy(); JAX: a copy, np.array(x))."
-            )
-        if leaf.dtype.name not in DTYPES or not leaf.dtype.isnative:
-            raise TypeError(f"{called} has dtype {leaf.dtype}, expected float32 or float64. Convert it with .astype.")
-        if first is None:
-            first = leaf.dtype
-        elif leaf.dtype != first:
-            raise TypeError(
-                f"{called} has dtype {leaf.dtype}, but {_called(paths[0])} has {first}. "
+                f"{leaf_name} has dtype {leaf.kind}, but {called(paths[0])} has {leaves[0].kind}. "
                 "Give all parameters one dtype, or use one optimizer for each dtype."
             )
-    assert first is not None
-    return str(first.name)
+    return leaves[0].kind
 
 
-def parameters(paths: Sequence[str], leaves: Sequence[Any]) -> str:
+def parameters(paths: Sequence[str], leaves: Sequence[Memory], make_contiguous: str) -> str:
     """Check the caller's parameters, which are updated where they are; the name of their dtype.
+
+    Args:
+        paths: of the leaves.
+        leaves: their memory.
+        make_contiguous: what to write for a contiguous copy, for messages.
 
     Raises:
         TypeError: as `arrays`.
@@ -199,26 +198,31 @@ def parameters(paths: Sequence[str], leaves: Sequence[Any]) -> str:
     """
     dtype = arrays(paths, leaves)
     for path, leaf in zip(paths, leaves, strict=True):
-        called = _called(path)
-        if not leaf.flags.c_contiguous or not leaf.flags.aligned:
+        leaf_name = called(path)
+        if not leaf.contiguous:
             raise ValueError(
-                f"{called} is not C-contiguous, so it cannot be updated in place. "
-                "Pass np.ascontiguousarray(...) or use fastlr.flatten(params)."
+                f"{leaf_name} is not C-contiguous, so it cannot be updated in place. "
+                f"Pass {make_contiguous} or use fastlr.flatten(params)."
             )
-        if not leaf.flags.writeable:
-            raise ValueError(f"{called} is read-only, so it cannot be updated in place. Pass a copy of it.")
-    spans = sorted((address(leaf), leaf.nbytes, path) for path, leaf in zip(paths, leaves, strict=True) if leaf.size)
+        if not leaf.writeable:
+            raise ValueError(f"{leaf_name} is read-only, so it cannot be updated in place. Pass a copy of it.")
+    spans = sorted((leaf.address, leaf.nbytes, path) for path, leaf in zip(paths, leaves, strict=True) if leaf.nbytes)
     for (start, nbytes, path), (after, _, other) in itertools.pairwise(spans):
         if start + nbytes > after:
             raise ValueError(
-                f"{_called(path)} and {_called(other)} share memory, so both cannot be updated. "
+                f"{called(path)} and {called(other)} share memory, so both cannot be updated. "
                 "Pass each parameter once (tied weights: keep one of them and add up their gradients)."
             )
     return dtype
 
 
 def companions(
-    name: str, paths: Sequence[str], leaves: Sequence[Any], params: Sequence[np.ndarray], written: bool
+    name: str,
+    paths: Sequence[str],
+    leaves: Sequence[Memory],
+    params: Sequence[Memory],
+    written: bool,
+    make_contiguous: str,
 ) -> None:
     """Check arrays that go along with the parameters, element by element, where they are.
 
@@ -228,27 +232,26 @@ def companions(
         leaves: what the user gave.
         params: the parameters.
         written: whether the step writes them, so that they must be apart from the parameters and from each other.
+        make_contiguous: what to write for a contiguous copy, for messages.
 
     Raises:
-        TypeError: if a leaf is no NumPy array of the parameters' dtype.
+        TypeError: if a leaf is not of the parameters' dtype.
         ValueError: if a leaf has another shape, cannot be written or is not C-contiguous, or shares memory.
     """
     for path, leaf, param in zip(paths, leaves, params, strict=True):
-        called = _called(path, name)
-        if not isinstance(leaf, np.ndarray):
-            raise TypeError(f"{called} is a {type(leaf).__name__}, expected a NumPy array like the parameter.")
-        if leaf.dtype != param.dtype:
-            raise TypeError(f"{called} has dtype {leaf.dtype}, but the parameter has {param.dtype}.")
+        leaf_name = called(path, name)
+        if leaf.kind != param.kind:
+            raise TypeError(f"{leaf_name} has dtype {leaf.kind}, but the parameter has {param.kind}.")
         if leaf.shape != param.shape:
-            raise ValueError(f"{called} has shape {leaf.shape}, but the parameter has {param.shape}.")
-        if not leaf.flags.c_contiguous or not leaf.flags.aligned:
-            raise ValueError(f"{called} is not C-contiguous. Pass np.ascontiguousarray(...).")
-        if written and not leaf.flags.writeable:
-            raise ValueError(f"{called} is read-only, so it cannot be written. Pass a copy of it.")
-    labelled = [(_called(path, name), leaf) for path, leaf in zip(paths, leaves, strict=True)]
-    labelled += [(_called(path), leaf) for path, leaf in zip(paths, params, strict=True)]
+            raise ValueError(f"{leaf_name} has shape {leaf.shape}, but the parameter has {param.shape}.")
+        if not leaf.contiguous:
+            raise ValueError(f"{leaf_name} is not C-contiguous. Pass {make_contiguous}.")
+        if written and not leaf.writeable:
+            raise ValueError(f"{leaf_name} is read-only, so it cannot be written. Pass a copy of it.")
+    labelled = [(called(path, name), leaf) for path, leaf in zip(paths, leaves, strict=True)]
+    labelled += [(called(path), leaf) for path, leaf in zip(paths, params, strict=True)]
     own = {label for label, _ in labelled[: len(leaves)]}
-    spans = sorted((address(leaf), leaf.nbytes, label) for label, leaf in labelled if leaf.size)
+    spans = sorted((leaf.address, leaf.nbytes, label) for label, leaf in labelled if leaf.nbytes)
     for (start, nbytes, label), (after, _, other) in itertools.pairwise(spans):
         if start + nbytes > after and (written or (label in own) != (other in own)):
             raise ValueError(f"{label} and {other} share memory. Pass memory of its own for {name}.")
@@ -263,9 +266,7 @@ def _readable(path: str, leaf: Any) -> np.ndarray:
     try:
         return leaf if isinstance(leaf, np.ndarray) else np.asarray(leaf)
     except Exception as error:  # whatever an array of another library raises: torch for requires_grad, say
-        raise TypeError(
-            f"{_called(path, 'grads')} is a {type(leaf).__name__} that NumPy cannot read: {error}"
-        ) from None
+        raise TypeError(f"{called(path, 'grads')} is a {type(leaf).__name__} that NumPy cannot read: {error}") from None
 
 
 def _bits(leaf: Any) -> np.ndarray | None:
@@ -292,7 +293,7 @@ def gradient(
         TypeError: if it is no array or has another dtype.
         ValueError: if it has another shape.
     """
-    called = _called(path, "grads")
+    leaf_name = called(path, "grads")
     array = _bits(leaf)
     kind = "bfloat16"
     if array is None:
@@ -301,12 +302,12 @@ def gradient(
             own = next(iter(formats))
             hint = " (bits of 16-bit floats need grad_dtype=)" if array.dtype == np.uint16 else ""
             raise TypeError(
-                f"{called} has dtype {array.dtype}, but the parameters have {own}. Convert it with .astype{hint}."
+                f"{leaf_name} has dtype {array.dtype}, but the parameters have {own}. Convert it with .astype{hint}."
             )
         kind = formats[array.dtype.name]
     if array.shape not in shapes:
         if path or shapes[0] is None:
-            raise ValueError(f"{called} has shape {array.shape}, but the parameter has {shapes[-1]}.")
+            raise ValueError(f"{leaf_name} has shape {array.shape}, but the parameter has {shapes[-1]}.")
         size = int(np.prod(shapes[0]))
         expected = f"the shape {shapes[1]}" if shapes[1] is not None else "the structure of params"
         raise ValueError(

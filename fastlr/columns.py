@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from . import checks
-from .buffers import Alloc, FlatBuffer, allocate
+from . import checks, places
+from .buffers import FlatBuffer
 from .kernels.formats import FORMATS, to_float32
-from .trees import Structure, leaves_with_paths
+from .places import Alloc, Memory
+from .trees import Structure, is_container, leaves_with_paths
 
 __all__ = ["Columns", "Parameters"]
 
@@ -28,7 +29,8 @@ class Parameters:
         source: as given.
         structure: of the tree.
         population: number of models, or None.
-        leaves, shapes, sizes: the arrays in order, of all models.
+        place: where they are.
+        leaves, memory, shapes, sizes: the arrays in order, of all models.
         starts: the place of each leaf's first element if all stood one after the other.
         size: number of elements.
         dtype: of every leaf.
@@ -46,15 +48,20 @@ class Parameters:
             self.structure, tree, self.population = source._structure, source.unflatten(), source.population
         else:
             self.structure, tree, self.population = Structure(source), source, None
-        self.leaves: list[np.ndarray] = [leaf for _, leaf in leaves_with_paths(tree)]
-        self.dtype = np.dtype(checks.parameters(self.structure.paths, self.leaves))
-        self.shapes = [leaf.shape for leaf in self.leaves]
-        self.sizes = [leaf.size for leaf in self.leaves]
+        self.leaves: list[Any] = [leaf for _, leaf in leaves_with_paths(tree)]
+        paths = self.structure.paths
+        self.place = places.common_place("params", paths, self.leaves)
+        self.memory: list[Memory] = [
+            self.place.memory(checks.called(path), leaf) for path, leaf in zip(paths, self.leaves, strict=True)
+        ]
+        self.dtype = np.dtype(checks.parameters(paths, self.memory, self.place.make_contiguous))
+        self.shapes = [leaf.shape for leaf in self.memory]
+        self.sizes = [leaf.size for leaf in self.memory]
         self.size = sum(self.sizes)
         self.starts = np.cumsum([0, *self.sizes])[:-1]
         self.everyone = (True,) * len(self.leaves)
-        self.is_array = isinstance(source, np.ndarray)
-        self.is_flat = isinstance(source, np.ndarray | FlatBuffer)
+        self.is_array = not isinstance(source, FlatBuffer) and not is_container(source)
+        self.is_flat = self.is_array or isinstance(source, FlatBuffer)
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -66,12 +73,12 @@ class Parameters:
         """Number of models; 1 if it is no population."""
         return self.population or 1
 
-    def cut(self, data: np.ndarray) -> list[np.ndarray]:
+    def cut(self, data: Any) -> list[Any]:
         """Flat data as one array for each leaf; views."""
         ends = self.starts + np.array(self.sizes, np.int64)
-        return [data[a:b].reshape(s) for a, b, s in zip(self.starts, ends, self.shapes, strict=True)]
+        return [data[a:b].reshape(s) for a, b, s in zip(self.starts.tolist(), ends.tolist(), self.shapes, strict=True)]
 
-    def tree(self, data: np.ndarray) -> Any:
+    def tree(self, data: Any) -> Any:
         """Flat data in the parameters' structure: an array if they are one, else a `FlatBuffer`; views."""
         if self.is_array:
             return data.reshape(self.shapes[0])
@@ -79,7 +86,7 @@ class Parameters:
             return self.source.like(data)
         return FlatBuffer(self.structure, self.shapes, data)
 
-    def companions(self, name: str, tree: Any, written: bool) -> list[np.ndarray]:
+    def companions(self, name: str, tree: Any, written: bool) -> list[Any]:
         """The leaves of a tree that goes along with the parameters, checked.
 
         Args:
@@ -92,7 +99,14 @@ class Parameters:
                 raise ValueError(f"{name} is a buffer of other leaves than params. Make it from the same structure.")
             tree = tree.unflatten()
         leaves = [tree] if self.is_array else self.structure.leaves(tree, name)
-        checks.companions(name, self.structure.paths, leaves, self.leaves, written)
+        paths, place = self.structure.paths, self.place
+        memory = []
+        for path, leaf in zip(paths, leaves, strict=True):
+            if places.of(leaf) is not place or (place is places.HOST and not isinstance(leaf, np.ndarray)):
+                leaf_name, expected = checks.called(path, name), place.kind_of_array
+                raise TypeError(f"{leaf_name} is a {type(leaf).__name__}, expected a {expected} like the parameter.")
+            memory.append(place.memory(checks.called(path, name), leaf))
+        checks.companions(name, paths, memory, self.memory, written, place.make_contiguous)
         return leaves
 
 
@@ -110,7 +124,7 @@ class Columns:
     Attributes:
         letters: the states.
         inputs: what is only read, after the states.
-        arrays: the memory of each leaf, by name, in the order of a plan's columns.
+        arrays: the array of each leaf, by name, in the order of a plan's columns.
         external: the caller's arrays, as given.
 
     Raises:
@@ -127,39 +141,42 @@ class Columns:
         shadow: str | None,
         alloc: Alloc | None,
     ) -> None:
-        self._parameters, self._format = parameters, shadow
+        self._parameters, self._format, self._place = parameters, shadow, parameters.place
+        place = parameters.place
         self.letters = tuple(letters)
         self.external = dict(external)
         self.inputs = tuple(name for name in ("lr_scale",) if name in external)
         given = {n: parameters.companions(_CALLED[n], tree, n == "ema") for n, tree in external.items()}
         self._check(given)
-        self._flat: dict[str, np.ndarray] = {}
+        self._flat: dict[str, Any] = {}
         for k, letter in enumerate([n for n in letters if n not in given]):
-            self._flat[letter] = allocate(parameters.size, parameters.dtype, 2 + k, alloc)
+            self._flat[letter] = place.allocate(parameters.size, parameters.dtype, 2 + k, alloc)
         if shadow is not None:
-            self._flat["shadow"] = allocate(parameters.size, FORMATS[shadow].storage, 2 + len(letters), alloc)
+            self._flat["shadow"] = place.allocate(parameters.size, FORMATS[shadow].storage, 2 + len(letters), alloc)
         names = [*letters, *self.inputs, *(["shadow"] if shadow else [])]
         self.arrays = {n: given[n] if n in given else parameters.cut(self._flat[n]) for n in names}
         for letter in letters:
             if letter == "ema" and letter not in given:  # the average begins as a copy
                 for own, leaf in zip(self.arrays[letter], parameters.leaves, strict=True):
-                    own[...] = leaf
+                    place.copy(own, leaf)
             elif letter != "ema" and initial(letter):
-                self._flat[letter].fill(initial(letter))
+                place.fill(self._flat[letter], initial(letter))
         self.encode_shadow()
 
-    @staticmethod
-    def _check(given: Mapping[str, list[np.ndarray]]) -> None:
+    def _check(self, given: Mapping[str, list[Any]]) -> None:
         """What the caller's arrays must be beyond their shape and dtype."""
+        memory = self._place.memory
+        averages = [memory("ema_out", average) for average in given.get("ema", ())]
         for scale in given.get("lr_scale", ()):
-            if not (np.isfinite(scale) & (scale >= 0)).all():
+            numbers = self._place.to_host(scale)
+            if not (np.isfinite(numbers) & (numbers >= 0)).all():
                 raise ValueError("lr_scale must be non-negative and finite everywhere.")
-            for average in given.get("ema", ()):
-                if np.may_share_memory(average, scale) and np.shares_memory(average, scale):
-                    raise ValueError("ema_out and lr_scale share memory. Pass memory of its own for each.")
+            begin, end = memory("lr_scale", scale).address, memory("lr_scale", scale).address + numbers.nbytes
+            if any(a.address < end and begin < a.address + a.nbytes for a in averages):
+                raise ValueError("ema_out and lr_scale share memory. Pass memory of its own for each.")
 
     @property
-    def written(self) -> list[np.ndarray]:
+    def written(self) -> list[Any]:
         """The arrays that a step writes."""
         return [array for name, arrays in self.arrays.items() if name not in self.inputs for array in arrays]
 
@@ -169,14 +186,8 @@ class Columns:
 
     def shadow(self) -> Any:
         """The copy in low precision as numbers, or as bits where nobody knows bfloat16."""
-        data = self._flat["shadow"]
-        if self._format == "float16":
-            return self._parameters.tree(data.view(np.float16))
-        try:
-            import ml_dtypes
-        except ImportError:
-            return self._parameters.tree(data)
-        return self._parameters.tree(data.view(ml_dtypes.bfloat16))
+        assert self._format is not None
+        return self._parameters.tree(self._place.as_format(self._flat["shadow"], self._format))
 
     def encode_shadow(self) -> None:
         """Bring the copy in low precision up to date with the parameters."""
@@ -186,4 +197,4 @@ class Columns:
         narrow = to_float32(np.where) if self._parameters.dtype == np.float64 else np.asarray
         with np.errstate(all="ignore"):
             for shadow, leaf in zip(self.arrays["shadow"], self._parameters.leaves, strict=True):
-                shadow[...] = encode(narrow(leaf))
+                self._place.copy(shadow, encode(narrow(self._place.to_host(leaf))))

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from . import checks
-from .buffers import Alloc, allocate
+from . import checks, places
+from .device_arrays import DevicePlace
 from .kernels.formats import FORMATS
+from .places import Alloc, Place
 
 _IN_ORDER = 0x101  # NumPy's flags C_CONTIGUOUS and ALIGNED
 
@@ -23,6 +24,7 @@ class Gradients:
         shapes: of the leaves.
         dtype: of the parameters; gradients have it too, or a format of two bytes.
         written: the arrays that a step writes. Kernels assume that gradients are other memory.
+        place: where they are.
         alloc: where memory for gradients comes from.
         bits: the format that arrays of uint16 hold, or None.
 
@@ -35,10 +37,12 @@ class Gradients:
         paths: Sequence[str],
         shapes: Sequence[tuple[int, ...]],
         dtype: np.dtype,
-        written: Sequence[np.ndarray],
+        written: Sequence[Any],
+        place: Place,
         alloc: Alloc | None,
         bits: str | None,
     ) -> None:
+        self._at = place
         self._paths, self._shapes, self._dtype, self._alloc = paths, shapes, dtype, alloc
         self._sizes = [int(np.prod(shape, dtype=np.int64)) for shape in shapes]
         self._size = sum(self._sizes)
@@ -48,15 +52,16 @@ class Gradients:
         self._formats = {dtype.name: dtype.name, **{name: name for name in FORMATS}}
         if bits is not None:
             self._formats["uint16"] = bits
-        spans = sorted((checks.address(a), checks.address(a) + a.nbytes) for a in written if a.size)
+        memory = [place.memory("", a) for a in written]
+        spans = sorted((m.address, m.address + m.nbytes) for m in memory if m.nbytes)
         self._starts, self._ends = [a for a, _ in spans], [b for _, b in spans]
-        self.own: np.ndarray | None = None
-        self._scratch: dict[str, np.ndarray] = {}
+        self.own: Any = None
+        self._scratch: dict[str, Any] = {}
 
-    def allocate_own(self) -> np.ndarray:
+    def allocate_own(self) -> Any:
         """Zeros to write gradients into; the same memory each time."""
         if self.own is None:
-            self.own = allocate(self._size, self._dtype, 1, self._alloc)
+            self.own = self._at.allocate(self._size, self._dtype, 1, self._alloc)
         return self.own
 
     def flat(self, grads: Any) -> tuple[int, np.ndarray, str]:
@@ -152,5 +157,70 @@ class Gradients:
         """Memory for gradients that cannot be read where they are."""
         storage = FORMATS[kind].storage if kind in FORMATS else kind
         if storage not in self._scratch:
-            self._scratch[storage] = allocate(self._size, storage, 1, self._alloc)
+            self._scratch[storage] = self._at.allocate(self._size, storage, 1, self._alloc)
         return self._scratch[storage]
+
+
+class DeviceGradients(Gradients):
+    """The same for gradients on a GPU, of whatever library; arguments as for `Gradients`."""
+
+    _at: DevicePlace
+
+    def _found(self, path: str, leaf: Any, shapes: Sequence[Any]) -> tuple[int, Any, str]:
+        """The address of a gradient, the array there, and its format.
+
+        Raises:
+            TypeError: if it is not on this GPU or has another dtype.
+            ValueError: if it has another shape or shares memory with what the step writes.
+        """
+        called = checks.called(path, "grads")
+        place = places.of(leaf)
+        if not isinstance(place, DevicePlace) or place.device is not self._at.device:
+            raise TypeError(
+                f"{called} is a {type(leaf).__name__} on {place.label}, but the parameters are on {self._at.label}. "
+                f"Pass a {self._at.kind_of_array}."
+            )
+        leaf = place.readable(leaf)
+        memory = place.memory(called, leaf)
+        if memory.kind not in self._formats:
+            hint = " (bits of 16-bit floats need grad_dtype=)" if memory.kind == "uint16" else ""
+            raise TypeError(
+                f"{called} has dtype {memory.kind}, but the parameters have {self._name}. Convert it{hint}."
+            )
+        if memory.shape not in shapes:
+            expected = " or ".join(str(shape) for shape in shapes if shape is not None)
+            raise ValueError(f"{called} has shape {memory.shape}, expected {expected}.")
+        if not memory.contiguous:
+            leaf = place.contiguous(leaf)
+            memory = place.memory(called, leaf)
+        if self._overlaps(memory.address, memory.nbytes):
+            raise ValueError(
+                f"{called} shares memory with the parameters or with what else the step writes. Pass a copy of it."
+            )
+        return memory.address, leaf, self._formats[memory.kind]
+
+    def flat(self, grads: Any) -> tuple[int, Any, str]:
+        """As `Gradients.flat`."""
+        return self._found("", grads, ((self._size,), self._only_shape))
+
+    def leaves(self, leaves: list[Any]) -> tuple[list[int], list[Any], str]:
+        """As `Gradients.leaves`.
+
+        Raises:
+            TypeError: as `_found`, or if dtypes are mixed.
+            ValueError: as `_found`.
+        """
+        found = [
+            None if leaf is None else self._found(path, leaf, (tuple(shape),))
+            for path, leaf, shape in zip(self._paths, leaves, self._shapes, strict=True)
+        ]
+        kinds = dict.fromkeys(one[2] for one in found if one is not None)
+        if len(kinds) > 1:
+            raise TypeError(
+                f"grads has leaves of {' and '.join(kinds)}. On a GPU all gradients of a step have one dtype."
+            )
+        return (
+            [0 if one is None else one[0] for one in found],
+            [None if one is None else one[1] for one in found],
+            next(iter(kinds), self._name),
+        )

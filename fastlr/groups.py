@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Any
@@ -80,6 +80,7 @@ class Groups(Mapping[str, Group]):
     Attributes:
         names: the hyperparameters that exist.
         changed: those that were set since somebody last emptied it.
+        listener: called after one was set.
         configuration: for each leaf, the index of its configuration: leaves that match the same patterns share one.
 
     Raises:
@@ -98,6 +99,7 @@ class Groups(Mapping[str, Group]):
         self._population = population
         self._spelling = spelling
         self.changed: set[str] = set()
+        self.listener: Callable[[], None] | None = None
         self.names = (*values, "frozen")
         self.defaults = Group(self, "", paths)
         self.defaults._values.update(values, frozen=False)
@@ -139,6 +141,8 @@ class Groups(Mapping[str, Group]):
         checked = "ema" if name == "ema_decay" else name
         group._values[name] = checks.hyperparameter(checked, value, like, self._population, where)
         self.changed.add(name)
+        if self.listener is not None:
+            self.listener()
 
     def _resolved(self, configuration: tuple[str, ...]) -> dict[str, Any]:
         values = dict(self.defaults._values)

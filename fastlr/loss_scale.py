@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from . import checks
+from .kernels import loss_scaling
 
 __all__ = ["LossScale"]
 
-_LARGEST = float(np.finfo(np.float32).max)
+_rescale = loss_scaling.make(np.where)
 
 
 class LossScale:
@@ -56,10 +57,16 @@ class LossScale:
         self.interval = checks.count("interval", interval)
         self._scale = np.asarray(init)
         self._good = np.asarray(0, np.int64)
+        self.changed = False
+        self._pull: Callable[[], None] | None = None
 
     @property
     def scale(self) -> Any:
-        """What to multiply the loss by; an array `(population,)` once the models of a population differ."""
+        """What to multiply the loss by; an array `(population,)` once the models of a population differ.
+
+        If the optimizer's parameters are on a GPU, the scale lives there, and reading it waits for the GPU.
+        """
+        self._learn()
         return float(self._scale) if self._scale.ndim == 0 else self._scale.copy()
 
     def update(self, skipped: Any) -> None:
@@ -69,15 +76,12 @@ class LossScale:
             skipped: whether it was skipped, for each model of a population if there is one.
         """
         skipped = np.asarray(skipped, bool)
-        grown = self._scale * self.growth
-        good = np.where(skipped, 0, self._good + 1)
-        due = good == self.interval
-        raised = np.where(due & (grown <= _LARGEST), grown, self._scale)
-        self._scale = np.where(skipped, self._scale * self.backoff, raised)
-        self._good = np.where(due, 0, good)
+        self._scale, good = _rescale(self._scale, self._good, skipped, self.growth, self.backoff, self.interval)
+        self._good = good.astype(np.int64)
 
     def state_dict(self) -> dict[str, Any]:
         """The scale and the good steps so far, as plain numbers and lists."""
+        self._learn()
         return {"scale": self._scale.tolist(), "good": self._good.tolist()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -92,7 +96,33 @@ class LossScale:
             raise ValueError(f"this is not the state of a LossScale: {state!r}.") from None
         if not (np.isfinite(scale) & (scale > 0)).all() or scale.ndim > 1:
             raise ValueError(f"this is not the state of a LossScale: its scale is {state['scale']!r}.")
-        self._scale, self._good = scale, good
+        self._scale, self._good, self.changed = scale, good, True
+
+    def copy(self) -> LossScale:
+        """Another one in the same state."""
+        new = LossScale(1.0, growth=self.growth, backoff=self.backoff, interval=self.interval)
+        new.load_state_dict(self.state_dict())
+        return new
+
+    # For an optimizer on a GPU, which keeps the state there.
+
+    def _learn(self) -> None:
+        if self._pull is not None and not self.changed:
+            self._pull()
+
+    def attach(self, pull: Callable[[], None]) -> None:
+        """Let somebody else keep the state; `pull()` makes it known here."""
+        self._pull = pull
+
+    def export(self, models: int) -> np.ndarray:
+        """Scale and good steps of each model, shape `(2, models)`."""
+        return np.stack([np.broadcast_to(self._scale, models), np.broadcast_to(self._good, models)]).astype(np.float64)
+
+    def take(self, state: np.ndarray) -> None:
+        """Take over what `export` returned, as it is now."""
+        one = self._scale.ndim == 0 and state.shape[1] == 1
+        self._scale, self._good = (x[0] if one else x for x in (state[0].copy(), state[1].astype(np.int64)))
+        self._scale, self._good = np.asarray(self._scale), np.asarray(self._good)
 
     def __repr__(self) -> str:
         """The call that makes it, with the present scale."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import operator
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +18,13 @@ import numpy as np
 
 from . import checks
 from .kernels import cpu
-from .kernels.cpu import CHUNK, FIRST_ADDRESS, LINE, NEXT, ROW, SHARES, WAITING, Kernel
+from .kernels.cpu import CHUNK, LINE, NEXT, SHARES, WAITING, Kernel
+from .kernels.layout import CLOCK, FIRST_ADDRESS, ROW, TICKS
 from .kernels.staging import Staged
 from .kernels.sums import BLOCK
+from .places import Place
 from .rows import Rows
-from .step_info import Layout
+from .step_info import Layout, StepInfo
 from .threads import ask_helpers
 
 _GRADIENT = FIRST_ADDRESS + 1
@@ -52,9 +54,9 @@ class Column:
     itemsize: int
 
     @classmethod
-    def of(cls, arrays: Sequence[np.ndarray]) -> Column:
+    def of(cls, arrays: Sequence[Any], place: Place, itemsize: int) -> Column:
         """The column that arrays are, one for each leaf."""
-        return cls(np.array([checks.address(a) for a in arrays], np.int64), arrays[0].itemsize)
+        return cls(np.array([place.address(a) for a in arrays], np.int64), itemsize)
 
 
 class Plan:
@@ -226,6 +228,19 @@ class Plan:
             if missing > 0:
                 ask_helpers(missing, kernel.run, self.tables, generation)
         kernel.run(*self.tables, generation)
+
+    def count_part(self, rows: Rows) -> None:
+        """Steps of all parts together are one step: does this one begin a new one?"""
+        stepping = self.advance[:-1].any(axis=1)
+        clocks = rows.counters[:-1, CLOCK][stepping]
+        self.advance[-1, TICKS] = int(clocks.size > 0 and clocks.max() >= rows.counters[-1, CLOCK])
+
+    def info(self, rows: Rows, lrs: Any, grad_scale: Any) -> StepInfo:
+        """What the step that was just made did."""
+        steps = int(rows.counters[-1, CLOCK])
+        if self.layout is None:
+            return StepInfo(steps, lrs)
+        return StepInfo(steps, lrs, self.layout, self.reports.copy(), self.leaf_sums.copy(), grad_scale)
 
     def _make_control(self, threads: int) -> None:
         """A new control block; helpers that still know the old one will find nothing to do."""

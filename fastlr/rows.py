@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .kernels.cpu import CLOCK, GO, SKIPPED, T
+from .kernels.layout import ADVANCES, CLOCK, COUNTERS, GO, SKIPPED, T
 
 
 @dataclass
@@ -56,6 +56,8 @@ class Rows:
         scalars: `(rows, scalars)`, updated by kernels.
     """
 
+    settings_known = True  # for rows on a GPU: whether it has the settings as they are now
+
     def __init__(self, configuration: np.ndarray, frozen: np.ndarray, counts: Counts, by_leaf: bool) -> None:
         leaves, models = counts.t.shape
         fixed = np.empty((leaves, models, 6), np.int64)
@@ -71,7 +73,7 @@ class Rows:
         self.index = index.reshape(leaves, models)
         self.configuration, self.model = unique[:, 0], unique[:, 1]
         self.frozen = frozen[self.configuration, self.model]
-        self.counters = np.zeros((len(unique) + 1, 4), np.int64)
+        self.counters = np.zeros((len(unique) + 1, COUNTERS), np.int64)
         self.counters[:-1, T], self.counters[:-1, CLOCK], self.counters[:-1, SKIPPED] = unique[:, 2:5].T
         self.counters[:, GO] = 1
         self.counters[-1, CLOCK] = counts.steps
@@ -98,7 +100,7 @@ class Rows:
             active: for each leaf, whether it is updated if it is not frozen.
             seen: for each leaf, whether the step is one of it at all: its clock goes on while it is frozen.
         """
-        out = np.zeros((len(self) + 1, 2), np.int64)
+        out = np.zeros((len(self) + 1, ADVANCES), np.int64)
         active, seen, frozen = active[:, None], seen[:, None], self.frozen[self.index]
         out[self.index, 0] = active & ~frozen  # leaves that differ in this have rows of their own
         out[self.index, 1] = active | (seen & frozen)

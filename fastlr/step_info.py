@@ -84,7 +84,7 @@ class StepInfo:
     @property
     def lr(self) -> Any:
         """The learning rate used; an array `(population,)` if it differs between models."""
-        return self._lrs[""]
+        return self.lrs[""]
 
     def _plain(self, per_model: np.ndarray) -> Any:
         """One number a model in the form that users get."""

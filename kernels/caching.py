@@ -73,8 +73,44 @@ def _warn_once(place: str, problem: str) -> None:
     )
 
 
+class Entry:
+    """One file of the cache.
+
+    Args:
+        name: the start of its name, for people.
+        content: what its content depends on, beside this package's sources and what `_surroundings` says.
+    """
+
+    def __init__(self, name: str, *content: object) -> None:
+        digest = hashlib.sha256("\0".join([_surroundings(), name, *map(str, content)]).encode()).hexdigest()
+        self.file = folder() / f"{name}-{digest[:32]}.kernel"
+
+    def read(self) -> bytes | None:
+        """What was kept, or None if there is nothing that can be used."""
+        try:
+            data = self.file.read_bytes()
+        except OSError:
+            return None
+        head, body = data[: len(_MAGIC) + 32], data[len(_MAGIC) + 32 :]
+        return body if head == _MAGIC + hashlib.sha256(body).digest() else None
+
+    def write(self, body: bytes) -> None:
+        """Keep something; without a folder to keep it in, warn once and go on."""
+        temporary = None
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            descriptor, temporary = tempfile.mkstemp(dir=self.file.parent, prefix=self.file.stem, suffix=".part")
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(_MAGIC + hashlib.sha256(body).digest() + body)
+            os.replace(temporary, self.file)
+        except OSError as error:
+            if temporary is not None and os.path.exists(temporary):
+                os.unlink(temporary)
+            _warn_once(str(self.file.parent), error.strerror or str(error))
+
+
 class KernelCache:
-    """The place of one kernel on disk; takes the place of Numba's cache on a dispatcher.
+    """The place of one kernel for the processor on disk; takes the place of Numba's cache on a dispatcher.
 
     Args:
         name: the start of the file's name, for people.
@@ -82,19 +118,14 @@ class KernelCache:
     """
 
     def __init__(self, name: str, *content: object) -> None:
-        digest = hashlib.sha256("\0".join([_surroundings(), name, *map(str, content)]).encode()).hexdigest()
-        self._file = folder() / f"{name}-{digest[:32]}.kernel"
-        self.cache_path = str(self._file.parent)
+        self._entry = Entry(name, *content)
+        self.cache_path = str(self._entry.file.parent)
         self.hit = False
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """The compiled kernel, or None if there is none that can be used."""
-        try:
-            data = self._file.read_bytes()
-        except OSError:
-            return None
-        head, body = data[: len(_MAGIC) + 32], data[len(_MAGIC) + 32 :]
-        if head != _MAGIC + hashlib.sha256(body).digest():
+        body = self._entry.read()
+        if body is None:
             return None
         target_context.refresh()
         result = numba.core.compiler.CompileResult._rebuild(target_context, *pickle.loads(body))
@@ -102,19 +133,8 @@ class KernelCache:
         return result
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        """Keep a compiled kernel; without a folder to keep it in, warn once and go on."""
-        body = dumps(data._reduce())
-        temporary = None
-        try:
-            self._file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            descriptor, temporary = tempfile.mkstemp(dir=self._file.parent, prefix=self._file.stem, suffix=".part")
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(_MAGIC + hashlib.sha256(body).digest() + body)
-            os.replace(temporary, self._file)
-        except OSError as error:
-            if temporary is not None and os.path.exists(temporary):
-                os.unlink(temporary)
-            _warn_once(str(self._file.parent), error.strerror or str(error))
+        """Keep a compiled kernel."""
+        self._entry.write(dumps(data._reduce()))
 
     def enable(self) -> None:
         """Part of Numba's interface; a kernel's cache is always on."""
@@ -124,4 +144,4 @@ class KernelCache:
 
     def flush(self) -> None:
         """Remove the kernel from disk."""
-        self._file.unlink(missing_ok=True)
+        self._entry.file.unlink(missing_ok=True)

@@ -22,6 +22,7 @@ from numba import types
 
 from . import primitives, sums
 from .caching import KernelCache
+from .layout import CLOCK, COUNT, FIRST_ADDRESS, GO, LEAF, ROW, SKIPPED, START, T
 from .memory import (
     atomic_load,
     atomic_store,
@@ -35,11 +36,6 @@ from .memory import (
 from .primitives import SCOPES
 from .staging import Staged, define
 from .tiles import ELEMENT, Storage, compiled, digest_of, measure_loop, update_loop, zero_of
-
-# Columns of a plan's tables.
-ROW, FIRST_ADDRESS = 0, 1  # leaves: the row of its counters, then the addresses of each column (`Storage.columns`)
-LEAF, START, COUNT = 0, 1, 2  # tiles
-T, CLOCK, SKIPPED, GO = 0, 1, 2, 3  # counters: updates made, steps seen, steps skipped, and whether this one is not
 
 # Places in the control block, in int64s: each that threads write has a cache line of its own. The phase is written
 # before the step is opened and read after that. In the fourth line, addresses and sizes of a plan's further tables.

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from . import cpu, primitives, sums
-from .cpu import CLOCK, COUNT, FIRST_ADDRESS, GO, LEAF, ROW, SKIPPED, START, Kernel, T
+from .cpu import Kernel
+from .layout import CLOCK, COUNT, FIRST_ADDRESS, GO, LEAF, ROW, SKIPPED, START, T
 from .memory import view
 from .primitives import SCOPES
 from .staging import Staged, define

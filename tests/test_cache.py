@@ -204,7 +204,7 @@ def test_the_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("FASTLR_CACHE_DIR", str(tmp_path / "own"))
     assert caching.folder() == tmp_path / "own"
     assert KernelCache("adam", "x").cache_path == str(tmp_path / "own")
-    assert KernelCache("adam", "x")._file != KernelCache("adam", "y")._file
+    assert KernelCache("adam", "x")._entry.file != KernelCache("adam", "y")._entry.file
 
 
 def test_import_compiles_nothing_and_is_quick(in_subprocess, tmp_path):

@@ -12,7 +12,7 @@ import numpy as np
 import fastlr
 
 from .. import optimizers
-from ..buffers import allocate
+from ..places import HOST
 
 # The optimizers by the name used in reports, with the settings in which they are measured.
 RULES: dict[str, type[fastlr.Optimizer]] = {name.lower(): getattr(optimizers, name) for name in optimizers.__all__}
@@ -162,7 +162,7 @@ def roofline_candidate(problem: Problem, states: int) -> Candidate:
     """Read and write the same streams with almost no arithmetic, by a plain parallel loop of Numba's own."""
     import numba
 
-    streams = [allocate(problem.n, problem.dtype, k) for k in range(2 + states)]
+    streams = [HOST.allocate(problem.n, problem.dtype, k) for k in range(2 + states)]
     for stream in streams:
         stream.fill(1e-3)
     loop = _touch(states)

@@ -17,7 +17,7 @@ import numpy as np
 
 import fastlr
 
-from ..buffers import allocate
+from ..places import HOST
 from .candidates import Candidate, Problem
 
 LR, DECAY, LIMIT, EMA = 1e-3, 1e-2, 1.0, 0.999
@@ -156,10 +156,10 @@ def roofline(problem: Problem) -> Candidate:
     """The same bytes as in a full step with almost no arithmetic: a reading pass and a reading and writing one."""
     import numba
 
-    streams = [allocate(problem.n, problem.dtype, k) for k in range(5)]
+    streams = [HOST.allocate(problem.n, problem.dtype, k) for k in range(5)]
     for stream in streams:
         stream.fill(1e-3)
-    copy = allocate(problem.n, np.uint16, 5)
+    copy = HOST.allocate(problem.n, np.uint16, 5)
     threads = min(problem.threads, numba.config.NUMBA_NUM_THREADS)
     little = np.float32(1e-9)
 

@@ -1,0 +1,385 @@
+"""Arrays on a GPU, of whatever library: PyTorch, CuPy, Numba, anything with an array interface or DLPack."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+import numpy as np
+
+from . import devices, places
+from .kernels.formats import FORMATS
+from .places import HOST, Alloc, Memory, Place
+
+__all__ = ["DeviceArray", "DevicePlace", "on_device"]
+
+_ALIGNED = 16  # bytes of the widest access of a kernel
+
+
+class DevicePlace(Place):
+    """Memory of one GPU, and the library that its arrays are of.
+
+    Args:
+        device: the GPU.
+
+    Attributes:
+        device: the GPU.
+    """
+
+    def __init__(self, device: Any) -> None:
+        self.device, self.label = device, device.label
+
+    def stream(self) -> int:
+        """The handle of the caller's current stream."""
+        raise NotImplementedError
+
+    def view(self, array: Any, kind: str) -> Any:
+        """A flat array of bytes as one of another dtype."""
+        raise NotImplementedError
+
+    def empty_bytes(self, nbytes: int) -> Any:
+        """A flat array of bytes."""
+        raise NotImplementedError
+
+    def allocate(self, count: int, dtype: Any, position: int = 0, alloc: Alloc | None = None) -> Any:
+        """A flat array of zeros.
+
+        Raises:
+            TypeError: if host memory is to be used.
+            MemoryError: if the GPU has not enough; the message says how much was needed.
+        """
+        if alloc is not None:
+            raise TypeError(f"alloc= places buffers in the host's memory, but the parameters are on {self.label}.")
+        kind = np.dtype(dtype).name
+        nbytes = count * np.dtype(dtype).itemsize
+        try:
+            raw = self.empty_bytes(nbytes)
+        except (MemoryError, RuntimeError) as error:  # each library has its own error, all of them RuntimeErrors
+            problem = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise MemoryError(
+                f"a buffer of {count:,} x {kind} needs {nbytes:,} bytes on {self.label}, which has no room for it: "
+                f"{problem}"
+            ) from None
+        array = self.view(raw, kind)
+        self.device.clear(self.address(array), nbytes, self.stream())
+        return array
+
+    def fill(self, array: Any, value: float) -> None:
+        """Set all elements to a number."""
+        memory = self.memory("", array)
+        if value == 0:
+            self.device.clear(memory.address, memory.nbytes, self.stream())
+        else:
+            self.copy(array, np.full(memory.shape, value, places.storage_of(memory.kind)))
+
+    def copy(self, to: Any, source: Any) -> None:
+        """Copy all elements from an array of this GPU or of the host."""
+        target = self.memory("", to)
+        if isinstance(source, np.ndarray | np.generic) and places.of(source) is HOST:
+            numbers = np.ascontiguousarray(source, places.storage_of(target.kind))
+            self.device.upload(target.address, numbers, self.stream())
+        else:
+            self.device.copy(target.address, places.of(source).address(source), target.nbytes, self.stream())
+
+    def to_host(self, array: Any) -> np.ndarray:
+        """A copy as a NumPy array; waits for the stream."""
+        memory = self.memory("", array)
+        out = np.empty(memory.shape, places.storage_of(memory.kind))
+        self.device.download(out, memory.address, self.stream())
+        return out
+
+    def as_format(self, bits: Any, name: str) -> Any:
+        """Bits as numbers, where the library has the format."""
+        return self.view(bits, name)
+
+    def readable(self, leaf: Any) -> Any:
+        """An array that is only read, as `memory` takes it."""
+        return leaf
+
+    def contiguous(self, array: Any) -> Any:
+        """The array itself if its elements stand in order.
+
+        Raises:
+            ValueError: if they do not, and the library has no copy to offer.
+        """
+        if self.memory("", array).contiguous:
+            return array
+        raise ValueError(f"an array on {self.label} is not C-contiguous. Pass a contiguous copy.")
+
+
+class _Torch(DevicePlace):
+    """PyTorch tensors."""
+
+    kind_of_array = "PyTorch tensor"
+    make_contiguous = "tensor.contiguous()"
+
+    def __init__(self, device: Any, where: Any) -> None:
+        super().__init__(device)
+        self._torch, self._where = sys.modules["torch"], where
+
+    def memory(self, called: str, leaf: Any) -> Memory:
+        """What a tensor is, as memory."""
+        if not isinstance(leaf, self._torch.Tensor) or leaf.device != self._where:
+            where = leaf.device if isinstance(leaf, self._torch.Tensor) else places.of(leaf).label
+            raise TypeError(
+                f"{called} is a {type(leaf).__name__} on {where}, expected a PyTorch tensor on {self.label}."
+            )
+        if leaf.requires_grad:
+            raise TypeError(
+                f"{called} requires grad, so PyTorch would not know that it is written. Pass its .data (or .detach())."
+            )
+        kind = str(leaf.dtype).removeprefix("torch.")
+        address, shape = leaf.data_ptr(), tuple(leaf.shape)
+        contiguous = leaf.is_contiguous() and not leaf.is_conj() and address % leaf.element_size() == 0
+        return Memory(address, shape, kind, leaf.numel() * leaf.element_size(), contiguous, True)
+
+    def readable(self, leaf: Any) -> Any:
+        """A tensor without its history."""
+        return leaf.detach() if leaf.requires_grad else leaf
+
+    def contiguous(self, array: Any) -> Any:
+        """The tensor itself if its elements stand in order, else a copy."""
+        return array.contiguous()
+
+    def address(self, array: Any) -> int:
+        """The address of a tensor's first element."""
+        return int(array.data_ptr())
+
+    def stream(self) -> int:
+        """The handle of the current stream."""
+        return int(self._torch.cuda.current_stream(self._where).cuda_stream)
+
+    def view(self, array: Any, kind: str) -> Any:
+        """A flat tensor as one of another dtype."""
+        return array.view(getattr(self._torch, kind))
+
+    def empty_bytes(self, nbytes: int) -> Any:
+        """A flat tensor of bytes."""
+        return self._torch.empty(nbytes, dtype=self._torch.uint8, device=self._where)
+
+
+class _CuPy(DevicePlace):
+    """CuPy arrays."""
+
+    kind_of_array = "CuPy array"
+    make_contiguous = "cupy.ascontiguousarray(...)"
+
+    def __init__(self, device: Any) -> None:
+        super().__init__(device)
+        self._cupy = sys.modules["cupy"]
+
+    def memory(self, called: str, leaf: Any) -> Memory:
+        """What an array is, as memory."""
+        if not isinstance(leaf, self._cupy.ndarray) or leaf.device.id != self.device.ordinal:
+            raise TypeError(f"{called} is a {type(leaf).__name__}, expected a CuPy array on {self.label}.")
+        address = int(leaf.data.ptr)
+        contiguous = leaf.flags.c_contiguous and address % leaf.itemsize == 0
+        return Memory(address, leaf.shape, str(leaf.dtype), leaf.nbytes, contiguous, True)
+
+    def contiguous(self, array: Any) -> Any:
+        """The array itself if its elements stand in order, else a copy."""
+        return self._cupy.ascontiguousarray(array)
+
+    def address(self, array: Any) -> int:
+        """The address of an array's first element."""
+        return int(array.data.ptr)
+
+    def stream(self) -> int:
+        """The handle of the current stream."""
+        return int(self._cupy.cuda.get_current_stream().ptr)
+
+    def view(self, array: Any, kind: str) -> Any:
+        """A flat array as one of another dtype; bfloat16 stays bits, which every CuPy knows."""
+        return array if kind == "bfloat16" else array.view(kind)
+
+    def empty_bytes(self, nbytes: int) -> Any:
+        """A flat array of bytes."""
+        with self._cupy.cuda.Device(self.device.ordinal):
+            return self._cupy.empty(nbytes, "uint8")
+
+
+class DeviceArray:
+    """An array on a GPU that belongs to no library; PyTorch, CuPy and Numba take it without a copy.
+
+    `torch.as_tensor(x, device="cuda")`, `cupy.asarray(x)` and `numba.cuda.as_cuda_array(x)` share its memory;
+    `x.numpy()` is a copy on the host. Made by `fastlr.flatten(tree, device="cuda")` and by optimizers over arrays of
+    a library that fastlr does not allocate with.
+
+    Attributes:
+        shape: in elements.
+        dtype: NumPy's.
+    """
+
+    def __init__(self, device: Any, owner: Any, address: int, shape: tuple[int, ...], dtype: Any) -> None:
+        self._device, self._owner, self._address = device, owner, address
+        self.shape, self.dtype = tuple(shape), np.dtype(dtype)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all elements."""
+        return self.size * self.dtype.itemsize
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        return self.dtype.itemsize
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        """The CUDA array interface, version 3."""
+        return {
+            "shape": self.shape,
+            "typestr": self.dtype.str,
+            "data": (self._address, False),
+            "strides": None,
+            "version": 3,
+            "stream": 1,
+        }
+
+    def __len__(self) -> int:
+        """The first dimension."""
+        return self.shape[0]
+
+    def __getitem__(self, part: slice) -> DeviceArray:
+        """A part of a flat array; a view."""
+        if not isinstance(part, slice) or len(self.shape) != 1:
+            raise TypeError("a DeviceArray can be cut by slices of a flat array; hand it to PyTorch or CuPy for more.")
+        first, last, step = part.indices(self.shape[0])
+        if step != 1:
+            raise ValueError("a DeviceArray is contiguous: slices have no step.")
+        at = self._address + first * self.itemsize
+        return DeviceArray(self._device, self._owner, at, (max(0, last - first),), self.dtype)
+
+    def reshape(self, shape: Any) -> DeviceArray:
+        """The same elements in another shape; a view."""
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        if int(np.prod(shape, dtype=np.int64)) != self.size:
+            raise ValueError(f"{self.size} elements do not fit the shape {shape}.")
+        return DeviceArray(self._device, self._owner, self._address, shape, self.dtype)
+
+    def view(self, dtype: Any) -> DeviceArray:
+        """The same bytes of a flat array as another dtype."""
+        dtype = np.dtype(dtype)
+        return DeviceArray(self._device, self._owner, self._address, (self.nbytes // dtype.itemsize,), dtype)
+
+    def numpy(self) -> np.ndarray:
+        """A copy on the host."""
+        return on_device(self._device).to_host(self)
+
+    def __reduce__(self) -> Any:
+        """Refuse pickles, which would be of an address."""
+        raise TypeError("a DeviceArray cannot be pickled or copied; take x.numpy().")
+
+    def __repr__(self) -> str:
+        """Shape, dtype and GPU."""
+        return f"DeviceArray(shape={self.shape}, dtype={self.dtype}, device={self._device.label})"
+
+
+class _Allocation:
+    """Memory of a GPU that is given back when nobody refers to it."""
+
+    def __init__(self, device: Any, nbytes: int) -> None:
+        self._device, self.address = device, device.allocate(nbytes)
+
+    def __del__(self) -> None:
+        if hasattr(self, "address"):
+            self._device.free(self.address)
+
+
+class _Bare(DevicePlace):
+    """Arrays that say where they are by an interface; buffers are `DeviceArray`s."""
+
+    kind_of_array = "device array"
+    make_contiguous = "a contiguous copy"
+
+    def memory(self, called: str, leaf: Any) -> Memory:
+        """What an array is, as memory."""
+        found = _by_interface(leaf)
+        if found is None:
+            raise TypeError(f"{called} is a {type(leaf).__name__}, expected an array on {self.label}.")
+        return found
+
+    def stream(self) -> int:
+        """The legacy default stream, which waits for those of the host's other work."""
+        return 0
+
+    def view(self, array: Any, kind: str) -> Any:
+        """A flat array as one of another dtype; two-byte floats that NumPy lacks stay bits."""
+        return array if kind in FORMATS and kind != "float16" else array.view(kind)
+
+    def empty_bytes(self, nbytes: int) -> DeviceArray:
+        """A flat array of bytes."""
+        owner = _Allocation(self.device, nbytes)
+        return DeviceArray(self.device, owner, owner.address, (nbytes,), np.uint8)
+
+
+def _by_interface(leaf: Any) -> Memory | None:
+    """An array as memory, by its CUDA array interface or DLPack."""
+    described = getattr(leaf, "__cuda_array_interface__", None)
+    if described is not None:
+        address, read_only = described["data"]
+        dtype = np.dtype(described["typestr"])
+        shape, strides = tuple(described["shape"]), described.get("strides")
+        return _memory(address or 0, shape, strides, str(dtype), dtype.itemsize, not read_only)
+    if not hasattr(leaf, "__dlpack__") or leaf.__dlpack_device__()[0] != 2:
+        return None
+    from cuda.core.utils import StridedMemoryView
+
+    seen = StridedMemoryView.from_dlpack(leaf, stream_ptr=-1)
+    kind = str(seen.dtype) if seen.dtype is not None else "a dtype that NumPy does not know"
+    itemsize = seen.dtype.itemsize if seen.dtype is not None else 1
+    strides = None if seen.strides is None else tuple(s * itemsize for s in seen.strides)
+    return _memory(int(seen.ptr), tuple(seen.shape), strides, kind, itemsize, not seen.readonly)
+
+
+def _memory(address: int, shape: tuple[int, ...], strides: Any, kind: str, itemsize: int, writeable: bool) -> Memory:
+    expected = tuple(itemsize * int(np.prod(shape[k + 1 :], dtype=np.int64)) for k in range(len(shape)))
+    size = int(np.prod(shape, dtype=np.int64))
+    in_order = (
+        strides is None or size == 0 or all(s == e for s, e, n in zip(strides, expected, shape, strict=True) if n != 1)
+    )
+    return Memory(address, shape, kind, size * itemsize, in_order and address % itemsize == 0, writeable)
+
+
+@functools.cache
+def _torch_place(where: Any) -> _Torch:
+    return _Torch(devices.gpu(where.index), where)
+
+
+@functools.cache
+def _cupy_place(ordinal: int) -> _CuPy:
+    return _CuPy(devices.gpu(ordinal))
+
+
+@functools.cache
+def on_device(device: Any) -> _Bare:
+    """The place of arrays of no library on a GPU."""
+    return _Bare(device)
+
+
+def _find(leaf: Any) -> Place | None:
+    """The place of an array on a GPU; None for anything else."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(leaf, torch.Tensor):
+        return _torch_place(leaf.device) if leaf.is_cuda else None
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and isinstance(leaf, cupy.ndarray):
+        return _cupy_place(leaf.device.id)
+    if isinstance(leaf, DeviceArray):
+        return on_device(leaf._device)
+    found = None
+    if not isinstance(leaf, np.ndarray):
+        found = _by_interface(leaf)
+    if found is None:
+        return None
+    devices.require()
+    return on_device(devices.gpu(devices.gpu(0).owner(found.address) or 0))
+
+
+places.FINDERS.append(_find)

@@ -1,0 +1,288 @@
+"""GPUs through the CUDA driver: memory by address, streams, and launches that are packed beforehand.
+
+Nothing here waits for a GPU but `download` and `upload_now`. The package cuda-bindings, which numba-cuda brings along,
+is imported when a GPU is asked for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+__all__ = ["DeviceError", "Gpu", "Launch", "gpu", "problem"]
+
+_INSTALL = 'pip install "fastlr-kernels[cuda13]" (or [cuda12], for a driver older than 580)'
+
+
+class DeviceError(RuntimeError):
+    """A GPU that is missing, or that refused something; nothing has been changed by the call that raises it."""
+
+
+@functools.cache
+def problem() -> str | None:
+    """Why no GPU can be used, and what to do; None if one can."""
+    for package in ("numba_cuda", "cuda.bindings"):
+        try:
+            found = importlib.util.find_spec(package)
+        except ModuleNotFoundError:
+            found = None
+        if found is None:
+            return f"numba-cuda is not installed: {_INSTALL}"
+    from cuda.bindings import driver
+
+    try:
+        (status,) = driver.cuInit(0)
+    except Exception as error:  # cuda-bindings raises what its loader raises
+        return f"no NVIDIA driver was found ({str(error).splitlines()[0]}): install it, nvidia-smi must work"
+    if status != driver.CUresult.CUDA_SUCCESS:
+        return f"the NVIDIA driver does not start ({status.name}): see nvidia-smi and CUDA_VISIBLE_DEVICES"
+    status, count = driver.cuDeviceGetCount()
+    if status != driver.CUresult.CUDA_SUCCESS or count == 0:
+        return "no NVIDIA GPU is visible: see nvidia-smi and CUDA_VISIBLE_DEVICES"
+    return None
+
+
+def require() -> None:
+    """Raise what is missing for a GPU.
+
+    Raises:
+        DeviceError: if something is.
+    """
+    missing = problem()
+    if missing is not None:
+        raise DeviceError(f"a GPU was asked for, but {missing}. Arrays on the CPU work without.")
+
+
+@functools.cache
+def gpu(ordinal: int = 0) -> Gpu:
+    """The GPU with a number."""
+    require()
+    return Gpu(ordinal)
+
+
+class Launch:
+    """A kernel with its arguments, packed for the driver.
+
+    Args:
+        function: the handle of the loaded kernel.
+        threads: in a block.
+        values: ctypes numbers, in the order of the kernel's parameters; change `.value` between launches.
+    """
+
+    def __init__(self, function: Any, threads: int, values: Sequence[Any]) -> None:
+        self.function, self.threads, self.values = function, threads, list(values)
+        self._pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(v) for v in values])
+        self.packed = ctypes.addressof(self._pointers)
+
+
+class Gpu:
+    """One GPU.
+
+    Args:
+        ordinal: its number among those that the process may see.
+
+    Attributes:
+        label: "cuda:0" and so on.
+        cc: its compute capability.
+    """
+
+    def __init__(self, ordinal: int) -> None:
+        from cuda.bindings import driver
+
+        self._driver = driver
+        self.ordinal, self.label = ordinal, f"cuda:{ordinal}"
+        handle = self._ask(driver.cuDeviceGet(ordinal))
+        attribute = driver.CUdevice_attribute
+        self.cc = tuple(
+            self._ask(driver.cuDeviceGetAttribute(a, handle))
+            for a in (
+                attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+                attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+            )
+        )
+        # The context that PyTorch, CuPy, JAX and Numba use as well.
+        self._context = self._ask(driver.cuDevicePrimaryCtxRetain(handle))
+        self._handle = handle
+        self._own_stream: Any = None
+        self._modules: dict[bytes, Any] = {}
+        self._spare: list[tuple[int, int]] = []
+        self._lock = threading.Lock()
+
+    def _ask(self, answer: tuple[Any, ...]) -> Any:
+        """What the driver returned, or an error in words."""
+        status, *values = answer
+        if status != self._driver.CUresult.CUDA_SUCCESS:
+            _, text = self._driver.cuGetErrorString(status)
+            described = text.decode() if isinstance(text, bytes) else status.name
+            raise DeviceError(f"{self.label}: the CUDA driver says {status.name}: {described}.")
+        return values[0] if len(values) == 1 else None
+
+    def _enter(self) -> None:
+        """Make the GPU's context the calling thread's."""
+        _, now = self._driver.cuCtxGetCurrent()
+        if int(now) != int(self._context):
+            self._ask(self._driver.cuCtxSetCurrent(self._context))
+
+    def __repr__(self) -> str:
+        """Its name."""
+        _, name = self._driver.cuDeviceGetName(100, self._handle)
+        return f"<{self.label}, {name.decode().rstrip(chr(0))}, compute capability {self.cc[0]}.{self.cc[1]}>"
+
+    # Memory
+
+    def allocate(self, nbytes: int) -> int:
+        """The address of memory that belongs to the caller until he frees it; aligned to 256 bytes.
+
+        Raises:
+            MemoryError: if there is not enough; the message says how much there is.
+        """
+        self._enter()
+        status, address = self._driver.cuMemAlloc(max(1, nbytes))
+        if status == self._driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+            raise MemoryError(f"{self.label} has no room for {nbytes:,} bytes; {self.room()}.")
+        return int(self._ask((status, address)))
+
+    def room(self) -> str:
+        """How much memory is free, in words."""
+        _, free, total = self._driver.cuMemGetInfo()
+        return f"{free:,} of {total:,} bytes are free"
+
+    def free(self, address: int) -> None:
+        """Give memory back."""
+        self._driver.cuMemFree(address)
+
+    def table_memory(self, nbytes: int, capturing: bool) -> tuple[int, int]:
+        """Memory for tables that kernels read, kept for the life of the process and used again: address and size."""
+        size = 1 << max(8, (nbytes - 1).bit_length())
+        with self._lock:
+            place = next((k for k, (_, room) in enumerate(self._spare) if room == size), None)
+            found = self._spare.pop(place) if place is not None and not capturing else None
+        if found is not None:
+            self._ask(self._driver.cuCtxSynchronize())  # a kernel of whoever had it may not be done
+            return found
+        with _Relaxed(self._driver):
+            return self.allocate(size), size
+
+    def release_tables(self, memory: tuple[int, int]) -> None:
+        """Hand table memory back for others to use."""
+        with self._lock:
+            self._spare.append(memory)
+
+    def upload(self, address: int, array: np.ndarray, stream: int) -> None:
+        """Copy from the host in the order of a stream; the array may be changed once this returns."""
+        self._enter()
+        self._ask(self._driver.cuMemcpyHtoDAsync(address, array.ctypes.data, array.nbytes, stream))
+
+    def upload_now(self, address: int, array: np.ndarray) -> None:
+        """Copy from the host and wait, beside a stream that is being captured."""
+        self._enter()
+        driver = self._driver
+        with _Relaxed(driver):
+            if self._own_stream is None:
+                self._own_stream = self._ask(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
+            self._ask(driver.cuMemcpyHtoDAsync(address, array.ctypes.data, array.nbytes, self._own_stream))
+            self._ask(driver.cuStreamSynchronize(self._own_stream))
+
+    def download(self, array: np.ndarray, address: int, stream: int) -> None:
+        """Copy to the host, after all that was asked of a stream before; waits for it."""
+        self._enter()
+        if array.nbytes:
+            self._ask(self._driver.cuMemcpyDtoHAsync(array.ctypes.data, address, array.nbytes, stream))
+            self._ask(self._driver.cuStreamSynchronize(stream))
+
+    def copy(self, to: int, source: int, nbytes: int, stream: int) -> None:
+        """Copy from one place on the GPU to another, in the order of a stream."""
+        self._enter()
+        if nbytes:
+            self._ask(self._driver.cuMemcpyDtoDAsync(to, source, nbytes, stream))
+
+    def clear(self, address: int, nbytes: int, stream: int) -> None:
+        """Zeros, in the order of a stream."""
+        self._enter()
+        if nbytes:
+            self._ask(self._driver.cuMemsetD8Async(address, 0, nbytes, stream))
+
+    def owner(self, address: int) -> int | None:
+        """The number of the GPU that an address belongs to; None if it is none's."""
+        attribute = self._driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+        status, ordinal = self._driver.cuPointerGetAttribute(attribute, address)
+        return int(ordinal) if status == self._driver.CUresult.CUDA_SUCCESS else None
+
+    # Kernels
+
+    def kernel(self, make: Any, name: str, content: Sequence[object]) -> tuple[Any, int]:
+        """The handle of a kernel, compiled or from the cache, and the threads of its blocks.
+
+        Args:
+            make: `make(target)`, its body.
+            name: of the rule, for the names of files in the cache.
+            content: what its code depends on.
+        """
+        from .kernels import cuda
+
+        image = cuda.image_of(make, name, self.cc, content)
+        return self.load(image), image.threads
+
+    def load(self, image: Any) -> Any:
+        """The handle of a kernel; the same image is loaded once.
+
+        Raises:
+            DeviceError: if the driver does not take it.
+        """
+        if image.code not in self._modules:
+            self._enter()
+            with _Relaxed(self._driver):
+                try:
+                    module = self._ask(self._driver.cuModuleLoadData(image.code))
+                    self._modules[image.code] = self._ask(
+                        self._driver.cuModuleGetFunction(module, image.entry.encode())
+                    )
+                except DeviceError as error:
+                    raise DeviceError(
+                        f"the kernel {image.name!r}, compiled for compute capability {self.cc[0]}.{self.cc[1]}, cannot "
+                        f"be loaded. {error} Is the driver at least as new as the CUDA packages? Nothing was changed."
+                    ) from None
+        return self._modules[image.code]
+
+    def launch(self, launch: Launch, blocks: int, stream: int) -> None:
+        """Start a kernel in a stream."""
+        if blocks:
+            answer = self._driver.cuLaunchKernel(
+                launch.function, blocks, 1, 1, launch.threads, 1, 1, 0, stream, launch.packed, 0
+            )
+            if answer[0] != 0:
+                self._ask(answer)
+
+    def enter(self) -> None:
+        """Call before launches."""
+        self._enter()
+
+    def capturing(self, stream: int) -> bool:
+        """Whether a stream is being captured into a graph."""
+        status, state = self._driver.cuStreamIsCapturing(stream)
+        return bool(status == self._driver.CUresult.CUDA_SUCCESS and int(state) != 0)
+
+    def synchronize(self, stream: int) -> None:
+        """Wait for a stream."""
+        self._enter()
+        self._ask(self._driver.cuStreamSynchronize(stream))
+
+
+class _Relaxed:
+    """While a graph is captured by this thread, let it allocate and load beside the capture."""
+
+    def __init__(self, driver: Any) -> None:
+        self._driver = driver
+        self._mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+
+    def __enter__(self) -> None:
+        _, self._mode = self._driver.cuThreadExchangeStreamCaptureMode(self._mode)
+
+    def __exit__(self, *unused: object) -> None:
+        self._driver.cuThreadExchangeStreamCaptureMode(self._mode)

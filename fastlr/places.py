@@ -1,0 +1,220 @@
+"""Where arrays live: what an optimizer needs to know of them, whatever library they are of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .kernels.formats import FORMATS
+
+__all__ = ["HOST", "Alloc", "Memory", "Place", "common_place", "of"]
+
+Alloc = Callable[[int], Any]
+
+_PAGE = 4096
+_ALIGNMENT = 64
+# Streams that start at the same page offset fight for the same cache sets: ten of them ran at 35 GB/s, at offsets
+# 320 bytes apart at 63.
+_STAGGER = 320
+
+
+@dataclass(frozen=True)
+class Memory:
+    """An array as its memory.
+
+    Attributes:
+        address: of the first element; whoever uses it keeps the array alive.
+        shape: in elements.
+        kind: the name of its dtype.
+        nbytes: of all elements.
+        contiguous: whether the elements stand in C order without gaps, aligned.
+        writeable: whether they may be written.
+    """
+
+    address: int
+    shape: tuple[int, ...]
+    kind: str
+    nbytes: int
+    contiguous: bool
+    writeable: bool
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+
+class Place:
+    """A kind of memory and the library whose arrays are in it.
+
+    Attributes:
+        label: what users call it: "cpu", "cuda:0".
+        kind_of_array: what its arrays are called in messages.
+        make_contiguous: what to write to get a contiguous array.
+    """
+
+    label: str
+    kind_of_array: str
+    make_contiguous: str
+
+    def memory(self, called: str, leaf: Any) -> Memory:
+        """What an array is, as memory.
+
+        Raises:
+            TypeError: if it is no array of this place; `called` names it.
+        """
+        raise NotImplementedError
+
+    def address(self, array: Any) -> int:
+        """The address of an array's first element."""
+        return self.memory("", array).address
+
+    def allocate(self, count: int, dtype: Any, position: int = 0, alloc: Alloc | None = None) -> Any:
+        """A flat array of zeros, aligned for kernels."""
+        raise NotImplementedError
+
+    def fill(self, array: Any, value: float) -> None:
+        """Set all elements to a number."""
+        raise NotImplementedError
+
+    def copy(self, to: Any, source: Any) -> None:
+        """Copy all elements from an array of this place or of the host, of the same shape and dtype."""
+        raise NotImplementedError
+
+    def to_host(self, array: Any) -> np.ndarray:
+        """A copy as a NumPy array; two-byte floats as their bits."""
+        raise NotImplementedError
+
+    def as_format(self, bits: Any, name: str) -> Any:
+        """Bits as numbers of a two-byte format, if the library has it; else as they are."""
+        raise NotImplementedError
+
+    def contiguous(self, array: Any) -> Any:
+        """The array itself if its elements stand in order, else a copy in which they do."""
+        raise NotImplementedError
+
+
+class Host(Place):
+    """NumPy arrays."""
+
+    label = "cpu"
+    kind_of_array = "NumPy array"
+    make_contiguous = "np.ascontiguousarray(...)"
+
+    def memory(self, called: str, leaf: Any) -> Memory:
+        """What an array is, as memory."""
+        if not isinstance(leaf, np.ndarray):
+            raise TypeError(
+                f"{called} is a {type(leaf).__name__}, expected a NumPy array that can be updated in place. "
+                "Convert it, or share its memory (torch: tensor.detach().numpy(); JAX: a copy, np.array(x))."
+            )
+        flags, address = leaf.flags, leaf.__array_interface__["data"][0]
+        contiguous = flags.c_contiguous and flags.aligned
+        return Memory(address, leaf.shape, str(leaf.dtype), leaf.nbytes, contiguous, flags.writeable)
+
+    def allocate(self, count: int, dtype: Any, position: int = 0, alloc: Alloc | None = None) -> np.ndarray:
+        """Memory for `count` zeros, 64-byte aligned, at the page offset of its position among the streams of a sweep.
+
+        Args:
+            count: number of elements.
+            dtype: their dtype.
+            position: 0 for parameters, 1 for gradients, 2 and up for states.
+            alloc: where the memory comes from: `alloc(nbytes)` returns a writable buffer of at least that size.
+
+        Raises:
+            TypeError: if what `alloc` returns is no buffer.
+            ValueError: if it is too small or read-only.
+        """
+        nbytes = count * np.dtype(dtype).itemsize
+        room = nbytes + 2 * _PAGE
+        if alloc is None:
+            raw = np.empty(room, np.uint8)
+        else:
+            given = alloc(room)
+            try:
+                raw = np.frombuffer(given, np.uint8)
+            except (TypeError, ValueError, BufferError) as error:
+                raise TypeError(
+                    f"alloc({room}) returned a {type(given).__name__}, expected a buffer: {error}."
+                ) from None
+            if raw.nbytes < room or not raw.flags.writeable:
+                raise ValueError(
+                    f"alloc({room}) returned {raw.nbytes} {'' if raw.flags.writeable else 'read-only '}bytes, "
+                    f"expected at least {room} writable ones."
+                )
+        start = -self.address(raw) % _PAGE + position * _STAGGER % _PAGE
+        data = raw[start : start + nbytes].view(dtype)
+        data.fill(0)
+        return data
+
+    def address(self, array: np.ndarray) -> int:
+        """The address of an array's first element."""
+        return int(array.__array_interface__["data"][0])
+
+    def fill(self, array: np.ndarray, value: float) -> None:
+        """Set all elements to a number."""
+        array.fill(value)
+
+    def copy(self, to: np.ndarray, source: Any) -> None:
+        """Copy all elements."""
+        to[...] = source
+
+    def to_host(self, array: np.ndarray) -> np.ndarray:
+        """A copy."""
+        return array.copy()
+
+    def contiguous(self, array: np.ndarray) -> np.ndarray:
+        """The array itself if its elements stand in order, else a copy."""
+        return np.ascontiguousarray(array).reshape(array.shape)
+
+    def as_format(self, bits: np.ndarray, name: str) -> np.ndarray:
+        """Bits as float16, or as bfloat16 where the package ml_dtypes is installed."""
+        if name == "float16":
+            return bits.view(np.float16)
+        try:
+            import ml_dtypes
+        except ImportError:
+            return bits
+        return bits.view(ml_dtypes.bfloat16)
+
+
+HOST = Host()
+
+# Functions that know the place of arrays beyond the host's: `find(leaf)` returns it, or None.
+FINDERS: list[Callable[[Any], Place | None]] = []
+
+
+def of(leaf: Any) -> Place:
+    """The place of an array; the host for whatever is not known."""
+    if isinstance(leaf, np.ndarray) and type(leaf) is np.ndarray:
+        return HOST
+    for find in FINDERS:
+        place = find(leaf)
+        if place is not None:
+            return place
+    return HOST
+
+
+def common_place(name: str, paths: Sequence[str], leaves: Sequence[Any]) -> Place:
+    """The place where all leaves are.
+
+    Raises:
+        ValueError: if they are in different ones.
+    """
+    found = [of(leaf) for leaf in leaves]
+    for path, place in zip(paths, found, strict=True):
+        if place is not found[0]:
+            first, other = (f"{name}[{p!r}]" if p else name for p in (paths[0], path))
+            raise ValueError(
+                f"{other} is a {place.kind_of_array} on {place.label}, but {first} is a {found[0].kind_of_array} on "
+                f"{found[0].label}. Move all to one place, or use one optimizer for each."
+            )
+    return found[0] if found else HOST
+
+
+def storage_of(kind: str) -> str:
+    """The dtype that stands in memory for a dtype or format."""
+    return FORMATS[kind].storage if kind in FORMATS else kind
