@@ -3,6 +3,8 @@
 from . import bench, optimizers
 from ._version import __version__
 from .buffers import FlatBuffer, flatten
+from .device_arrays import DeviceArray
+from .devices import DeviceError
 from .groups import Group, Groups
 from .kernels.primitives import norm, total
 from .kernels.staging import Rule, RuleError, Staged
@@ -15,6 +17,8 @@ from .threads import get_num_threads, set_num_threads
 rule = Rule
 
 __all__ = [
+    "DeviceArray",
+    "DeviceError",
     "FlatBuffer",
     "Group",
     "Groups",

@@ -13,17 +13,19 @@ import numpy as np
 
 from . import checkpoints, checks
 from . import threads as _threads
-from .buffers import Alloc, FlatBuffer
+from .buffers import FlatBuffer, place_called
 from .columns import Columns, Parameters
-from .gradients import Gradients
+from .device_plans import DevicePlan, DeviceRows, StepKernels
+from .gradients import DeviceGradients, Gradients
 from .groups import Groups, matching
 from .kernels import cpu, reference, rules
-from .kernels.cpu import CLOCK, Kernel
+from .kernels.cpu import Kernel
 from .kernels.formats import FORMATS
 from .kernels.primitives import SCOPES
 from .kernels.staging import After, Before, Rule, Staged
 from .kernels.tiles import Storage
 from .loss_scale import LossScale
+from .places import HOST, Alloc
 from .plans import Column, Plan
 from .rows import Counts, Rows
 from .step_info import Layout, StepInfo
@@ -45,6 +47,11 @@ _ACCUMULATION = Rule(rules.accumulation)
 @functools.cache
 def _kernel(staged: Staged, storage: Storage, backend: str) -> Kernel:
     return _BACKENDS[backend](staged, storage)
+
+
+@functools.cache
+def _device_kernels(staged: Staged, storage: Storage, device: Any) -> StepKernels:
+    return StepKernels(device, staged, storage)
 
 
 def _kinds(optimizer: type) -> dict[str, Any]:
@@ -77,6 +84,7 @@ class StepOptions(TypedDict, total=False):
     groups: Mapping[str, Mapping[str, Any]] | None
     threads: int | None
     alloc: Alloc | None
+    capturable: bool
     backend: str
 
 
@@ -126,6 +134,9 @@ class Optimizer:
             Patterns are `fnmatch` patterns on paths, case-sensitive; all that match apply in order, the later wins.
         threads: how many threads a step may use; default `fastlr.get_num_threads()`.
         alloc: `alloc(nbytes)` returns the memory for every buffer the optimizer makes.
+        capturable: for parameters on a GPU: keep everything that changes from step to step there, so that a step can
+            be captured into a CUDA graph and replayed. `info` and `opt.steps` then tell of the step made last, and
+            setting a hyperparameter takes effect at the next replay.
         backend: "numba", or "numpy" for the reference: slow, compiles nothing, same bits.
         hyperparameters: those of the rule.
 
@@ -183,6 +194,7 @@ class Optimizer:
         groups: Mapping[str, Mapping[str, Any]] | None = None,
         threads: int | None = None,
         alloc: Alloc | None = None,
+        capturable: bool = False,
         backend: str = "numba",
         **hyperparameters: Any,
     ) -> None:
@@ -201,12 +213,19 @@ class Optimizer:
         if loss_scale is not None and not isinstance(loss_scale, LossScale):
             raise TypeError(f"loss_scale must be a fastlr.LossScale, got {loss_scale!r}.")
         switches = {"skip_nonfinite": skip_nonfinite, "zero_grads": zero_grads, "statistics": statistics}
+        switches["capturable"] = capturable
         for name, given in switches.items():
             checks.hyperparameter(name, given, False, None)
         self._put(_source=rule, _backend=backend, _threads=threads, _alloc=alloc, _lock=threading.RLock())
         self._put(_scope=scope, _tests=skip_nonfinite or loss_scale is not None, _statistics=statistics)
         self._put(loss_scale=loss_scale, _shadow=shadow, _clears=zero_grads, _grad_bits=grad_dtype)
-        self._put(_params=Parameters(params), _masks={})
+        self._put(_params=Parameters(params), _masks={}, _capturable=capturable)
+        if self._on_host and capturable:
+            raise ValueError("capturable=True is for parameters on a GPU; these are on the CPU.")
+        if not self._on_host and backend != "numba":
+            raise ValueError(
+                f"backend={backend!r} steps on the CPU, but the parameters are on {self._params.place.label}."
+            )
 
         spelled = {n: k for k, names in self._spelling.items() for n in names}
         known: dict[str, Any] = {spelled.get(n, n): rule.defaults.get(n) for n in rule.hyperparameters}
@@ -238,6 +257,10 @@ class Optimizer:
         counts = Counts.zero(len(self._params.leaves), self._params.models, starts)
         self._put(**self._rows_for(counts))
 
+    @property
+    def _on_host(self) -> bool:
+        return self._params.place is HOST
+
     # Set-up
 
     def _put(self, **attributes: Any) -> None:
@@ -253,10 +276,13 @@ class Optimizer:
         parameters = self._params
         columns = Columns(parameters, letters, self._initial, external, self._shadow, self._alloc)
         written = [*parameters.leaves, *columns.written]
-        gradients = Gradients(
-            parameters.paths, parameters.shapes, parameters.dtype, written, self._alloc, self._grad_bits
-        )
-        addressed = [Column.of(arrays) for arrays in (parameters.leaves, *columns.arrays.values())]
+        place, dtype = parameters.place, parameters.dtype
+        make = Gradients if self._on_host else DeviceGradients
+        gradients = make(parameters.paths, parameters.shapes, dtype, written, place, self._alloc, self._grad_bits)
+        addressed = [
+            Column.of(arrays, place, 2 if name == "shadow" else dtype.itemsize)
+            for name, arrays in (("", parameters.leaves), *columns.arrays.items())
+        ]
         self._put(_columns=columns, _gradients=gradients, _addressed=addressed)
 
     def _check_settings(self, uniforms: list[dict[str, Any]]) -> None:
@@ -303,12 +329,14 @@ class Optimizer:
         """
         models = counts.t.shape[1]
         frozen = np.array([np.broadcast_to(u["frozen"], models) for u in self._hyper.uniforms()], bool)
-        rows = Rows(self._hyper.configuration, frozen, counts, self._by_leaf)
+        make = Rows if self._on_host else DeviceRows
+        rows = make(self._hyper.configuration, frozen, counts, self._by_leaf)
         return {"_rows": rows, "_staged": None, "_plans": {}, "_recent": {}, "_kernels": {}}
 
     def _refresh(self) -> None:
         """Take over what has changed: hyperparameters, frozen leaves, how rows are shared, a fork."""
         hyper = self._hyper
+        hyper.listener = self._push_settings if self._capturable else None
         staged = self._staged
         if staged is None or not hyper.changed.isdisjoint(self._structural):
             staged = self._stage()
@@ -330,6 +358,9 @@ class Optimizer:
         table = np.zeros((len(rows), max(1, len(staged.uniforms))))
         self._fill_table(staged, rows, table)
         h = np.zeros((len(rows), staged.slots), self._params.dtype)
+        if isinstance(rows, DeviceRows):
+            models, capturable = self._params.models, self._capturable
+            rows.install(self._params.place, staged, table, h, models, self.loss_scale, capturable)
         self._put(**{**new, "_staged": staged}, _table=table, _h=h, _epoch=_threads.epoch, _lrs=hyper.lr)
         hyper.changed.clear()
 
@@ -341,11 +372,12 @@ class Optimizer:
             for column, name in enumerate(staged.uniforms):
                 value = values[name]
                 table[which, column] = value[rows.model[which]] if isinstance(value, np.ndarray) else value
+        rows.settings_known = False
 
     def _take_scale(self, grad_scale: Any) -> None:
         """What the gradients of this step are to be divided by."""
         scale: Any = 1.0 if grad_scale is None else checks.scale("grad_scale", grad_scale, self._params.population)
-        if self.loss_scale is not None:
+        if self.loss_scale is not None and self._on_host:  # a GPU has the loss scale where it divides by it
             scale = checks.scale(
                 "grad_scale times the loss scale", scale * self.loss_scale.scale, self._params.population
             )
@@ -358,6 +390,7 @@ class Optimizer:
             if self._staged is not None and "grad_scale" in self._staged.uniforms:
                 column = self._staged.uniforms.index("grad_scale")
                 self._table[:, column] = scale[self._rows.model] if isinstance(scale, np.ndarray) else scale
+                self._rows.settings_known = False
 
     def _mask(self, only: Any) -> tuple[bool, ...]:
         """Which leaves a partial step is about."""
@@ -392,7 +425,11 @@ class Optimizer:
             params, *others = self._addressed
             columns = [params, Column(None, 2 if kind in FORMATS else params.itemsize), *others]
             taking_part = np.array(active, bool)
-            plan = Plan(
+            make: Any = Plan
+            if not self._on_host:
+                where = {"place": self._params.place, "capturable": self._capturable, "partial": seen != everyone}
+                make = functools.partial(DevicePlan, **where)
+            plan = make(
                 [size // self._params.models for size in self._params.sizes],
                 columns,
                 rows,
@@ -408,7 +445,8 @@ class Optimizer:
                 plan.left_out = [span for span, k in zip(plan.left_out, leaf, strict=True) if seen[k]]
             plan.layout = self._layout(plan)
             self._plans[key] = plan
-        return self._plans[key]
+        made: Plan = self._plans[key]
+        return made
 
     def _layout(self, plan: Plan) -> Layout | None:
         """How to read what a step of this plan reported."""
@@ -428,13 +466,15 @@ class Optimizer:
             norms,
         )
 
-    def _kernel_for(self, kind: str, clear: bool) -> Kernel:
+    def _kernel_for(self, kind: str, clear: bool) -> Any:
         """The kernel for gradients of a format that are cleared or not."""
         if (kind, clear) not in self._kernels:
             storage = Storage(self._params.dtype.name, kind, self._shadow, clear)
-            self._kernels[kind, clear] = _kernel(self._staged, storage, self._backend)
-        kernel: Kernel = self._kernels[kind, clear]
-        return kernel
+            if self._on_host:
+                self._kernels[kind, clear] = _kernel(self._staged, storage, self._backend)
+            else:
+                self._kernels[kind, clear] = _device_kernels(self._staged, storage, self._params.place.device)
+        return self._kernels[kind, clear]
 
     @property
     def _kernel(self) -> Kernel:
@@ -518,20 +558,15 @@ class Optimizer:
                 self._refresh()
             clear = self._clears and grads is None
             plan, kind, kept = self._bind(grads, only)
-            if only is not None:  # all parts together are one step
-                rows = plan.advance[:-1].any(axis=1)
-                clocks = self._rows.counters[:-1, CLOCK][rows]
-                plan.advance[-1, 1] = int(clocks.size > 0 and clocks.max() >= self._rows.steps)
+            if only is not None:
+                plan.count_part(self._rows)
             kernel = self._kernels.get((kind, clear)) or self._kernel_for(kind, clear)
             plan.run(kernel, self._threads or _threads.get_num_threads())
             del kept
             if grads is None:
                 self._after_own(plan, clear, only)
-            steps = int(self._rows.counters[-1, CLOCK])
-            if plan.layout is None:
-                return StepInfo(steps, self._lrs)
-            info = StepInfo(steps, self._lrs, plan.layout, plan.reports.copy(), plan.leaf_sums.copy(), self._grad_scale)
-            if self.loss_scale is not None:
+            info = plan.info(self._rows, self._hyper if self._capturable else self._lrs, self._grad_scale)
+            if self.loss_scale is not None and self._on_host:
                 self.loss_scale.update(info.skipped)
             return info
         finally:
@@ -545,7 +580,7 @@ class Optimizer:
             self._put(_accumulated=left if any(left) else None)
         if clear:
             for first, last in plan.left_out:
-                self._gradients.own[first:last] = 0
+                self._params.place.fill(self._gradients.own[first:last], 0)
 
     def accumulate(self, grads: Any) -> None:
         """Add gradients to `opt.grads`; the first after a step take the place of what stood there.
@@ -565,6 +600,7 @@ class Optimizer:
         first = before is None
         if first not in self._adding:
             settings = {"threads": self._threads, "backend": self._backend, "grad_dtype": self._grad_bits}
+            settings["capturable"] = self._capturable
             self._adding[first] = Optimizer(own, _ACCUMULATION, lr=0.0, first=first, **settings)
         whole = isinstance(grads, np.ndarray | FlatBuffer) or not is_container(grads)
         there = self._params.everyone if whole else tuple(g is not None for g in self._params.structure.leaves(grads))
@@ -575,14 +611,17 @@ class Optimizer:
         adding._bind(grads, None)  # what is wrong with them shows before anything is written
         for leaf, given, held in zip(self._params.cut(self._gradients.own), there, before, strict=True):
             if not held and given == (not first):  # not written by the first, or added to although it is the first
-                leaf[...] = 0
+                self._params.place.fill(leaf, 0)
         adding.step(grads)
         self._put(_accumulated=tuple(a or b for a, b in zip(there, before, strict=True)))
 
     def warmup(self) -> float:
         """Compile what the next step needs, or load it from the cache; the seconds that took."""
         self._refresh()
-        return float(self._kernel_for(self._params.dtype.name, self._clears).compile_s)
+        kernel = self._kernel_for(self._params.dtype.name, self._clears)
+        if isinstance(kernel, StepKernels):
+            kernel.prepare(self._rows.decided_by_host)
+        return float(kernel.compile_s)
 
     # Hyperparameters
 
@@ -603,6 +642,13 @@ class Optimizer:
                 f"there are {', '.join(self._hyper.names)}."
             )
         setattr(self._hyper.defaults, name, value)
+
+    def _push_settings(self) -> None:
+        """Let graphs that have been captured see a hyperparameter that was set."""
+        if self._staged is not None:
+            self._refresh()
+            if isinstance(self._rows, DeviceRows):
+                self._rows.push_settings()
 
     @property
     def params(self) -> Any:
@@ -660,7 +706,7 @@ class Optimizer:
         """Set `opt.grads` to zero, if it has been used."""
         self._put(_accumulated=None)
         if self._gradients.own is not None:
-            self._gradients.own.fill(0)
+            self._params.place.fill(self._gradients.own, 0)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -759,6 +805,46 @@ class Optimizer:
         """Go back to a snapshot: parameters, states, counters and hyperparameters, bit for bit."""
         checkpoints.apply(self, snapshot)
 
+    def to(self, device: str) -> Optimizer:
+        """An optimizer that goes on with copies of the parameters somewhere else, with the same bits.
+
+        This one stays as it is. `new.params` has the parameters in the structure of this one's: a `FlatBuffer` if
+        they are one, else a tree; on a GPU their leaves are `fastlr.DeviceArray`s, which PyTorch and CuPy take without
+        a copy. To go on with parameters that you have moved yourself, build an optimizer over them and hand it
+        `state_dict()`.
+
+        Args:
+            device: "cpu", or "cuda", "cuda:1", ... for a GPU.
+
+        Raises:
+            ValueError: if it is none of these, or gradients are being accumulated.
+            DeviceError: if there is no such GPU.
+            MemoryError: if it has too little memory.
+        """
+        if self._accumulated is not None:
+            raise ValueError("gradients are being accumulated; step first, then move.")
+        place, ours = place_called(device), self._params
+
+        def moved(leaves: Sequence[Any], given: Any) -> Any:
+            data = place.allocate(ours.size, ours.dtype)
+            buffer = FlatBuffer(ours.structure, ours.shapes, data, ours.population)
+            for to, leaf in zip(ours.cut(data), leaves, strict=True):
+                place.copy(to, ours.place.to_host(leaf))
+            if ours.is_array:
+                return data.reshape(ours.shapes[0])
+            return buffer if isinstance(given, FlatBuffer) else buffer.unflatten()
+
+        new: Optimizer = object.__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        capturable = self._capturable and place is not HOST
+        new._put(_lock=threading.RLock(), _capturable=capturable, _backend="numba")
+        external = {n: moved(self._columns.arrays[n], given) for n, given in self._columns.external.items()}
+        if self.loss_scale is not None:
+            new._put(loss_scale=self.loss_scale.copy())
+        new._put(_alloc=None if place is not HOST else self._alloc)
+        new.rebuild(moved(ours.leaves, ours.source), ema_out=external.get("ema"), lr_scale=external.get("lr_scale"))
+        return new
+
     def rebuild(self, params: Any, *, ema_out: Any = None, lr_scale: Any = None) -> tuple[str, ...]:
         """Go on with other parameters: added, removed or resized ones.
 
@@ -791,6 +877,8 @@ class Optimizer:
         hyper = Groups(values, given, new._params.paths, new._params.population, self._spelling)
         hyper.defaults.frozen = self._hyper.defaults.frozen
         new._put(_hyper=hyper, _by_leaf=False, _accumulated=None, _adding={})
+        if new._capturable and new._on_host:
+            raise ValueError("this optimizer is capturable, but the new parameters are on the CPU. Build a new one.")
         external = {"ema": ema_out, "lr_scale": lr_scale}
         for name in self._columns.external:
             if external[name] is None:
@@ -814,7 +902,11 @@ class Optimizer:
                 mine[k] = theirs[j]
             for letter in self._columns.letters:
                 if letter not in self._columns.external:
-                    new._columns.arrays[letter][k][...] = self._columns.arrays[letter][j]
+                    source = self._columns.arrays[letter][j]
+                    same = new._params.place is self._params.place
+                    new._params.place.copy(
+                        new._columns.arrays[letter][k], source if same else self._params.place.to_host(source)
+                    )
         new._put(**new._rows_for(counts))
         self.__dict__.update(new.__dict__)
         return tuple(fresh)

@@ -121,6 +121,19 @@ def row(kind: str, count: int) -> Callable[..., Any]:
     return read
 
 
+def put(kind: str) -> Callable[..., Any]:
+    """`put(address, value)`: write a number of one kind to an address."""
+
+    @intrinsic
+    def write(typing_context: Any, address: Any, value: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            builder.store(args[1], _pointer(builder, args[0], kind), align=_BYTES[kind])
+
+        return types.void(types.int64, getattr(types, kind)), generate
+
+    return write
+
+
 @dataclass(frozen=True)
 class Lanes:
     """Functions of compiled code that add up values in float64, in `width` lanes for each of some quantities.

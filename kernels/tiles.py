@@ -7,7 +7,7 @@ of elements, where sums go, and whether a column that is only written goes past 
 import hashlib
 import math
 import types as types_module
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ MEASURED_ROWS, UPDATED_ROWS = 8, 2
 
 
 # No fast-math and no contraction: the same bits as NumPy. NumPy's error model: x / 0 is inf, without a branch.
-_FLAGS = {"error_model": "numpy", "nogil": True, "fastmath": False, "boundscheck": False}
+FLAGS = {"error_model": "numpy", "nogil": True, "fastmath": False, "boundscheck": False}
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def compiled(function: Callable[..., Any], digest: str) -> Any:
         function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
     )
     own.__qualname__ = f"{function.__name__}_{digest}"
-    return njit(**_FLAGS)(own)
+    return njit(**FLAGS)(own)
 
 
 ELEMENT = {
@@ -98,7 +98,7 @@ def accessors(storage: Storage, select: Callable[..., Any]) -> dict[str, Callabl
     return out
 
 
-def _read(staged: Staged, storage: Storage) -> list[str]:
+def reading(staged: Staged, storage: Storage) -> list[str]:
     """The arguments of the staged functions, from the tuple `c` of what the columns hold."""
     read = [f"c[{k}]" for k in range(2 + len(staged.states) + len(staged.inputs))]
     if storage.gradient in FORMATS:
@@ -106,7 +106,7 @@ def _read(staged: Staged, storage: Storage) -> list[str]:
     return read
 
 
-def element_text(staged: Staged, storage: Storage) -> str:
+def element_text(staged: Staged, storage: Storage, arguments: Sequence[str]) -> str:
     """The source of `element(c, h)`: from what the columns hold to what is stored, and what is kept aside.
 
     What is stored are the columns of `Storage.written` without the shadow. Kept aside are the shadow, which leaves in
@@ -118,7 +118,7 @@ def element_text(staged: Staged, storage: Storage) -> str:
     if storage.shadow:
         kept.insert(0, "encode_shadow(narrow(r[0]))" if storage.compute == "float64" else "encode_shadow(r[0])")
     both = f"({', '.join(stored)},), ({', '.join(kept)},)" if kept else f"({', '.join(stored)},)"
-    return f"def element(c, h):\n    r = update({', '.join(_read(staged, storage))}, h)\n    return {both}"
+    return f"def element(c, h):\n    r = update({', '.join(arguments)}, h)\n    return {both}"
 
 
 def _element(staged: Staged, storage: Storage, digest: str) -> Callable[..., Any]:
@@ -126,7 +126,7 @@ def _element(staged: Staged, storage: Storage, digest: str) -> Callable[..., Any
     update = compiled(define(staged.update, "update", {**ELEMENT, "where": where}), digest)
     convert = {name: compiled(f, digest) for name, f in accessors(storage, where).items()}
     namespace = {**convert, "zero": zero_of(staged, storage), "float64": np.float64, "update": update}
-    return compiled(define(element_text(staged, storage), "element", namespace), digest)
+    return compiled(define(element_text(staged, storage, reading(staged, storage)), "element", namespace), digest)
 
 
 def zero_of(staged: Staged, storage: Storage) -> Any:
@@ -217,7 +217,7 @@ def measure_loop(staged: Staged, number: int, storage: Storage) -> Any:
     if storage.gradient in FORMATS:
         namespace["decode_g"] = compiled(accessors(storage, where)["decode_g"], digest)
     namespace["measure"] = compiled(define(measure.source, "measure", namespace), digest)
-    read = ", ".join(_read(staged, storage))
+    read = ", ".join(reading(staged, storage))
     values = compiled(define(f"def values(c, h):\n    return measure({read}, h)", "values", namespace), digest)
 
     def tile(addresses, h, start, stop, out, past):
