@@ -21,7 +21,7 @@ from .device_arrays import DevicePlace
 from .devices import Launch
 from .groups import Groups
 from .kernels import grid
-from .kernels.layout import CLOCK, COUNT, COUNTERS, FIRST_ADDRESS, LEAF, STEPS, TICKS, T
+from .kernels.layout import CLOCK, COUNT, COUNTERS, FIRST_ADDRESS, LEAF, ROW, STEPS, TICKS, T
 from .kernels.primitives import power, real_power, sqrt
 from .kernels.staging import Staged, define
 from .kernels.tiles import Storage
@@ -360,7 +360,7 @@ class DevicePlan(Plan):
             grid.REPORTS: self.reports,
             grid.CELLS: np.zeros((tiles + 3 * entries, staged.quantities)),
             "leaves": self.leaves,
-            "tiles": self.tiles,
+            "tiles": self._with_rows(self.tiles),
         }
 
     def points_at(self, arrays: list[Any]) -> bool:
@@ -386,7 +386,7 @@ class DevicePlan(Plan):
     def _pieces(self, kernels: StepKernels) -> np.ndarray:
         """What each block of the update takes: pieces of leaves, cut where vectors begin."""
         if self._staged.emitted:
-            return self.tiles
+            return self._tables_of_plan["tiles"]
         itemsize = np.dtype(kernels.storage.compute).itemsize
         sizes = np.bincount(self.tiles[:, LEAF], self.tiles[:, COUNT], minlength=len(self.leaves)).astype(np.int64)
         shift = (self.leaves[:, FIRST_ADDRESS] // itemsize) % kernels.width
@@ -395,7 +395,11 @@ class DevicePlan(Plan):
         k = np.arange(len(entry)) - np.repeat(np.cumsum(per) - per, per)
         begin = np.maximum(0, k * kernels.piece - shift[entry])
         end = np.minimum(sizes[entry], (k + 1) * kernels.piece - shift[entry])
-        return np.ascontiguousarray(np.stack([entry, begin, end - begin], axis=1), np.int64)
+        return self._with_rows(np.stack([entry, begin, end - begin], axis=1))
+
+    def _with_rows(self, tiles: np.ndarray) -> np.ndarray:
+        """Tiles or pieces, with the row of each."""
+        return np.ascontiguousarray(np.concatenate([tiles, self.leaves[tiles[:, LEAF], ROW][:, None]], axis=1))
 
     def _launches_for(self, kernels: StepKernels, stream: int, capturing: bool) -> _Launches:
         """The step with these kernels, its tables uploaded."""

@@ -162,13 +162,16 @@ def _lanes(
     return load, store
 
 
-def _row(kind: str, count: int) -> Any:
+def _row(kind: str, count: int, early: bool = False) -> Any:
     @intrinsic
     def read(typing_context: Any, address: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             values = []
             for k in range(count):
                 at = builder.add(args[0], ir.Constant(_I64, k * _BYTES[kind]))
+                if early:
+                    values += _asm_load(builder, at, "", _BYTES[kind], kind)
+                    continue
                 values.append(builder.load(_pointer(builder, at, _LLVM[kind]), align=_BYTES[kind]))
             return context.make_tuple(builder, signature.return_type, values)
 

@@ -42,7 +42,11 @@ def _each(phase: Any, arguments: int, threads: int, wait: bool = True) -> Any:
     return _function(define(text, "run", {"phase": phase}))
 
 
-TARGET = Target(_function, memory.where, _lanes, memory.elements, memory.row, memory.put, _each)
+def _row(kind: str, count: int, early: bool = False) -> Any:
+    return memory.row(kind, count)
+
+
+TARGET = Target(_function, memory.where, _lanes, memory.elements, _row, memory.put, _each)
 
 
 def compile_kernel(body: Body) -> Callable[..., None]:

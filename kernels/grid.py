@@ -28,7 +28,7 @@ import numpy as np
 from numba import types
 
 from . import loss_scaling, primitives
-from .layout import ADVANCES, CLOCK, COUNTERS, FIRST_ADDRESS, GO, ROW, SKIPPED, STEPS, TICKS, T
+from .layout import ADVANCES, CLOCK, COUNTERS, FIRST_ADDRESS, GO, SKIPPED, STEPS, TICKS, T
 from .primitives import SCOPES
 from .staging import Staged, define
 from .sums import BLOCK, LANES
@@ -57,6 +57,10 @@ from .tiles import ELEMENT, Storage, accessors, element_text, reading, zero_of
 ) = range(18)
 BOARD = 18
 
+# A row of the tables of tiles and of pieces: leaf, start, count, and the row of its counters, which the leaf has too:
+# so a thread asks for the leaf and for what belongs to the row at the same time.
+WORK = 4
+
 # What `finish` is asked to do.
 ADD, DECIDE, COMMIT = 1, 2, 4
 
@@ -79,7 +83,9 @@ class Tuning:
     read_ahead: int = 8
 
 
-_REGISTERS = 36  # that a thread may need for what it has loaded
+# Registers that a thread may need for what it has loaded: of its elements, if it is to take eight of them at once; of
+# them and of what `decide` returned, if it is to keep the latter for itself. See `tests/sass.py`.
+_FOR_ELEMENTS, _FOR_ALL = 28, 28
 MEASURE_THREADS = 128  # of a block in kernels that take sums over tiles
 FINISH_THREADS = 512
 
@@ -94,7 +100,8 @@ class Target:
         lanes: `lanes(formats, width, read, written, tuning)`: `load(addresses, i)`, a tuple of `width` tuples of what
             the columns `read` hold from element i on, and `store(addresses, i, values)`; aligned to the access.
         elements: `elements(formats, read, written)`: the same for one element.
-        row: `row(kind, count)`: a function that reads a tuple of numbers at an address.
+        row: `row(kind, count, early=False)`: a function that reads a tuple of numbers at an address; early: right
+            where it is called, not where they are needed.
         put: `put(kind)`: a function that writes a number to an address.
         each: `each(phase, arguments, threads, wait)`: a function that carries out a phase in all threads of a block.
     """
@@ -133,7 +140,7 @@ def width_of(formats: Sequence[str]) -> int:
     if min(sizes) == 2:
         # With eight elements of every column a thread would need more than 64 registers for many columns: half of a
         # wide access to the narrow ones is better than half of the threads.
-        return 8 if 8 * sum(sizes) <= _REGISTERS * 4 else 4
+        return 8 if 8 * sum(sizes) <= 4 * _FOR_ELEMENTS else 4
     return 16 // min(sizes)
 
 
@@ -189,6 +196,7 @@ def _walk(
     kinds: Sequence[str],
     stride: int,
     vectors: int,
+    slots: Callable[..., Any],
     tuning: Tuning,
 ) -> Callable[..., Any]:
     """`walk(addresses, h, start, stop, s, first, acc)`: what one thread does in a tile or piece; the new `acc`.
@@ -202,6 +210,7 @@ def _walk(
         kinds: of what is added up; `acc` has them for each of the thread's lanes, or is 0 if there are none.
         stride: elements from a thread's vector to its next.
         vectors: how many are loaded before the first is used.
+        slots: `slots(h)`, what `decide` returned; called once the elements are on their way.
         tuning: hints for loads and stores.
     """
     width, count = width_of(formats), len(kinds)
@@ -213,6 +222,7 @@ def _walk(
         "load_one": load_one,
         "store_one": store_one,
         "value": value,
+        "slots": slots,
         "norm": target.function(_square),
         "total": target.function(_float64),
     }
@@ -231,10 +241,11 @@ def _walk(
     opened = [f"    {_listed(names)} = acc"] if count else []
     closed = [f"    return {_listed(names)}" if count else "    return acc"]
     many = [f"    c{v} = load(addresses, i + {v * stride})" for v in range(vectors)]
+    many.append("    h = slots(h)")
     for v in range(vectors):
         many += use(f"c{v}", f"i + {v * stride}")
-    whole = ["    c0 = load(addresses, i)", *use("c0", "i")]
-    part: list[str] = []
+    whole = ["    c0 = load(addresses, i)", "    h = slots(h)", *use("c0", "i")]
+    part = ["    h = slots(h)"]
     if count:
         for k in range(width):
             part += [
@@ -277,6 +288,10 @@ def _walk(
         "    return acc",
     ]
     return target.function(define("\n".join(text), "walk", namespace))
+
+
+def _as_it_is(x):
+    return x
 
 
 def _square(x):
@@ -343,6 +358,7 @@ def _sum_kernel(
     kinds: Sequence[str],
     first_quantity: int,
     may_skip: bool,
+    needed: bool,
     tuning: Tuning,
 ) -> Body:
     """A kernel `(leaves, tiles, count, h, counts, cells)` that takes sums over tiles, and may store as well.
@@ -354,11 +370,11 @@ def _sum_kernel(
     tiles_in_block = MEASURE_THREADS // several
     room_of_tile = LANES * sums
     vectors = max(1, tuning.read_ahead // len(read)) if not written else 1
-    walk = _walk(target, formats, read, written, value, kinds, LANES, vectors, tuning)
+    walk = _walk(target, formats, read, written, value, kinds, LANES, vectors, target.function(_as_it_is), tuning)
     shift = target.function(define(_shift_text(formats, width), "shift", {}))
-    leaf_at, tile_at = target.row("int64", 1 + len(formats)), target.row("int64", 3)
+    leaf_at, tile_at = target.row("int64", 1 + len(formats)), target.row("int64", WORK)
     leaf_bytes = 8 * (1 + len(formats))
-    slots_at, go_at, put = target.row(storage.compute, staged.slots), target.row("int64", 1), target.put("float64")
+    slots_at, go_at, put = _slots_at(target, staged, storage, needed), target.row("int64", 1), target.put("float64")
     slot_bytes = staged.slots * np.dtype(storage.compute).itemsize
     nothing = (np.float64(0.0),) * (width * sums)
     keep_text = ["def keep(room, base, slot, s, acc):"]
@@ -373,16 +389,15 @@ def _sum_kernel(
         slot = thread % several
         acc, s = nothing, 0
         if tile < count:
-            leaf, start, size = tile_at(tiles + tile * 24)
-            entry = leaf_at(leaves + leaf * leaf_bytes)
-            r, addresses = entry[ROW], entry[FIRST_ADDRESS:]
+            leaf, start, size, r = tile_at(tiles + tile * WORK * 8)
+            values = slots_at(h + r * slot_bytes)
             go = 1
             if may_skip:
                 go = go_at(counts + (r * COUNTERS + GO) * 8)[0]
+            addresses = leaf_at(leaves + leaf * leaf_bytes)[FIRST_ADDRESS:]
             found = shift(addresses, start)
             s = found if found > 0 else 0
             if go != 0:
-                values = slots_at(h + r * slot_bytes)
                 acc = walk(addresses, values, start, start + size, found, start - s + slot * width, acc)
             else:
                 clear(addresses, start, start + size, slot, several)
@@ -420,6 +435,19 @@ def _sum_kernel(
     return Body(name, run, (types.int64,) * 6, MEASURE_THREADS, tiles_in_block * room_of_tile)
 
 
+def _slots_at(target: Target, staged: Staged, storage: Storage, needed: bool) -> Callable[..., Any]:
+    """`slots_at(address)`: what `decide` returned for a row; zeros where nobody needs it."""
+    if needed:
+        at: Callable[..., Any] = target.row(storage.compute, staged.slots, True)
+        return at
+    zeros = (np.dtype(storage.compute).type(0),) * staged.slots
+
+    def nothing(address):
+        return zeros
+
+    return target.function(nothing)
+
+
 def _clear(target: Target, staged: Staged, storage: Storage) -> Callable[..., Any]:
     """`clear(addresses, start, stop, mine, step)`: zeros for every `step`-th gradient, in a step that is skipped."""
     if not storage.clear:
@@ -445,8 +473,8 @@ def measure(target: Target, staged: Staged, storage: Storage, number: int, tunin
     read, value = _measured(target, staged, storage, number)
     first = sum(len(m.kinds) for m in staged.measures[:number])
     kinds = staged.measures[number].kinds
-    name = f"measure_{number}"
-    return _sum_kernel(target, name, staged, storage, read, [], value, kinds, first, False, tuning)
+    name, needed = f"measure_{number}", reads_slots(staged.measures[number].source)
+    return _sum_kernel(target, name, staged, storage, read, [], value, kinds, first, False, needed, tuning)
 
 
 def tiles_in_block(staged: Staged, storage: Storage) -> int:
@@ -471,26 +499,34 @@ def update(target: Target, staged: Staged, storage: Storage, tuning: Tuning, by_
     if staged.emitted:
         first = staged.quantities - len(staged.emitted)
         kinds = ["norm"] * len(staged.emitted)
-        return _sum_kernel(target, "update", staged, storage, read, written, value, kinds, first, may_skip, tuning)
+        return _sum_kernel(
+            target, "update", staged, storage, read, written, value, kinds, first, may_skip, True, tuning
+        )
     threads = tuning.threads
-    walk = _walk(target, formats, read, written, value, [], threads * width, tuning.vectors, tuning)
+    row_at, as_it_is = _slots_at(target, staged, storage, True), target.function(_as_it_is)
+    # Asked for together with the elements, what `decide` returned costs no time, but a register each in every thread;
+    # asked for before, it is shared by the threads of a warp.
+    held = sum(np.dtype(formats[k]).itemsize for k in read) * width * tuning.vectors // 4
+    late = not by_value and held + staged.slots * np.dtype(storage.compute).itemsize // 4 <= _FOR_ALL
+    slots_of = row_at if late else as_it_is
+    walk = _walk(target, formats, read, written, value, [], threads * width, tuning.vectors, slots_of, tuning)
+    early = as_it_is if late else row_at
     shift = target.function(define(_shift_text(formats, width), "shift", {}))
-    leaf_at, tile_at = target.row("int64", 1 + len(formats)), target.row("int64", 3)
+    leaf_at, tile_at = target.row("int64", 1 + len(formats)), target.row("int64", WORK)
     leaf_bytes = 8 * (1 + len(formats))
-    slots_at, go_at = target.row(storage.compute, staged.slots), target.row("int64", 1)
+    go_at = target.row("int64", 1)
     slot_bytes = staged.slots * np.dtype(storage.compute).itemsize
     clear = _clear(target, staged, storage)
 
     def piece(thread, block, leaves, tiles, h, counts, values):
-        leaf, start, size = tile_at(tiles + block * 24)
-        entry = leaf_at(leaves + leaf * leaf_bytes)
-        r, addresses = entry[ROW], entry[FIRST_ADDRESS:]
+        leaf, start, size, r = tile_at(tiles + block * WORK * 8)
+        slots = values if by_value else early(h + r * slot_bytes)
         go = 1
         if may_skip:
             go = go_at(counts + (r * COUNTERS + GO) * 8)[0]
+        addresses = leaf_at(leaves + leaf * leaf_bytes)[FIRST_ADDRESS:]
         s = shift(addresses, start)
         if go != 0:
-            slots = values if by_value else slots_at(h + r * slot_bytes)
             begin = start - s if s > 0 else start
             walk(addresses, slots, start, start + size, s, begin + thread * width, 0)
         else:
