@@ -73,7 +73,7 @@ class Tuning:
         threads: threads in a block of the update.
         vectors: vectors that a thread of it loads before it uses the first.
         load, store: how memory is read and written, for targets that know such hints.
-        read_ahead: loads under way in each thread of a measure.
+        read_ahead: loads under way in each thread of a measure of one column; of several, fewer rows.
     """
 
     threads: int = 256
@@ -369,7 +369,7 @@ def _sum_kernel(
     several, sums = LANES // width, len(kinds)
     tiles_in_block = MEASURE_THREADS // several
     room_of_tile = LANES * sums
-    vectors = max(1, tuning.read_ahead // len(read)) if not written else 1
+    vectors = max(1, tuning.read_ahead // (2 * len(read) - 1)) if not written else 1  # sums need registers too
     walk = _walk(target, formats, read, written, value, kinds, LANES, vectors, target.function(_as_it_is), tuning)
     shift = target.function(define(_shift_text(formats, width), "shift", {}))
     leaf_at, tile_at = target.row("int64", 1 + len(formats)), target.row("int64", WORK)
