@@ -70,10 +70,11 @@ def test_measures_and_finish(case, architecture):
     # As many vectors under way as there are registers for, and the loop over what is left: of the gradient, and for LAMB
     # of the parameter as well.
     assert code.loads == (2 * 2 + 2 if case.name == "lamb" else 8 + 1)
-    assert code.spilled == code.local == 0 and code.registers <= 64
+    assert code.spilled == code.local == 0
+    assert code.registers <= (80 if case.name == "lamb" else 64)  # two sums of four lanes each, in float64
     assert code.doubles > 0  # sums are float64 on purpose
     code = compiled(staged, storage, "finish", architecture)
-    assert code.spilled <= 16 and code.registers <= 128  # one block, some microseconds; `pow` is a call
+    assert code.spilled <= 32 and code.registers <= 128  # one block, some microseconds; `pow` is a call
 
 
 @both
