@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from typing import Any
 
@@ -93,6 +94,10 @@ class DevicePlace(Place):
         """Bits as numbers, where the library has the format."""
         return self.view(bits, name)
 
+    def quick_address(self, leaf: Any, shape: tuple[int, ...], kind: str) -> int | None:
+        """The address of an array that is certainly of this place, shape and dtype, in order; else None."""
+        return None
+
     def readable(self, leaf: Any) -> Any:
         """An array that is only read, as `memory` takes it."""
         return leaf
@@ -133,6 +138,18 @@ class _Torch(DevicePlace):
         address, shape = leaf.data_ptr(), tuple(leaf.shape)
         contiguous = leaf.is_contiguous() and not leaf.is_conj() and address % leaf.element_size() == 0
         return Memory(address, shape, kind, leaf.numel() * leaf.element_size(), contiguous, True)
+
+    def quick_address(self, leaf: Any, shape: tuple[int, ...], kind: str) -> int | None:
+        """The address of a tensor that is certainly of this place, shape and dtype, in order; else None."""
+        good = (
+            isinstance(leaf, self._torch.Tensor)
+            and leaf.dtype is getattr(self._torch, kind)
+            and leaf.shape == shape
+            and leaf.is_contiguous()
+            and leaf.device == self._where
+            and not leaf.requires_grad
+        )
+        return leaf.data_ptr() if good else None
 
     def readable(self, leaf: Any) -> Any:
         """A tensor without its history."""
@@ -305,6 +322,15 @@ class _Bare(DevicePlace):
             raise TypeError(f"{called} is a {type(leaf).__name__}, expected an array on {self.label}.")
         return found
 
+    def address(self, array: Any) -> int:
+        """The address of an array's first element."""
+        return array._address if isinstance(array, DeviceArray) else self.memory("", array).address
+
+    def quick_address(self, leaf: Any, shape: tuple[int, ...], kind: str) -> int | None:
+        """The address of an array that is certainly of this place, shape and dtype; else None."""
+        good = type(leaf) is DeviceArray and leaf._device is self.device and leaf.shape == shape and leaf.dtype == kind
+        return leaf._address if good else None
+
     def stream(self) -> int:
         """The legacy default stream, which waits for those of the host's other work."""
         return 0
@@ -339,8 +365,8 @@ def _by_interface(leaf: Any) -> Memory | None:
 
 
 def _memory(address: int, shape: tuple[int, ...], strides: Any, kind: str, itemsize: int, writeable: bool) -> Memory:
-    expected = tuple(itemsize * int(np.prod(shape[k + 1 :], dtype=np.int64)) for k in range(len(shape)))
-    size = int(np.prod(shape, dtype=np.int64))
+    size = math.prod(shape)
+    expected = [itemsize * math.prod(shape[k + 1 :]) for k in range(len(shape))] if strides is not None else []
     in_order = (
         strides is None or size == 0 or all(s == e for s, e, n in zip(strides, expected, shape, strict=True) if n != 1)
     )

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from . import places
 from .device_arrays import DevicePlace
 from .devices import Launch
 from .groups import Groups
@@ -301,6 +302,7 @@ class DevicePlan(Plan):
         self._launches: dict[StepKernels, _Launches] = {}
         self._last: _Launches | None = None
         self._captured: list[_Block] = []
+        self._known: tuple[list[Any], list[int], Callable[[Any], int]] | None = None
         self._version = 0  # of the leaves: grows when the gradients are elsewhere
         self._partial = partial
         super().__init__(*args, **more)
@@ -364,18 +366,34 @@ class DevicePlan(Plan):
         }
 
     def points_at(self, arrays: list[Any]) -> bool:
-        """Never known without asking: the memory behind a tensor can change."""
-        return False
+        """Whether the gradients in the plan are these very arrays, with their memory where it was."""
+        if self._known is None or len(self._known[0]) != len(arrays):
+            return False
+        references, addresses, address_of = self._known
+        same = all(reference() is array for reference, array in zip(references, arrays, strict=True))
+        return same and list(map(address_of, arrays)) == addresses
 
     def point_gradients(self, addresses: Any, arrays: list[Any] | None) -> None:
         """As `Plan.point_gradients`."""
         self._point(np.asarray(addresses, np.int64)[self._leaf] + self._inside)
+        self._remember_each(addresses, arrays)
 
     def point_flat_gradient(self, address: int, arrays: list[Any] | None) -> None:
         """As `Plan.point_flat_gradient`."""
         self._point(address + self._flat_offsets)
+        self._remember_each([address], arrays)
+
+    def _remember_each(self, addresses: list[int], arrays: list[Any] | None) -> None:
+        """Remember gradients that are read where they are; their memory can still change."""
+        if arrays is None or len(set(map(type, arrays))) != 1:
+            return
+        try:
+            self._known = list(map(weakref.ref, arrays)), addresses, places.of(arrays[0]).address
+        except TypeError:  # arrays of a kind that cannot be remembered
+            self._known = None
 
     def _point(self, column: np.ndarray) -> None:
+        self._known = None
         mine = self.leaves[: len(self._leaf), FIRST_ADDRESS + 1]
         if not np.array_equal(mine, column):
             mine[:] = column

@@ -210,6 +210,18 @@ class DeviceGradients(Gradients):
             TypeError: as `_found`, or if dtypes are mixed.
             ValueError: as `_found`.
         """
+        quick = self._at.quick_address
+        for kind in dict.fromkeys([self._name, *self._formats]):  # the usual case, fast: all of one dtype, in order
+            addresses = [
+                0 if leaf is None else quick(leaf, shape, kind)
+                for leaf, shape in zip(leaves, self._shapes, strict=True)
+            ]
+            if None not in addresses and any(addresses):
+                known = [a for a in addresses if a is not None]
+                if not self._any_overlaps(known, 2 if self._formats[kind] in FORMATS else self._dtype.itemsize):
+                    return known, leaves, self._formats[kind]
+            if any(address is not None for address in addresses):
+                break
         found = [
             None if leaf is None else self._found(path, leaf, (tuple(shape),))
             for path, leaf, shape in zip(self._paths, leaves, self._shapes, strict=True)
@@ -219,8 +231,7 @@ class DeviceGradients(Gradients):
             raise TypeError(
                 f"grads has leaves of {' and '.join(kinds)}. On a GPU all gradients of a step have one dtype."
             )
-        return (
-            [0 if one is None else one[0] for one in found],
-            [None if one is None else one[1] for one in found],
-            next(iter(kinds), self._name),
-        )
+        arrays = [None if one is None else one[1] for one in found]
+        where_they_are = all(array is leaf for array, leaf in zip(arrays, leaves, strict=True))
+        at = [0 if one is None else one[0] for one in found]
+        return at, leaves if where_they_are else arrays, next(iter(kinds), self._name)

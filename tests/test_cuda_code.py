@@ -67,8 +67,8 @@ def test_measures_and_finish(case, architecture):
     staged = case.make(np.zeros(1, np.float32), clip_norm=1.0, skip_nonfinite=True, **case.settings).rule
     storage = Storage("float32", "float32")
     code = compiled(staged, storage, "measure", architecture)
-    # As many vectors under way as there are registers for, and the loop over what is left: of the gradient, and for LAMB
-    # of the parameter as well.
+    # As many vectors under way as there are registers for, and the loop over what is left; of the gradient, for LAMB of
+    # the parameter as well.
     assert code.loads == (2 * 2 + 2 if case.name == "lamb" else 8 + 1)
     assert code.spilled == code.local == 0
     assert code.registers <= (80 if case.name == "lamb" else 64)  # two sums of four lanes each, in float64
