@@ -147,6 +147,7 @@ class DeviceRows(Rows):
     block: _Block | None = None
     host_knows, device_knows = True, False
     settings_known = False
+    stream = 0  # of the step made last: what it found out is there in the order of this stream
 
     def install(
         self,
@@ -247,7 +248,7 @@ class DeviceRows(Rows):
         """Learn from the GPU what only it knows; waits for it."""
         if not self.host_knows and self.block is not None:
             keys = [grid.COUNTS, grid.SCALARS] + [grid.LOSS] * (self._loss_scale is not None)
-            self.block.download(keys, self._place.stream())
+            self.block.download(keys, self.stream)
             if self._loss_scale is not None and not self._loss_scale.changed:
                 self._loss_scale.take(self._tables[grid.LOSS])
             self.host_knows = not self._replays
@@ -482,13 +483,14 @@ class DevicePlan(Plan):
         if staged.emitted:
             made.after = finish(ends[last], ends[last + 1], grid.ADD)
 
-    def run(self, kernel: Any, threads: int) -> None:
-        """Start the step in the caller's current stream; waits for nothing.
+    def run(self, kernel: Any, threads: int, stream: int | None = None) -> None:
+        """Start the step in a stream, by default the caller's current one; waits for nothing.
 
         Raises:
             RuntimeError: if the stream is being captured and the optimizer is not capturable.
         """
-        stream, rows = self._place.stream(), self.rows
+        rows = self.rows
+        stream = self._place.stream() if stream is None else stream
         self._device.enter()
         capturing = self._device.capturing(stream)
         if capturing and not self._capturable:
@@ -501,6 +503,7 @@ class DevicePlan(Plan):
             rows.ready(stream, capturing)
             if not self._capturable:
                 rows.keep_latest(stream)
+        rows.stream = stream
         made = self._launches_for(kernel, stream, capturing)
         if capturing:
             # The graph gets leaves of its own: those of later steps must not change what it reads.
@@ -557,7 +560,7 @@ class DevicePlan(Plan):
         if self.layout is None and steps is not None:
             return StepInfo(steps, lrs)
         assert self._last is not None
-        results = Results(self._place, steps, self._found(self._last.block), live=self._capturable)
+        results = Results(self._device, rows.stream, steps, self._found(self._last.block), live=self._capturable)
         rows.latest = weakref.ref(results)
         return DeviceStepInfo(results, lrs, self.layout, grad_scale)
 
@@ -624,7 +627,8 @@ class Results:
     """What a step found out, on the GPU until somebody asks.
 
     Args:
-        place: where.
+        device: the GPU.
+        stream: that the step was made in.
         steps: the number of the step, if the host knows it.
         found: addresses of the counters of the optimizer, the reports, the sums over leaves and the loss scales, an
             array of the size of each, and what keeps their memory.
@@ -632,16 +636,17 @@ class Results:
     """
 
     def __init__(
-        self, place: DevicePlace, steps: int | None, found: list[tuple[int, np.ndarray, Any]], live: bool
+        self, device: Any, stream: int, steps: int | None, found: list[tuple[int, np.ndarray, Any]], live: bool
     ) -> None:
-        self._place, self._steps, self._found, self._live = place, steps, found, live
+        self._device, self._stream = device, stream
+        self._steps, self._found, self._live = steps, found, live
         self._taken = False
 
     def keep(self, stream: int) -> None:
         """Put the results aside before the next step overwrites them."""
         if self._taken:
             return
-        device = self._place.device
+        device, self._stream = self._device, stream
         kept = _Block(device, {k: array for k, (_, array, _) in enumerate(self._found)}, capturing=False)
         for k, (address, array, _) in enumerate(self._found):
             device.copy(kept.address(k), address, array.nbytes, stream)
@@ -651,7 +656,7 @@ class Results:
         """The arrays, filled; waits for the GPU."""
         if not self._taken:
             for address, array, _ in self._found:
-                self._place.device.download(array, address, self._place.stream())
+                self._device.download(array, address, self._stream)
             self._taken = not self._live
         return [array for _, array, _ in self._found]
 

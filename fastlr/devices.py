@@ -59,11 +59,35 @@ def require() -> None:
         raise DeviceError(f"a GPU was asked for, but {missing}. Arrays on the CPU work without.")
 
 
+def count() -> int:
+    """How many GPUs there are."""
+    from cuda.bindings import driver
+
+    _, found = driver.cuDeviceGetCount()
+    return int(found)
+
+
 @functools.cache
 def gpu(ordinal: int = 0) -> Gpu:
     """The GPU with a number."""
     require()
     return Gpu(ordinal)
+
+
+def stream_handle(stream: Any) -> int:
+    """The handle of a stream of any library.
+
+    Raises:
+        TypeError: if it is no stream.
+    """
+    for name in ("cuda_stream", "ptr"):  # PyTorch; CuPy
+        if isinstance(getattr(stream, name, None), int):
+            return int(getattr(stream, name))
+    if hasattr(stream, "__cuda_stream__"):
+        return int(stream.__cuda_stream__()[1])
+    if isinstance(stream, int) and not isinstance(stream, bool):
+        return stream
+    raise TypeError(f"stream must be a stream of PyTorch, CuPy or cuda.core, or its handle, got {stream!r}.")
 
 
 class Launch:
@@ -132,7 +156,7 @@ class Gpu:
     def __repr__(self) -> str:
         """Its name."""
         _, name = self._driver.cuDeviceGetName(100, self._handle)
-        return f"<{self.label}, {name.decode().rstrip(chr(0))}, compute capability {self.cc[0]}.{self.cc[1]}>"
+        return f"<{self.label}, {name.decode().split(chr(0))[0]}, compute capability {self.cc[0]}.{self.cc[1]}>"
 
     # Memory
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import numba
 import numpy as np
 
-from . import threads
+from . import devices, threads
 from ._version import __version__
 from .kernels import caching
 
@@ -70,9 +69,10 @@ def _cache() -> str:
 
 
 def _gpu() -> str:
-    if importlib.util.find_spec("numba_cuda") is None:
-        return "not used: numba-cuda is not installed"
-    return "not used: this version of fastlr steps on the CPU only"
+    missing = devices.problem()
+    if missing is not None:
+        return f"none: {missing}"
+    return ", ".join(repr(devices.gpu(k)) for k in range(devices.count()))
 
 
 def describe() -> dict[str, str]:

@@ -16,6 +16,7 @@ from . import threads as _threads
 from .buffers import FlatBuffer, place_called
 from .columns import Columns, Parameters
 from .device_plans import DevicePlan, DeviceRows, StepKernels
+from .devices import stream_handle
 from .gradients import DeviceGradients, Gradients
 from .groups import Groups, matching
 from .kernels import cpu, reference, rules
@@ -526,7 +527,14 @@ class Optimizer:
 
     # The public step
 
-    def step(self, grads: Any = None, *, grad_scale: Any = None, only: str | Sequence[str] | None = None) -> StepInfo:
+    def step(
+        self,
+        grads: Any = None,
+        *,
+        grad_scale: Any = None,
+        only: str | Sequence[str] | None = None,
+        stream: Any = None,
+    ) -> StepInfo:
         """Update the parameters in place.
 
         Args:
@@ -537,21 +545,29 @@ class Optimizer:
                 added up; one number, or one for each model.
             only: a pattern, or several: update the leaves whose paths match, and leave the others and their counters
                 as they are. Steps of all parts are one step of everything, where no sum goes beyond a part.
+            stream: for parameters on a GPU, the stream to step in: of PyTorch, CuPy or cuda.core, or a handle. Default:
+                the current stream of the parameters' library; of arrays of no library the legacy default stream.
 
         Returns:
             What was done.
 
         Raises:
-            TypeError: if a gradient is no array or has another dtype.
-            ValueError: if the structure or a shape differs, `grad_scale` is not positive and finite, or `only`
-                matches nothing.
-            RuntimeError: if there are no gradients, or another thread is in a step of this optimizer.
+            TypeError: if a gradient is no array or has another dtype, or `stream` is no stream.
+            ValueError: if the structure or a shape differs, `grad_scale` is not positive and finite, `only` matches
+                nothing, or a stream is given for parameters on the CPU.
+            RuntimeError: if there are no gradients, another thread is in a step of this optimizer, or the stream is
+                being captured and the optimizer is not capturable.
+            DeviceError: if a kernel cannot be loaded.
         """
         if not self._lock.acquire(blocking=False):
             raise RuntimeError(
                 "this optimizer is in a step in another thread. Use one optimizer per thread, or a lock."
             )
         try:
+            if stream is not None:
+                if self._on_host:
+                    raise ValueError("stream= is for parameters on a GPU; these are on the CPU.")
+                stream = stream_handle(stream)
             if grad_scale is not None or self._unscaled:
                 self._take_scale(grad_scale)
             if self._hyper.changed or self._staged is None or self._epoch != _threads.epoch:
@@ -561,7 +577,7 @@ class Optimizer:
             if only is not None:
                 plan.count_part(self._rows)
             kernel = self._kernels.get((kind, clear)) or self._kernel_for(kind, clear)
-            plan.run(kernel, self._threads or _threads.get_num_threads())
+            plan.run(kernel, self._threads or _threads.get_num_threads(), stream)
             del kept
             if grads is None:
                 self._after_own(plan, clear, only)

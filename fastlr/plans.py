@@ -218,7 +218,7 @@ class Plan:
             small = self.elements * self._itemsize <= _REMEMBERED_BYTES
             self._pointed = arrays if small else tuple(map(weakref.ref, arrays))
 
-    def run(self, kernel: Kernel, threads: int) -> None:
+    def run(self, kernel: Kernel, threads: int, stream: int | None = None) -> None:
         """Carry out the step."""
         if threads != self._threads:
             self._make_control(threads)
