@@ -117,7 +117,7 @@ def apply(opt: Optimizer, state: Mapping[str, np.ndarray]) -> None:
     stacked = np.stack(scalars, axis=-1) if scalars else np.zeros((*shape, 0))
     counts = Counts(arrays["step"], arrays["clock"], arrays["skipped"], stacked, steps)
     opt._put(_hyper=hyper)
-    opt._put(**opt._rows_for(counts))
+    opt._take_counts(counts)
     for prefix, letter in zip(prefixes, opt._columns.letters, strict=True):
         for path, leaf in zip(opt._params.paths, opt._columns.arrays[letter], strict=True):
             opt._params.place.copy(leaf, arrays[_key(prefix, path)])

@@ -147,6 +147,7 @@ class DeviceRows(Rows):
     block: _Block | None = None
     host_knows, device_knows = True, False
     settings_known = False
+    captured = False  # whether a graph knows where the tables are
     stream = 0  # of the step made last: what it found out is there in the order of this stream
 
     def install(
@@ -229,10 +230,21 @@ class DeviceRows(Rows):
             latest.keep(stream)
             self.latest = None
 
-    def push_settings(self) -> None:
-        """Bring the settings on the GPU up to date, in the order of the current stream."""
-        if self.device_knows:
+    def push(self) -> None:
+        """Bring what the GPU has up to date, in the order of the current stream."""
+        if self.block is not None:
             self.ready(self._place.stream(), False)
+
+    def replace(self, new: Rows) -> bool:
+        """Take over the counts of other rows, if the same leaves share them; whether it was possible."""
+        fits = all(
+            np.array_equal(getattr(self, name), getattr(new, name))
+            for name in ("index", "configuration", "model", "frozen", "by_leaf")
+        )
+        if fits:
+            self.counters[:], self.scalars[:] = new.counters, new.scalars
+            self.host_knows, self.device_knows = not self._replays, False
+        return fits
 
     def _put_loss(self, loss: LossScale) -> None:
         self._tables[grid.LOSS][:2] = loss.export(self._models)
@@ -510,6 +522,7 @@ class DevicePlan(Plan):
             captured = _Block(self._device, {"leaves": self.leaves.copy()}, capturing)
             captured.upload(stream, capturing)
             self._captured.append(captured)
+            rows.captured = True
             made.read_leaves(captured)
         elif made.leaves_known != self._version:
             made.block.upload(stream, False, ["leaves"])

@@ -6,6 +6,7 @@ import functools
 import inspect
 import os
 import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypedDict
 
@@ -322,17 +323,40 @@ class Optimizer:
 
     # Rows, tables and plans
 
+    def _make_rows(self, counts: Counts) -> Rows:
+        models = counts.t.shape[1]
+        frozen = np.array([np.broadcast_to(u["frozen"], models) for u in self._hyper.uniforms()], bool)
+        make = Rows if self._on_host else DeviceRows
+        return make(self._hyper.configuration, frozen, counts, self._by_leaf)
+
     def _rows_for(self, counts: Counts) -> dict[str, Any]:
         """Rows for given counts.
 
         Returns:
             The attributes to set; plans made before no longer hold.
         """
-        models = counts.t.shape[1]
-        frozen = np.array([np.broadcast_to(u["frozen"], models) for u in self._hyper.uniforms()], bool)
-        make = Rows if self._on_host else DeviceRows
-        rows = make(self._hyper.configuration, frozen, counts, self._by_leaf)
-        return {"_rows": rows, "_staged": None, "_plans": {}, "_recent": {}, "_kernels": {}}
+        old = self.__dict__.get("_rows")
+        if isinstance(old, DeviceRows) and old.captured:
+            warnings.warn(
+                "the tables of this optimizer are made anew (other flags, frozen leaves, or leaves of different "
+                "counts): graphs that were captured before go on with the old ones. Capture again.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        return {"_rows": self._make_rows(counts), "_staged": None, "_plans": {}, "_recent": {}, "_kernels": {}}
+
+    def _take_counts(self, counts: Counts) -> None:
+        """Go on from other counts; where graphs have been captured, in the memory that they know."""
+        rows = self._rows
+        if isinstance(rows, DeviceRows) and rows.captured and self._stage() is self._staged:
+            new = self._make_rows(counts)
+            if rows.replace(new):
+                self._fill_table(self._staged, rows, self._table)
+                self._put(_lrs=self._hyper.lr)
+                self._hyper.listener = self._push_settings
+                rows.push()
+                return
+        self._put(**self._rows_for(counts))
 
     def _refresh(self) -> None:
         """Take over what has changed: hyperparameters, frozen leaves, how rows are shared, a fork."""
@@ -664,7 +688,7 @@ class Optimizer:
         if self._staged is not None:
             self._refresh()
             if isinstance(self._rows, DeviceRows):
-                self._rows.push_settings()
+                self._rows.push()
 
     @property
     def params(self) -> Any:

@@ -328,6 +328,34 @@ def test_a_graph_keeps_its_gradients(device, rng):
     assert_same(theirs, ours)
 
 
+def test_a_graph_follows_a_restored_optimizer(device, rng):
+    start = rng.standard_normal(300).astype(np.float32)
+    there, here = on_device(start), start.copy()
+    g = on_device(rng.standard_normal(300).astype(np.float32))
+    theirs, ours = (
+        fastlr.Adam(x, lr=0.1, backend=b, **o)
+        for x, b, o in ((there, "numba", {"capturable": True}), (here, "numpy", {}))
+    )
+    theirs.step(g)
+    ours.step(np.asarray(g))
+    graph = device.capture(lambda: theirs.step(g))
+    saved, kept = theirs.snapshot(), ours.snapshot()
+    theirs.lr = ours.lr = 0.01
+    for _ in range(3):
+        graph.replay()
+        ours.step(np.asarray(g))
+    assert_same(theirs, ours)
+    theirs.restore(saved)
+    ours.restore(kept)
+    for _ in range(2):
+        graph.replay()
+        ours.step(np.asarray(g))
+    assert_same(theirs, ours)
+    assert theirs.steps == 3
+    with pytest.warns(RuntimeWarning, match="Capture again"):
+        theirs.maximize = True
+
+
 def test_a_capture_without_capturable_is_refused(device, rng):
     params = on_device(rng.standard_normal(30).astype(np.float32))
     opt, g = fastlr.Adam(params), on_device(np.ones(30, np.float32))
