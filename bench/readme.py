@@ -6,6 +6,7 @@ come from the newest file in bench/results; each names the command that measured
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -132,10 +133,64 @@ def whole(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def gpu(file: Path | None) -> str:
+    """What was measured on a GPU, or that nothing was."""
+    if file is None:
+        return (
+            "Compiled for sm_80 and sm_90, its machine code read by a test, and run in an emulation of the GPU and in "
+            "Numba's simulator with the CPU's bits; **not yet run or timed on a GPU**."
+        )
+    found = json.loads(file.read_text())
+    rows, system = found["rows"], found["system"]
+    names = {"fastlr": "fastlr", "fastlr_flat": "one flat buffer", "fastlr_graph": "replayed graph"}
+    names |= {"torch_fused": "PyTorch fused", "torch_foreach": "foreach", "torch_calls": "PyTorch's calls"}
+    names |= {"cupy": "CuPy", "optax": "Optax"}
+    lines = [
+        f"| step | parameters | of a copy's speed | {' | '.join(names.values())} |",
+        "|---" * (3 + len(names)) + "|",
+    ]
+    copies = {r["n"]: r for r in rows if r["mode"] == "copy"}
+    best_copy = max(r["gb_per_s"] for r in copies.values())
+    steps: dict[tuple[str, int, int], dict[str, dict]] = {}
+    for row in rows:
+        if row["mode"] != "copy":
+            steps.setdefault((row["mode"], row["n"], row["leaves"]), {})[row["impl"]] = row
+    for (mode, n, leaves), by in steps.items():
+        own = min((r for name, r in by.items() if name.startswith("fastlr")), key=lambda r: r["p50_s"])
+        cells = [
+            (
+                f"{report._time(by[k]['p50_s'])}"
+                + (f" ({by[k]['p50_s'] / own['p50_s']:.2f}x)" if by[k] is not own else "")
+            )
+            if k in by
+            else ""
+            for k in names
+        ]
+        bandwidth = copies[n]["gb_per_s"] if n in copies else best_copy
+        share = f"{own['gb_per_s'] / bandwidth:.2f}" if n >= 1_000_000 else ""
+        size = f"{n:,}" + (f" in {leaves} arrays" if leaves > 1 else "")
+        lines.append(f"| {mode} | {size} | {share} | {' | '.join(cells)} |")
+    versions = ", ".join(f"{k} {v}" for k, v in system["versions"].items())
+    tests = f" Tests there: {found['tests']['summary'].strip('= ')}." if "tests" in found else ""
+    lines += [
+        "",
+        f"{system['gpu']}, driver {system['driver']}, {system['date'][:10]}; {versions}. A copy there and back: "
+        f"{best_copy:,.0f} GB/s. In brackets: how many times as long as fastlr's fastest.{tests}",
+    ]
+    return "\n".join(lines)
+
+
+def newest_gpu() -> Path | None:
+    """The file of the newest day: gpu-<date>-<name>.json."""
+    files = sorted((ROOT / "bench" / "results").glob("gpu-*.json"))
+    return files[-1] if files else None
+
+
 def generated(text: str) -> str:
     """The README with its generated parts written anew."""
     rows = newest()
     parts = {"optimizers": optimizers(), "headline": headline(rows), "measured": measured(rows), "whole": whole(rows)}
+    parts["gpu"] = gpu(newest_gpu())
     for name, content in parts.items():
         pattern = rf"(<!-- {name}: bench/readme.py -->\n).*?(<!-- end -->)"
         text, count = re.subn(pattern, lambda m, c=content: f"{m[1]}{c}\n{m[2]}", text, flags=re.S)

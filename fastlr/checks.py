@@ -163,6 +163,19 @@ def called(path: str, name: str = "params") -> str:
     return f"{name}[{path!r}]" if path else name
 
 
+def aligned(leaf_name: str, memory: Memory) -> None:
+    """Check that an array stands at a multiple of its element's size.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    if not memory.aligned:
+        raise ValueError(
+            f"{leaf_name} is not aligned: its address {memory.address:#x} is no multiple of the size of a "
+            f"{memory.kind}. Pass a copy of it."
+        )
+
+
 def arrays(paths: Sequence[str], leaves: Sequence[Memory]) -> str:
     """Check that leaves have one floating dtype; its name.
 
@@ -204,6 +217,7 @@ def parameters(paths: Sequence[str], leaves: Sequence[Memory], make_contiguous: 
                 f"{leaf_name} is not C-contiguous, so it cannot be updated in place. "
                 f"Pass {make_contiguous} or use fastlr.flatten(params)."
             )
+        aligned(leaf_name, leaf)
         if not leaf.writeable:
             raise ValueError(f"{leaf_name} is read-only, so it cannot be updated in place. Pass a copy of it.")
     spans = sorted((leaf.address, leaf.nbytes, path) for path, leaf in zip(paths, leaves, strict=True) if leaf.nbytes)
@@ -246,6 +260,7 @@ def companions(
             raise ValueError(f"{leaf_name} has shape {leaf.shape}, but the parameter has {param.shape}.")
         if not leaf.contiguous:
             raise ValueError(f"{leaf_name} is not C-contiguous. Pass {make_contiguous}.")
+        aligned(leaf_name, leaf)
         if written and not leaf.writeable:
             raise ValueError(f"{leaf_name} is read-only, so it cannot be written. Pass a copy of it.")
     labelled = [(called(path, name), leaf) for path, leaf in zip(paths, leaves, strict=True)]

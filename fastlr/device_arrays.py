@@ -15,8 +15,6 @@ from .places import HOST, Alloc, Memory, Place
 
 __all__ = ["DeviceArray", "DevicePlace", "on_device"]
 
-_ALIGNED = 16  # bytes of the widest access of a kernel
-
 
 class DevicePlace(Place):
     """Memory of one GPU, and the library that its arrays are of.
@@ -83,11 +81,11 @@ class DevicePlace(Place):
         else:
             self.device.copy(target.address, places.of(source).address(source), target.nbytes, self.stream())
 
-    def to_host(self, array: Any) -> np.ndarray:
-        """A copy as a NumPy array; waits for the stream."""
+    def to_host(self, array: Any, stream: int | None = None) -> np.ndarray:
+        """A copy as a NumPy array; waits for the stream, by default the current one."""
         memory = self.memory("", array)
         out = np.empty(memory.shape, places.storage_of(memory.kind))
-        self.device.download(out, memory.address, self.stream())
+        self.device.download(out, memory.address, self.stream() if stream is None else stream)
         return out
 
     def as_format(self, bits: Any, name: str) -> Any:
@@ -136,8 +134,8 @@ class _Torch(DevicePlace):
             )
         kind = str(leaf.dtype).removeprefix("torch.")
         address, shape = leaf.data_ptr(), tuple(leaf.shape)
-        contiguous = leaf.is_contiguous() and not leaf.is_conj() and address % leaf.element_size() == 0
-        return Memory(address, shape, kind, leaf.numel() * leaf.element_size(), contiguous, True)
+        contiguous, aligned = leaf.is_contiguous() and not leaf.is_conj(), address % leaf.element_size() == 0
+        return Memory(address, shape, kind, leaf.numel() * leaf.element_size(), contiguous, aligned, True)
 
     def quick_address(self, leaf: Any, shape: tuple[int, ...], kind: str) -> int | None:
         """The address of a tensor that is certainly of this place, shape and dtype, in order; else None."""
@@ -191,8 +189,8 @@ class _CuPy(DevicePlace):
         if not isinstance(leaf, self._cupy.ndarray) or leaf.device.id != self.device.ordinal:
             raise TypeError(f"{called} is a {type(leaf).__name__}, expected a CuPy array on {self.label}.")
         address = int(leaf.data.ptr)
-        contiguous = leaf.flags.c_contiguous and address % leaf.itemsize == 0
-        return Memory(address, leaf.shape, str(leaf.dtype), leaf.nbytes, contiguous, True)
+        aligned = address % leaf.itemsize == 0
+        return Memory(address, leaf.shape, str(leaf.dtype), leaf.nbytes, leaf.flags.c_contiguous, aligned, True)
 
     def contiguous(self, array: Any) -> Any:
         """The array itself if its elements stand in order, else a copy."""
@@ -370,7 +368,7 @@ def _memory(address: int, shape: tuple[int, ...], strides: Any, kind: str, items
     in_order = (
         strides is None or size == 0 or all(s == e for s, e, n in zip(strides, expected, shape, strict=True) if n != 1)
     )
-    return Memory(address, shape, kind, size * itemsize, in_order and address % itemsize == 0, writeable)
+    return Memory(address, shape, kind, size * itemsize, in_order, address % itemsize == 0, writeable)
 
 
 @functools.cache

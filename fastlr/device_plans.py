@@ -168,7 +168,7 @@ class DeviceRows(Rows):
             table: settings of each row, as the host has them.
             h: room for what `decide` returns.
             models: number of models.
-            loss_scale: whose state lives on the GPU from now on.
+            loss_scale: whose state is on the GPU.
             capturable: whether steps may be made that the host does not see.
         """
         self._place, self._staged, self._table, self._loss_scale = place, staged, table, loss_scale
@@ -184,11 +184,10 @@ class DeviceRows(Rows):
             grid.SCALARS: self.scalars,
             grid.FLAGS: np.zeros(3, np.int64),
             grid.MODELS_OF_ROWS: self.model.astype(np.int64),
-            grid.LOSS: np.zeros((3, models)),
-            grid.LOSS_RULE: np.zeros(3),
         }
         if loss_scale is not None:
-            loss_scale.attach(self.pull)
+            rule = loss_scale.growth, loss_scale.backoff, loss_scale.interval
+            self._tables[grid.LOSS_RULE] = np.array(rule, np.float64)
 
     def settings(self) -> list[float]:
         """What `decide` takes of the first row."""
@@ -198,30 +197,25 @@ class DeviceRows(Rows):
         """Addresses of the tables, by their places in a board."""
         assert self.block is not None
         found = {key: self.block.address(key) for key in self._tables}
-        if self._loss_scale is None:
-            found[grid.LOSS] = 0
+        found[grid.LOSS] = self._loss_scale.address if self._loss_scale is not None else 0
         return found
 
     def ready(self, stream: int, capturing: bool) -> None:
         """Bring what the GPU has up to date."""
         if self.block is None:
             self.block = _Block(self._place.device, self._tables, capturing)
-        loss = self._loss_scale
         if not self.device_knows:
-            if loss is not None:
-                self._put_loss(loss)
             self.block.upload(stream, capturing)
             self.device_knows = self.settings_known = True
-            return
-        keys = []
-        if not self.settings_known:
-            keys.append(grid.SETTINGS)
+        elif not self.settings_known:
+            self.block.upload(stream, capturing, [grid.SETTINGS])
             self.settings_known = True
-        if loss is not None and loss.changed:
-            self._put_loss(loss)
-            keys.append(grid.LOSS)
-        if keys:
-            self.block.upload(stream, capturing, keys)
+
+    def made_in(self, stream: int) -> None:
+        """The stream of the step that is about to be made."""
+        self.stream = stream
+        if self._loss_scale is not None:
+            self._loss_scale.stream = stream
 
     def keep_latest(self, stream: int) -> None:
         """Before the results of the last step are overwritten, put them aside if somebody may still ask for them."""
@@ -246,11 +240,6 @@ class DeviceRows(Rows):
             self.host_knows, self.device_knows = not self._replays, False
         return fits
 
-    def _put_loss(self, loss: LossScale) -> None:
-        self._tables[grid.LOSS][:2] = loss.export(self._models)
-        self._tables[grid.LOSS_RULE][:] = loss.growth, loss.backoff, loss.interval
-        loss.changed = False
-
     def advanced(self, advance: np.ndarray) -> None:
         """A step whose counting the host can follow has been made."""
         self.counters[:, T] += advance[:, STEPS]
@@ -259,10 +248,7 @@ class DeviceRows(Rows):
     def pull(self) -> None:
         """Learn from the GPU what only it knows; waits for it."""
         if not self.host_knows and self.block is not None:
-            keys = [grid.COUNTS, grid.SCALARS] + [grid.LOSS] * (self._loss_scale is not None)
-            self.block.download(keys, self.stream)
-            if self._loss_scale is not None and not self._loss_scale.changed:
-                self._loss_scale.take(self._tables[grid.LOSS])
+            self.block.download([grid.COUNTS, grid.SCALARS], self.stream)
             self.host_knows = not self._replays
 
     _replays = False
@@ -515,7 +501,7 @@ class DevicePlan(Plan):
             rows.ready(stream, capturing)
             if not self._capturable:
                 rows.keep_latest(stream)
-        rows.stream = stream
+        rows.made_in(stream)
         made = self._launches_for(kernel, stream, capturing)
         if capturing:
             # The graph gets leaves of its own: those of later steps must not change what it reads.

@@ -6,6 +6,7 @@ is imported when a GPU is asked for.
 
 from __future__ import annotations
 
+import collections
 import ctypes
 import functools
 import importlib.util
@@ -18,6 +19,9 @@ import numpy as np
 __all__ = ["DeviceError", "Gpu", "Launch", "gpu", "problem"]
 
 _INSTALL = 'pip install "fastlr-kernels[cuda13]" (or [cuda12], for a driver older than 580)'
+
+
+_TABLE_BYTES, _HELD = 1 << 20, 64  # uploads up to this size, of which so many are kept for a while
 
 
 class DeviceError(RuntimeError):
@@ -74,12 +78,20 @@ def gpu(ordinal: int = 0) -> Gpu:
     return Gpu(ordinal)
 
 
-def stream_handle(stream: Any) -> int:
+def stream_handle(stream: Any, device: Any) -> int:
     """The handle of a stream of any library.
+
+    Args:
+        stream: what the user gave.
+        device: the GPU that it must be of.
 
     Raises:
         TypeError: if it is no stream.
+        ValueError: if it is one of another GPU, as far as it says.
     """
+    where = getattr(stream, "device_id", getattr(getattr(stream, "device", None), "index", None))
+    if isinstance(where, int) and where not in (-1, device.ordinal):
+        raise ValueError(f"the stream is of cuda:{where}, but the parameters are on {device.label}.")
     for name in ("cuda_stream", "ptr"):  # PyTorch; CuPy
         if isinstance(getattr(stream, name, None), int):
             return int(getattr(stream, name))
@@ -137,6 +149,7 @@ class Gpu:
         self._modules: dict[bytes, Any] = {}
         self._spare: list[tuple[int, int]] = []
         self._lock = threading.Lock()
+        self._held: collections.deque[np.ndarray] = collections.deque(maxlen=_HELD)
 
     def _ask(self, answer: tuple[Any, ...]) -> Any:
         """What the driver returned, or an error in words."""
@@ -199,9 +212,18 @@ class Gpu:
             self._spare.append(memory)
 
     def upload(self, address: int, array: np.ndarray, stream: int) -> None:
-        """Copy from the host in the order of a stream; the array may be changed once this returns."""
+        """Copy from the host in the order of a stream; the array may be changed once this returns.
+
+        Some systems read the host's memory only when the stream gets there: a table is copied first, more than that is
+        waited for.
+        """
         self._enter()
+        if array.nbytes <= _TABLE_BYTES:
+            array = array.copy()
+            self._held.append(array)
         self._ask(self._driver.cuMemcpyHtoDAsync(address, array.ctypes.data, array.nbytes, stream))
+        if array.nbytes > _TABLE_BYTES:
+            self._ask(self._driver.cuStreamSynchronize(stream))
 
     def upload_now(self, address: int, array: np.ndarray) -> None:
         """Copy from the host and wait, beside a stream that is being captured."""
@@ -250,7 +272,13 @@ class Gpu:
         """
         from .kernels import cuda
 
-        image = cuda.image_of(make, name, self.cc, content)
+        try:
+            image = cuda.image_of(make, name, self.cc, content)
+        except Exception as error:  # whatever NVVM, nvJitLink and their loaders raise
+            raise DeviceError(
+                f"a kernel of {name!r} cannot be compiled for compute capability {self.cc[0]}.{self.cc[1]}: {error} "
+                f"numba-cuda needs libNVVM and nvJitLink: {_INSTALL}, or set CUDA_HOME to a CUDA toolkit."
+            ) from error
         return self.load(image), image.threads
 
     def load(self, image: Any) -> Any:

@@ -190,6 +190,7 @@ class DeviceGradients(Gradients):
         if memory.shape not in shapes:
             expected = " or ".join(str(shape) for shape in shapes if shape is not None)
             raise ValueError(f"{called} has shape {memory.shape}, expected {expected}.")
+        checks.aligned(called, memory)
         if not memory.contiguous:
             leaf = place.contiguous(leaf)
             memory = place.memory(called, leaf)

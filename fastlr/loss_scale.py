@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import checks
 from .kernels import loss_scaling
+
+if TYPE_CHECKING:
+    from .device_arrays import DevicePlace
 
 __all__ = ["LossScale"]
 
@@ -57,8 +60,9 @@ class LossScale:
         self.interval = checks.count("interval", interval)
         self._scale = np.asarray(init)
         self._good = np.asarray(0, np.int64)
-        self.changed = False
-        self._pull: Callable[[], None] | None = None
+        self._place: DevicePlace | None = None
+        self._memory: Any = None
+        self.stream: int | None = None  # in which the step made last has changed it, if it is on a GPU
 
     @property
     def scale(self) -> Any:
@@ -96,7 +100,8 @@ class LossScale:
             raise ValueError(f"this is not the state of a LossScale: {state!r}.") from None
         if not (np.isfinite(scale) & (scale > 0)).all() or scale.ndim > 1:
             raise ValueError(f"this is not the state of a LossScale: its scale is {state['scale']!r}.")
-        self._scale, self._good, self.changed = scale, good, True
+        self._scale, self._good = scale, good
+        self._put()
 
     def copy(self) -> LossScale:
         """Another one in the same state."""
@@ -106,24 +111,55 @@ class LossScale:
 
     # For an optimizer on a GPU, which keeps the state there.
 
+    @property
+    def on_device(self) -> Any:
+        """The scale where the optimizer has it on a GPU: float64, shape `(models,)`, of the parameters' library.
+
+        Multiply the loss by it and nothing waits; it changes with each step, be it by a graph.
+
+        Raises:
+            ValueError: if no optimizer on a GPU has it.
+        """
+        if self._place is None:
+            raise ValueError("this loss scale is of no optimizer on a GPU; use .scale.")
+        return self._memory[: len(self._memory) // 3]
+
+    def attach(self, place: DevicePlace, models: int) -> None:
+        """Keep the state on a GPU from now on: scale, good steps and the scale of the last step, for each model.
+
+        Raises:
+            ValueError: if it is on a GPU already, for another optimizer.
+        """
+        if self._place is not None:
+            raise ValueError(
+                "this loss scale belongs to another optimizer already; on a GPU each has one of its own. "
+                "Pass loss_scale.copy()."
+            )
+        self._place, self._memory = place, place.allocate(3 * models, "float64")
+        self._put()
+
+    @property
+    def address(self) -> int:
+        """Where the state is on the GPU."""
+        assert self._place is not None
+        return self._place.address(self._memory)
+
+    def _put(self) -> None:
+        """Bring what the GPU has up to date."""
+        if self._place is not None:
+            models = len(self._memory) // 3
+            state = [np.broadcast_to(x, models).astype(np.float64) for x in (self._scale, self._good, self._scale)]
+            self._place.copy(self._memory, np.concatenate(state))
+
     def _learn(self) -> None:
-        if self._pull is not None and not self.changed:
-            self._pull()
-
-    def attach(self, pull: Callable[[], None]) -> None:
-        """Let somebody else keep the state; `pull()` makes it known here."""
-        self._pull = pull
-
-    def export(self, models: int) -> np.ndarray:
-        """Scale and good steps of each model, shape `(2, models)`."""
-        return np.stack([np.broadcast_to(self._scale, models), np.broadcast_to(self._good, models)]).astype(np.float64)
-
-    def take(self, state: np.ndarray) -> None:
-        """Take over what `export` returned, as it is now."""
-        one = self._scale.ndim == 0 and state.shape[1] == 1
-        self._scale, self._good = (x[0] if one else x for x in (state[0].copy(), state[1].astype(np.int64)))
-        self._scale, self._good = np.asarray(self._scale), np.asarray(self._good)
+        """Learn from the GPU how it stands; waits for it."""
+        if self._place is not None:
+            state = self._place.to_host(self._memory, self.stream).reshape(3, -1)
+            one = self._scale.ndim == 0 and state.shape[1] == 1
+            self._scale, self._good = (np.asarray(x[0] if one else x) for x in (state[0], state[1].astype(np.int64)))
 
     def __repr__(self) -> str:
         """The call that makes it, with the present scale."""
+        if self._place is not None:
+            return f"LossScale(growth={self.growth}, backoff={self.backoff}, interval={self.interval}) on a GPU"
         return f"LossScale({self.scale!r}, growth={self.growth}, backoff={self.backoff}, interval={self.interval})"

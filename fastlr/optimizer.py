@@ -105,7 +105,8 @@ class Optimizer:
     Args:
         params: what to update, in place: a tree of arrays (nested dicts, lists, tuples, named tuples, dataclasses and
             None), a `FlatBuffer`, or one array. The arrays are C-contiguous, writable, not overlapping, all float32 or
-            all float64.
+            all float64; NumPy arrays, or arrays on one GPU: of PyTorch, CuPy, Numba or anything with a CUDA array
+            interface or DLPack.
         rule: a rule made by `fastlr.rule`.
         lr: learning rate, >= 0; as every numeric hyperparameter an array `(population,)` if the parameters are a
             population.
@@ -120,7 +121,8 @@ class Optimizer:
         clip_value: > 0. Each element of the gradient is limited to this magnitude, after `clip_norm`. Default None.
         skip_nonfinite: a step whose gradient has NaN or Inf anywhere changes nothing: parameters, states, averages,
             copies and counters stay bit for bit; in a population only for that model. `info.skipped` says so.
-        loss_scale: a `LossScale`, whose scale the gradients are divided by; implies `skip_nonfinite`.
+        loss_scale: a `LossScale`, whose scale the gradients are divided by; implies `skip_nonfinite`. For parameters on
+            a GPU its state is there, see `LossScale.on_device`.
         ema: keep a moving average of the parameters, `e = e + (1 - ema) * (p - e)` after each update, in `opt.ema`;
             in [0, 1). It starts as a copy of the parameters. Its decay is the hyperparameter `ema_decay` from then on.
         ema_out: arrays of your own in the parameters' structure to keep the average in (a target network). They go on
@@ -258,6 +260,8 @@ class Optimizer:
         starts = [rule.defaults[name] for name in rule.scalars]
         counts = Counts.zero(len(self._params.leaves), self._params.models, starts)
         self._put(**self._rows_for(counts))
+        if loss_scale is not None and not self._on_host:
+            loss_scale.attach(self._params.place, self._params.models)
 
     @property
     def _on_host(self) -> bool:
@@ -591,7 +595,7 @@ class Optimizer:
             if stream is not None:
                 if self._on_host:
                     raise ValueError("stream= is for parameters on a GPU; these are on the CPU.")
-                stream = stream_handle(stream)
+                stream = stream_handle(stream, self._params.place.device)
             if grad_scale is not None or self._unscaled:
                 self._take_scale(grad_scale)
             if self._hyper.changed or self._staged is None or self._epoch != _threads.epoch:
@@ -879,9 +883,11 @@ class Optimizer:
         capturable = self._capturable and place is not HOST
         new._put(_lock=threading.RLock(), _capturable=capturable, _backend="numba")
         external = {n: moved(self._columns.arrays[n], given) for n, given in self._columns.external.items()}
-        if self.loss_scale is not None:
-            new._put(loss_scale=self.loss_scale.copy())
         new._put(_alloc=None if place is not HOST else self._alloc)
+        if self.loss_scale is not None and place is ours.place:
+            new._put(loss_scale=self.loss_scale.copy())
+            if place is not HOST:
+                new.loss_scale.attach(place, ours.models)
         new.rebuild(moved(ours.leaves, ours.source), ema_out=external.get("ema"), lr_scale=external.get("lr_scale"))
         return new
 
@@ -948,6 +954,10 @@ class Optimizer:
                         new._columns.arrays[letter][k], source if same else self._params.place.to_host(source)
                     )
         new._put(**new._rows_for(counts))
+        if new.loss_scale is not None and new._params.place is not self._params.place:
+            new._put(loss_scale=new.loss_scale.copy())
+            if not new._on_host:
+                new.loss_scale.attach(new._params.place, new._params.models)
         self.__dict__.update(new.__dict__)
         return tuple(fresh)
 

@@ -30,7 +30,8 @@ class Memory:
         shape: in elements.
         kind: the name of its dtype.
         nbytes: of all elements.
-        contiguous: whether the elements stand in C order without gaps, aligned.
+        contiguous: whether the elements stand in C order without gaps.
+        aligned: whether the address is a multiple of an element's size.
         writeable: whether they may be written.
     """
 
@@ -39,6 +40,7 @@ class Memory:
     kind: str
     nbytes: int
     contiguous: bool
+    aligned: bool
     writeable: bool
 
     @property
@@ -112,8 +114,8 @@ class Host(Place):
                 "Convert it, or share its memory (torch: tensor.detach().numpy(); JAX: a copy, np.array(x))."
             )
         flags, address = leaf.flags, leaf.__array_interface__["data"][0]
-        contiguous = flags.c_contiguous and flags.aligned
-        return Memory(address, leaf.shape, str(leaf.dtype), leaf.nbytes, contiguous, flags.writeable)
+        described = (flags.c_contiguous, flags.aligned, flags.writeable)
+        return Memory(address, leaf.shape, str(leaf.dtype), leaf.nbytes, *described)
 
     def allocate(self, count: int, dtype: Any, position: int = 0, alloc: Alloc | None = None) -> np.ndarray:
         """Memory for `count` zeros, 64-byte aligned, at the page offset of its position among the streams of a sweep.

@@ -50,7 +50,7 @@ PARAMETERS = [
     ),
     ([np.ones((4, 4))[:, 1]], ValueError, "params['0'] is not C-contiguous, so it cannot be updated in place."),
     ([np.asfortranarray(np.ones((4, 4)))], ValueError, "params['0'] is not C-contiguous"),
-    ([unaligned()], ValueError, "params['0'] is not C-contiguous"),
+    ([unaligned()], ValueError, "params['0'] is not aligned: its address"),
     (read_only(), ValueError, "params is read-only, so it cannot be updated in place. Pass a copy of it."),
     ([SHARED, SHARED], ValueError, "params['0'] and params['1'] share memory, so both cannot be updated."),
     ({"a": SHARED[:6], "b": SHARED[5:]}, ValueError, "params['a'] and params['b'] share memory"),

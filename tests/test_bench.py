@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
+import runpy
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -156,4 +159,26 @@ def test_info_and_module(tmp_path):
     done = subprocess.run([sys.executable, "-m", "fastlr", "info"], capture_output=True, text=True, check=True)
     for word in ("fastlr", "numba", "vector width", "threads", "kernel cache", "gpu"):
         assert word in done.stdout
-    assert "not used" in done.stdout
+    assert re.search(r"^gpu +(none: |<cuda:0)", done.stdout, re.M)
+
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.skipif(find_spec("torch") is None, reason="PyTorch is not installed")
+@pytest.mark.skipif(not (ROOT / "bench" / "gpu.py").exists(), reason="the benchmark is not beside the tests")
+def test_the_command_for_a_gpu_goes_through(tmp_path):
+    """On an emulated device, with arrays that are far too small: what it prints means nothing, that it runs does."""
+    command = [sys.executable, "-m", "bench.gpu", "--dry-run", "--quick", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (file,) = tmp_path.glob("gpu-*.json")
+    found = json.loads(file.read_text())
+    assert found["system"]["gpu"] == "none: emulated" and "commit" in found["system"]
+    modes = {row["mode"] for row in found["rows"]}
+    assert modes == {"copy", "adam", "adam GPT-2", "adam ResNet-50", "full GPT-2", "full ResNet-50", "full"}
+    assert {row["leaves"] for row in found["rows"]} == {1, 148, 161}
+    readme = runpy.run_path(str(ROOT / "bench" / "readme.py"), run_name="readme")
+    table = readme["gpu"](file)
+    assert "| adam GPT-2 |" in table and "none: emulated, driver" in table
+    assert "not yet run or timed on a GPU" in readme["gpu"](None)

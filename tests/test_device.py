@@ -307,6 +307,7 @@ def test_replays_equal_steps(device, rng):
         expected = ours.step(grads[k])
         assert theirs.steps == ours.steps
         assert_same_info(infos[0], expected, [""])
+        assert np.asarray(theirs.loss_scale.on_device).tolist() == [ours.loss_scale.scale]
         assert theirs.loss_scale.scale == ours.loss_scale.scale
     assert ours.skipped_steps == 2
     assert_same(theirs, ours)
@@ -526,6 +527,11 @@ BAD = {
         ValueError,
         "params['w'] is not C-contiguous, so it cannot be updated in place. Pass a contiguous copy",
     ),
+    "not aligned": (
+        lambda: fastlr.Adam({"w": on_device(np.ones(20, np.uint8))[1:17].view(np.float32)}),
+        ValueError,
+        "is no multiple of the size of a float32. Pass a copy of it.",
+    ),
     "dtype": (lambda: fastlr.Adam(on_device(np.ones(3, np.int32))), TypeError, "expected float32 or float64"),
     "ema_out on the CPU": (
         lambda: fastlr.Adam({"w": on_device(np.ones(3))}, ema=0.9, ema_out={"w": np.ones(3)}),
@@ -576,6 +582,20 @@ def test_bad_gradients(name):
         opt.step(grads)
     assert message in str(raised.value)
     assert all(same(before[k], v) for k, v in opt.snapshot().items())
+
+
+def test_a_loss_scale_is_of_one_optimizer():
+    scale = fastlr.LossScale(8.0)
+    with pytest.raises(ValueError, match="of no optimizer on a GPU"):
+        scale.on_device  # noqa: B018
+    opt = _params(loss_scale=scale)
+    assert np.asarray(scale.on_device).tolist() == [8.0] and "on a GPU" in repr(scale)
+    with pytest.raises(ValueError, match=r"Pass loss_scale\.copy\(\)"):
+        _params(loss_scale=scale)
+    again = opt.to("cuda")
+    scale.load_state_dict({"scale": 2.0, "good": 1})
+    assert scale.scale == 2.0 and again.loss_scale.scale == 8.0
+    assert opt.to("cpu").loss_scale.scale == 2.0
 
 
 def test_gradients_that_are_the_parameters():

@@ -147,15 +147,20 @@ def test_what_a_driver_refuses(with_stub):
             fastlr.Adam(leaves)
         except MemoryError as error:
             print(error)
-        try:
-            opt.step(grads, stream="fast")
-        except TypeError as error:
-            print(error)
+        class Elsewhere:
+            cuda_stream, device_id = 5, 1
+
+        for stream in ("fast", Elsewhere):
+            try:
+                opt.step(grads, stream=stream)
+            except (TypeError, ValueError) as error:
+                print(error)
         """)
     assert "the kernel 'update_few', compiled for compute capability 9.0, cannot be loaded. cuda:0: the CUDA" in said
     assert "cuda:7: the CUDA driver says CUDA_ERROR_INVALID_DEVICE" in said
     assert "a buffer of 6,207 x float32 needs 24,828 bytes on cuda:0, which has no room for it" in said
     assert "stream must be a stream of PyTorch, CuPy or cuda.core, or its handle, got 'fast'." in said
+    assert "the stream is of cuda:1, but the parameters are on cuda:0." in said
 
 
 def test_information(with_stub):
