@@ -1,6 +1,6 @@
 """fastlr: fused optimizer updates in place over NumPy arrays, at memory speed."""
 
-from . import bench, optimizers
+from . import bench, optimizers, schedules
 from ._version import __version__
 from .buffers import FlatBuffer, flatten
 from .device_arrays import DeviceArray
@@ -35,6 +35,7 @@ __all__ = [
     "get_num_threads",
     "norm",
     "rule",
+    "schedules",
     "set_num_threads",
     "total",
     "warmup",

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from . import scheduled
 from .groups import Groups
 from .rows import Counts
+from .schedules import Schedule
 
 if TYPE_CHECKING:
     from .optimizer import Optimizer
@@ -46,6 +48,8 @@ def collect(opt: Optimizer, params: bool) -> dict[str, np.ndarray]:
     description = {**_describe(opt), "steps": counts.steps, "groups": opt._hyper.export()}
     if opt.loss_scale is not None:
         description["loss_scale"] = opt.loss_scale.state_dict()
+    if opt._observed:
+        description["observed"] = scheduled.saved(opt._observed)
     out = {
         _DESCRIPTION: np.frombuffer(json.dumps(description).encode(), np.uint8).copy(),
         "step": counts.t,
@@ -102,9 +106,10 @@ def apply(opt: Optimizer, state: Mapping[str, np.ndarray]) -> None:
             f"the state is of another optimizer: it has the hyperparameters {', '.join(sorted(own))}, "
             f"this one has {', '.join(sorted(expected_names))}."
         )
+    present = {pattern: group._values for pattern, group in opt._hyper.items()}
     hyper = Groups(
-        as_given(own),
-        {p: as_given(v) for p, v in groups.items()},
+        as_given(own, opt._hyper.defaults._values),
+        {p: as_given(v, present.get(p, {}), f"groups[{p!r}]: ") for p, v in groups.items()},
         opt._params.paths,
         opt._params.population,
         opt._spelling,
@@ -116,7 +121,7 @@ def apply(opt: Optimizer, state: Mapping[str, np.ndarray]) -> None:
     scalars = [arrays[name] for name in opt._source.scalars]
     stacked = np.stack(scalars, axis=-1) if scalars else np.zeros((*shape, 0))
     counts = Counts(arrays["step"], arrays["clock"], arrays["skipped"], stacked, steps)
-    opt._put(_hyper=hyper)
+    opt._put(_hyper=hyper, _observed=scheduled.restored(saved.get("observed", {})))
     opt._take_counts(counts)
     for prefix, letter in zip(prefixes, opt._columns.letters, strict=True):
         for path, leaf in zip(opt._params.paths, opt._columns.arrays[letter], strict=True):
@@ -127,15 +132,34 @@ def apply(opt: Optimizer, state: Mapping[str, np.ndarray]) -> None:
     opt._columns.encode_shadow()
 
 
-def as_given(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Lists from JSON as the tuples and arrays that they were."""
+def as_given(values: Mapping[str, Any], present: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Lists and dicts from JSON as the tuples, arrays and schedules that they were.
 
-    def one(value: Any) -> Any:
+    Args:
+        values: as `Groups.export` made them.
+        present: what the optimizer has now, for functions of the user's, which cannot be saved.
+        where: what to put before names in messages.
+
+    Raises:
+        ValueError: if a function would be needed and is not there.
+    """
+
+    def one(label: str, value: Any, here: Any) -> Any:
+        if isinstance(value, dict):
+            if value["type"] is not None:
+                return Schedule.from_dict(value)
+            if isinstance(here, Schedule):
+                return here
+            raise ValueError(
+                f"{label} followed {value['code']}, a function of yours, which cannot be saved. Build the optimizer "
+                "with that function again, then load."
+            )
         if not isinstance(value, list):
             return value
-        return tuple(one(v) for v in value)
+        several = isinstance(here, tuple) and len(here) == len(value)
+        return tuple(one(f"{label}[{k}]", v, here[k] if several else None) for k, v in enumerate(value))
 
-    return {name: one(value) for name, value in values.items()}
+    return {name: one(f"{where}{name}", value, present.get(name)) for name, value in values.items()}
 
 
 def _difference(what: str, saved: Any, here: Any) -> str:

@@ -38,7 +38,16 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
 _POSITIVE = ("clip_norm", "clip_value", "grad_scale")
 
 
-def _expected(name: str) -> str:
+def limits(name: str) -> tuple[float, float, tuple[float, ...]]:
+    """Between which two numbers a hyperparameter of this name in the API must be, and which of the two it may be."""
+    if name in _POSITIVE:
+        return 0.0, math.inf, ()
+    low, high, closed = _RANGES.get(name, (-math.inf, math.inf, False))
+    return low, high, tuple(x for x in ((low, high) if closed else (low,)) if math.isfinite(x))
+
+
+def expected(name: str) -> str:
+    """What a number of this name must be, in words."""
     if name in _POSITIVE:
         return "must be positive and finite"
     low, high, closed = _RANGES.get(name, (-math.inf, math.inf, False))
@@ -58,15 +67,15 @@ def _number(name: str, label: str, value: Any, population: int | None) -> float 
     except (TypeError, ValueError):
         raise TypeError(f"{label} must be a number, got {value!r}.") from None
     if array.ndim and (population is None or array.shape != (population,)):
-        expected = "one number" if population is None else f"one number or an array of shape ({population},)"
+        wanted = "one number" if population is None else f"one number or an array of shape ({population},)"
         hint = "" if population is not None else " (only a population takes arrays: see fastlr.flatten)"
-        raise ValueError(f"{label} must be {expected}, got shape {array.shape}{hint}.")
+        raise ValueError(f"{label} must be {wanted}, got shape {array.shape}{hint}.")
     good = np.isfinite(array) & (array >= low) & ((array <= high) if closed else (array < high))
     if name in _POSITIVE:
         good = np.isfinite(array) & (array > 0)
     if not good.all():
         shown = array if array.ndim == 0 else array[~good][0]
-        raise ValueError(f"{label} {_expected(name)}, got {float(shown)!r}.")
+        raise ValueError(f"{label} {expected(name)}, got {float(shown)!r}.")
     if array.ndim == 0:
         return float(array)
     array.flags.writeable = False

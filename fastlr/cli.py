@@ -1,4 +1,4 @@
-"""The command line: `fastlr bench`, `fastlr info`; `python -m fastlr` is the same."""
+"""The command line: `fastlr bench`, `info`, `schedules`, `plot`; `python -m fastlr` is the same."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import __version__, bench, info
+from . import __version__, bench, info, plots
 from .bench import report
 from .checks import DTYPES
 
@@ -37,6 +37,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, processor, threads, cache folder, GPU")
+    commands.add_parser("schedules", help="the schedules, each with its equation")
+    p = commands.add_parser("plot", help="draw schedules")
+    p.add_argument(
+        "expression", nargs="+", help='such as "Cosine(1e-3, steps=10_000).warmup(500)"; several are overlaid'
+    )
+    p.add_argument("-o", "--output", metavar="FILE", help=".png, .svg or .pdf; without it, in the terminal")
+    p.add_argument("--steps", type=int, help="how many steps to draw")
     b = commands.add_parser("bench", help="throughput beside NumPy, PyTorch and this machine's memory speed")
     b.add_argument("--quick", action="store_true", help="three rules and three sizes, in under a minute")
     b.add_argument("--rules", type=_list, help="adam,rmsprop,... (default: all)")
@@ -101,9 +108,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, value in info.describe().items():
             print(f"{name:16} {value}")
         return 0
+    if args.command == "schedules":
+        for name, cls in sorted(plots.named().items()):
+            print(f"{name:18} {' '.join((cls.__doc__ or '').split(chr(10) * 2)[0].split())}")
+        return 0
     try:
-        _bench(args)
-    except (ValueError, TypeError, RuntimeError, OSError) as error:
-        print(f"fastlr bench: {error}", file=sys.stderr)
+        if args.command == "plot":
+            plots.plot([plots.parse(text) for text in args.expression], args.output, args.steps)
+        else:
+            _bench(args)
+    except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
+        print(f"fastlr {args.command}: {error}", file=sys.stderr)
         return 2
     return 0

@@ -20,7 +20,6 @@ import numpy as np
 from . import places
 from .device_arrays import DevicePlace
 from .devices import Launch
-from .groups import Groups
 from .kernels import grid
 from .kernels.layout import CLOCK, COUNT, COUNTERS, FIRST_ADDRESS, LEAF, ROW, STEPS, TICKS, T
 from .kernels.primitives import power, real_power, sqrt
@@ -29,6 +28,7 @@ from .kernels.tiles import Storage
 from .loss_scale import LossScale
 from .plans import Plan
 from .rows import Counts, Rows
+from .scheduled import Formula, Rates
 from .step_info import Layout, StepInfo
 
 __all__ = ["DevicePlan", "DeviceRows", "DeviceStepInfo", "StepKernels"]
@@ -44,6 +44,7 @@ class StepKernels:
         staged: the rule.
         storage: how its columns stand in memory.
         tuning: how the work is cut.
+        formulas: the hyperparameters that `decide` has to evaluate itself.
 
     Attributes:
         compile_s: seconds spent compiling or loading so far.
@@ -53,8 +54,15 @@ class StepKernels:
 
     takes_helpers = False
 
-    def __init__(self, device: Any, staged: Staged, storage: Storage, tuning: grid.Tuning | None = None) -> None:
-        self.device, self.staged, self.storage = device, staged, storage
+    def __init__(
+        self,
+        device: Any,
+        staged: Staged,
+        storage: Storage,
+        tuning: grid.Tuning | None = None,
+        formulas: tuple[Formula, ...] = (),
+    ) -> None:
+        self.device, self.staged, self.storage, self.formulas = device, staged, storage, formulas
         self.tuning = tuning or grid.Tuning()
         self.compile_s = 0.0
         self.piece = grid.piece_size(staged, storage, self.tuning)
@@ -66,7 +74,7 @@ class StepKernels:
         """The handle of a kernel and the threads in its blocks: "finish", "update", "update_few", "measure_0", ..."""
         if name not in self._made:
             began = time.perf_counter()
-            content = (self.staged, self.storage, self.tuning, name)
+            content = (self.staged, self.storage, self.tuning, name, *(self.formulas if name == "finish" else ()))
             self._made[name] = self.device.kernel(self._maker(name), self.staged.name, content)
             self.compile_s += time.perf_counter() - began
         return self._made[name]
@@ -74,7 +82,7 @@ class StepKernels:
     def _maker(self, name: str) -> Callable[[grid.Target], grid.Body]:
         staged, storage, tuning = self.staged, self.storage, self.tuning
         if name == "finish":
-            return lambda target: grid.finish(target, staged, storage)
+            return lambda target: grid.finish(target, staged, storage, self.formulas)
         if name.startswith("measure_"):
             return lambda target: grid.measure(target, staged, storage, int(name.removeprefix("measure_")), tuning)
         return lambda target: grid.update(target, staged, storage, tuning, by_value=name == "update_few")
@@ -178,7 +186,7 @@ class DeviceRows(Rows):
         self.host_counts = not capturable and "finite" not in staged.reports and not staged.scalars
         self._models = models
         self._tables: dict[Any, np.ndarray] = {
-            grid.SETTINGS: table[:, : len(staged.uniforms)],
+            grid.SETTINGS: table,
             grid.COUNTS: self.counters,
             grid.H: h,
             grid.SCALARS: self.scalars,
@@ -673,15 +681,16 @@ class DeviceStepInfo(StepInfo):
 
     __slots__ = ("_given_scale", "_results")
 
-    def __init__(
-        self, results: Results, lrs: Mapping[str, Any] | Groups, layout: Layout | None, grad_scale: Any
-    ) -> None:
+    def __init__(self, results: Results, lrs: Any, layout: Layout | None, grad_scale: Any) -> None:
         self._results, self._lrs, self._layout, self._given_scale = results, lrs, layout, grad_scale
 
     @property
     def lrs(self) -> Mapping[str, Any]:
-        """The learning rates, as `StepInfo.lrs`."""
-        return self._lrs.lr if isinstance(self._lrs, Groups) else self._lrs
+        """The learning rates, as `StepInfo.lrs`; of a schedule whose step only the GPU knows it is asked."""
+        lrs = self._lrs() if callable(self._lrs) else self._lrs
+        if isinstance(lrs, dict):
+            return Rates(lrs, max(0, self.step - 1 + bool(np.all(self.skipped))))
+        return lrs
 
     @property
     def step(self) -> int:

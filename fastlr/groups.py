@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from . import checks
+from .schedules import Function, Schedule
 
-__all__ = ["Group", "Groups"]
+__all__ = ["Group", "Groups", "hyperparameter"]
 
 
 def matching(name: str, pattern: str, paths: Sequence[str]) -> list[str]:
@@ -28,6 +29,29 @@ def matching(name: str, pattern: str, paths: Sequence[str]) -> list[str]:
         more = ", ..." if len(paths) > 5 else ""
         raise ValueError(f"{name}: the pattern {pattern!r} matches no parameter. There are {shown}{more}.")
     return matched
+
+
+def hyperparameter(name: str, value: Any, like: Any, population: int | None, where: str = "") -> Any:
+    """A hyperparameter in its normal form, as `checks.hyperparameter`, or a schedule for it; of a pair also for a part.
+
+    A function of the step stands for a `schedules.Function`.
+    """
+
+    def scheduled(one: Any) -> bool:
+        return isinstance(one, Schedule) or (callable(one) and not isinstance(one, type))
+
+    def made(one: Any) -> Schedule:
+        return one if isinstance(one, Schedule) else Function(one)
+
+    if isinstance(like, bool) or name == "frozen":
+        return checks.hyperparameter(name, value, like, population, where)
+    if scheduled(value) and not isinstance(like, tuple):
+        return made(value)
+    if isinstance(like, tuple) and isinstance(value, tuple | list) and any(map(scheduled, value)):
+        plain = [0.0 if scheduled(one) else one for one in value]
+        checked = checks.hyperparameter(name, plain, like, population, where)
+        return tuple(made(one) if scheduled(one) else c for one, c in zip(value, checked, strict=True))
+    return checks.hyperparameter(name, value, like, population, where)
 
 
 class Group:
@@ -139,7 +163,7 @@ class Groups(Mapping[str, Group]):
         checks.choices(f"{where}hyperparameter", [name], self.names)
         like = self.defaults._values[name]
         checked = "ema" if name == "ema_decay" else name
-        group._values[name] = checks.hyperparameter(checked, value, like, self._population, where)
+        group._values[name] = hyperparameter(checked, value, like, self._population, where)
         self.changed.add(name)
         if self.listener is not None:
             self.listener()
@@ -169,9 +193,14 @@ class Groups(Mapping[str, Group]):
         return MappingProxyType({"": self.defaults.lr, **{p: g.lr for p, g in self._groups.items()}})
 
     def export(self) -> dict[str, dict[str, Any]]:
-        """What each group sets, as plain numbers and lists; `""` stands for the optimizer."""
+        """What each group sets, as plain numbers, lists and dicts; `""` stands for the optimizer."""
 
         def plain(value: Any) -> Any:
+            if isinstance(value, Schedule):
+                try:
+                    return value.to_dict()
+                except TypeError:  # a function of the user's, or with one in it
+                    return {"type": None, "code": repr(value)}
             if isinstance(value, tuple):
                 return [plain(v) for v in value]
             return value.tolist() if isinstance(value, np.ndarray) else value

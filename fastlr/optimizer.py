@@ -19,10 +19,11 @@ from .columns import Columns, Parameters
 from .device_plans import DevicePlan, DeviceRows, StepKernels
 from .devices import stream_handle
 from .gradients import DeviceGradients, Gradients
-from .groups import Groups, matching
+from .groups import Groups, hyperparameter, matching
 from .kernels import cpu, reference, rules
 from .kernels.cpu import Kernel
 from .kernels.formats import FORMATS
+from .kernels.layout import CLOCK
 from .kernels.primitives import SCOPES
 from .kernels.staging import After, Before, Rule, Staged
 from .kernels.tiles import Storage
@@ -30,6 +31,8 @@ from .loss_scale import LossScale
 from .places import HOST, Alloc
 from .plans import Column, Plan
 from .rows import Counts, Rows
+from .scheduled import Formula, Rates, Scheduled, metric_of
+from .schedules import Schedule
 from .step_info import Layout, StepInfo
 from .trees import is_container
 
@@ -52,8 +55,8 @@ def _kernel(staged: Staged, storage: Storage, backend: str) -> Kernel:
 
 
 @functools.cache
-def _device_kernels(staged: Staged, storage: Storage, device: Any) -> StepKernels:
-    return StepKernels(device, staged, storage)
+def _device_kernels(staged: Staged, storage: Storage, device: Any, formulas: tuple[Formula, ...]) -> StepKernels:
+    return StepKernels(device, staged, storage, formulas=formulas)
 
 
 def _kinds(optimizer: type) -> dict[str, Any]:
@@ -108,8 +111,8 @@ class Optimizer:
             all float64; NumPy arrays, or arrays on one GPU: of PyTorch, CuPy, Numba or anything with a CUDA array
             interface or DLPack.
         rule: a rule made by `fastlr.rule`.
-        lr: learning rate, >= 0; as every numeric hyperparameter an array `(population,)` if the parameters are a
-            population.
+        lr: learning rate, >= 0; as every numeric hyperparameter a schedule (`fastlr.schedules`, or a function of the
+            step) or, if the parameters are a population, an array `(population,)`.
         weight_decay: >= 0. Default: that of a rule that names it itself, else 0.
         decoupled_weight_decay: False: L2, `g + weight_decay * p` goes into the rule. True: the rule starts from
             `p - lr * weight_decay * p`.
@@ -243,9 +246,9 @@ class Optimizer:
             raise TypeError(f"rule {rule.name!r} needs a value for {', '.join(missing)}.")
         known.update(clip_norm=clip_norm, clip_value=clip_value)
         kinds = {**rule.defaults, **_kinds(type(self))}
-        values = {n: checks.hyperparameter(n, v, kinds.get(n, v), self._params.population) for n, v in known.items()}
+        values = {n: hyperparameter(n, v, kinds.get(n, v), self._params.population) for n, v in known.items()}
         if ema is not None:
-            values["ema_decay"] = checks.hyperparameter("ema", ema, 0.0, self._params.population)
+            values["ema_decay"] = hyperparameter("ema", ema, 0.0, self._params.population)
         elif ema_out is not None:
             raise ValueError("ema_out is where the average is kept; give its decay as well, such as ema=0.999.")
         self._put(_hyper=Groups(values, groups, self._params.paths, self._params.population, self._spelling))
@@ -253,7 +256,7 @@ class Optimizer:
         tested = {spelled.get(n, n) for n in rule.switches | _BEFORE.switches}
         self._put(_structural={*flags, *tested, *checks.OPTIONAL}, _epoch=_threads.epoch)
         self._put(_unscaled=loss_scale is not None, _grad_scale=1.0, _by_leaf=False)
-        self._put(_accumulated=None, _adding={})
+        self._put(_accumulated=None, _adding={}, _observed={})
         external = {n: tree for n, tree in (("ema", ema_out), ("lr_scale", lr_scale)) if tree is not None}
         self._put(_per_element=lr_scale is not None)
         self._allocate(self._stage().states, external)
@@ -300,7 +303,8 @@ class Optimizer:
         self._check_settings(uniforms)
         switches = self._source.switches | _BEFORE.switches
         norm_clipped, value_clipped = (
-            any(np.any(np.isfinite(u[name])) for u in uniforms) for name in ("clip_norm", "clip_value")
+            any(isinstance(u[name], Schedule) or np.any(np.isfinite(u[name])) for u in uniforms)
+            for name in ("clip_norm", "clip_value")
         )
         static: dict[str, Any] = {
             "scope": self._scope,
@@ -355,8 +359,9 @@ class Optimizer:
         if isinstance(rows, DeviceRows) and rows.captured and self._stage() is self._staged:
             new = self._make_rows(counts)
             if rows.replace(new):
+                self._put(_scheduled=self._follow(self._staged, rows))
                 self._fill_table(self._staged, rows, self._table)
-                self._put(_lrs=self._hyper.lr)
+                self._put(_lrs=self._scheduled.parts(self._hyper.lr))
                 self._hyper.listener = self._push_settings
                 rows.push()
                 return
@@ -378,19 +383,27 @@ class Optimizer:
         self._put(_by_leaf=self._by_leaf or any(scope == "leaf" for _, scope in staged.sums))
         same = staged is self._staged and self._by_leaf == self._rows.by_leaf and _threads.epoch == self._epoch
         if same and "frozen" not in hyper.changed:
-            self._fill_table(staged, self._rows, self._table)
-            self._put(_lrs=hyper.lr)
-            hyper.changed.clear()
-            return
+            scheduled = self._follow(staged, self._rows)
+            if self._on_host or scheduled.formulas() == self._scheduled.formulas():
+                self._put(_scheduled=scheduled)
+                self._fill_table(staged, self._rows, self._table)
+                self._put(_lrs=scheduled.parts(hyper.lr))
+                hyper.changed.clear()
+                return
         new = self._rows_for(self._rows.counts())
         rows = new["_rows"]
-        table = np.zeros((len(rows), max(1, len(staged.uniforms))))
+        self._put(_scheduled=self._follow(staged, rows))
+        formulas = () if self._on_host else self._scheduled.formulas()
+        table = np.zeros((len(rows), max(1, len(staged.uniforms)) + sum(f.count for f in formulas)))
         self._fill_table(staged, rows, table)
         h = np.zeros((len(rows), staged.slots), self._params.dtype)
         if isinstance(rows, DeviceRows):
             models, capturable = self._params.models, self._capturable
             rows.install(self._params.place, staged, table, h, models, self.loss_scale, capturable)
-        self._put(**{**new, "_staged": staged}, _table=table, _h=h, _epoch=_threads.epoch, _lrs=hyper.lr)
+            formulas = () if rows.decided_by_host else formulas
+        self._put(_formulas=formulas)
+        self._put(**{**new, "_staged": staged}, _table=table, _h=h, _epoch=_threads.epoch)
+        self._put(_lrs=self._scheduled.parts(hyper.lr))
         hyper.changed.clear()
 
     def _fill_table(self, staged: Staged, rows: Rows, table: np.ndarray) -> None:
@@ -400,8 +413,40 @@ class Optimizer:
             which = np.flatnonzero(rows.configuration == c)
             for column, name in enumerate(staged.uniforms):
                 value = values[name]
-                table[which, column] = value[rows.model[which]] if isinstance(value, np.ndarray) else value
+                if not isinstance(value, Schedule):
+                    table[which, column] = value[rows.model[which]] if isinstance(value, np.ndarray) else value
+        if self._scheduled.entries and not self._on_host:
+            table[:, len(staged.uniforms) :] = self._scheduled.numbers(rows)
         rows.settings_known = False
+
+    def _follow(self, staged: Staged, rows: Rows) -> Scheduled:
+        """The hyperparameters that follow a schedule, for these rows."""
+        return Scheduled(self._hyper.uniforms(), self._spelling, rows, staged.uniforms, self._observed)
+
+    def _current_rates(self) -> Mapping[str, Any]:
+        rates: Mapping[str, Any] = self._lrs
+        return rates
+
+    def observe(self, metric: Any) -> None:
+        """Tell every `schedules.Plateau` among the hyperparameters how the training goes.
+
+        Args:
+            metric: such as the loss on held-out data; NaN counts as not better.
+
+        Raises:
+            TypeError: if it is no number.
+            ValueError: if no hyperparameter follows a `Plateau`.
+        """
+        number = metric_of(metric)
+        if self._staged is None or self._hyper.changed:
+            self._refresh()
+        self._scheduled.observe(number)
+        self._put(_lrs=self._scheduled.parts(self._hyper.lr))
+        if not self._on_host:
+            self._table[:, len(self._staged.uniforms) :] = self._scheduled.numbers(self._rows)
+            self._rows.settings_known = False
+            if self._capturable:
+                self._rows.push()
 
     def _take_scale(self, grad_scale: Any) -> None:
         """What the gradients of this step are to be divided by."""
@@ -502,7 +547,9 @@ class Optimizer:
             if self._on_host:
                 self._kernels[kind, clear] = _kernel(self._staged, storage, self._backend)
             else:
-                self._kernels[kind, clear] = _device_kernels(self._staged, storage, self._params.place.device)
+                self._kernels[kind, clear] = _device_kernels(
+                    self._staged, storage, self._params.place.device, self._formulas
+                )
         return self._kernels[kind, clear]
 
     @property
@@ -602,6 +649,13 @@ class Optimizer:
                 self._refresh()
             clear = self._clears and grads is None
             plan, kind, kept = self._bind(grads, only)
+            lrs: Any = self._current_rates if self._capturable else self._lrs
+            if self._scheduled.entries:
+                rows: Any = self._rows
+                if not self._formulas:
+                    self._scheduled.fill(rows, self._table)
+                if self._on_host or (rows.host_knows and not self._capturable):
+                    lrs = Rates(lrs, rows.counters.item(-1, CLOCK))
             if only is not None:
                 plan.count_part(self._rows)
             kernel = self._kernels.get((kind, clear)) or self._kernel_for(kind, clear)
@@ -609,7 +663,7 @@ class Optimizer:
             del kept
             if grads is None:
                 self._after_own(plan, clear, only)
-            info = plan.info(self._rows, self._hyper if self._capturable else self._lrs, self._grad_scale)
+            info = plan.info(self._rows, lrs, self._grad_scale)
             if self.loss_scale is not None and self._on_host:
                 self.loss_scale.update(info.skipped)
             return info
@@ -919,10 +973,11 @@ class Optimizer:
             )
         _, *overrides = self._hyper.export().items()
         values = {n: v for n, v in self._hyper.defaults._values.items() if n != "frozen"}
-        given = {pattern: checkpoints.as_given(override) for pattern, override in overrides}
+        present = {pattern: group._values for pattern, group in self._hyper.items()}
+        given = {p: checkpoints.as_given(override, present[p]) for p, override in overrides}
         hyper = Groups(values, given, new._params.paths, new._params.population, self._spelling)
         hyper.defaults.frozen = self._hyper.defaults.frozen
-        new._put(_hyper=hyper, _by_leaf=False, _accumulated=None, _adding={})
+        new._put(_hyper=hyper, _by_leaf=False, _accumulated=None, _adding={}, _observed=dict(self._observed))
         if new._capturable and new._on_host:
             raise ValueError("this optimizer is capturable, but the new parameters are on the CPU. Build a new one.")
         external = {"ema": ema_out, "lr_scale": lr_scale}

@@ -36,7 +36,7 @@ from .tiles import ELEMENT, Storage, accessors, element_text, reading, zero_of
 
 # Places in the board of a step, in int64s: addresses of its tables, and their sizes.
 (
-    SETTINGS,  # (rows, uniforms) float64
+    SETTINGS,  # (rows, uniforms and the numbers of formulas) float64
     COUNTS,  # (rows + 1, COUNTERS) int64, the last of the optimizer itself
     H,  # (rows, slots)
     ADVANCE,  # (rows + 1, ADVANCES) int64; in the last row: whether it is a step of a part, what its clock gains
@@ -549,8 +549,19 @@ def update(target: Target, staged: Staged, storage: Storage, tuning: Tuning, by_
     return Body("update", run, (types.int64,) * 6, threads)
 
 
-def finish(target: Target, staged: Staged, storage: Storage) -> Body:
-    """The kernel of one block that adds up over tiles, decides and counts: `(board, low, high, what)`."""
+# What formulas call.
+_FORMULAS = {name: getattr(math, name) for name in ("floor", "cos", "exp", "log", "sqrt", "pow")}
+
+
+def finish(target: Target, staged: Staged, storage: Storage, formulas: Sequence[Any] = ()) -> Body:
+    """The kernel of one block that adds up over tiles, decides and counts: `(board, low, high, what)`.
+
+    Args:
+        target: what it is made of.
+        staged: the rule.
+        storage: how its columns stand in memory.
+        formulas: settings that follow from the clock of a row (`fastlr.scheduled.Formula`).
+    """
     quantities = staged.quantities
     may_skip = "finite" in staged.reports
     threads = FINISH_THREADS
@@ -578,7 +589,7 @@ def finish(target: Target, staged: Staged, storage: Storage) -> Body:
                 q += 1
             k += threads
 
-    decide_row = _decide_row(target, staged, storage)
+    decide_row = _decide_row(target, staged, storage, formulas)
 
     def decide_rows(thread, board, what):
         rows, counts, advance = get(board, ROWS), get(board, COUNTS), get(board, ADVANCE)
@@ -663,11 +674,12 @@ def finish(target: Target, staged: Staged, storage: Storage) -> Body:
     return Body("finish", run, (types.int64,) * 4, threads)
 
 
-def _decide_row(target: Target, staged: Staged, storage: Storage) -> Any:
+def _decide_row(target: Target, staged: Staged, storage: Storage, formulas: Sequence[Any]) -> Any:
     """`decide_row(board, r, commit)`: decide for one row; 0.0 if its gradient is not finite and that is reported."""
     slots, scalars, reports = staged.slots, len(staged.scalars), len(staged.reports)
     compute = storage.compute
     size = np.dtype(compute).itemsize
+    settings = max(1, len(staged.uniforms)) + sum(f.count for f in formulas)
     kinds = [*(kind for m in staged.measures for kind in m.kinds), *["norm"] * len(staged.emitted)]
     powers = {"power": target.function(primitives.power), "real_power": math.pow}
     quantities = staged.quantities
@@ -685,7 +697,7 @@ def _decide_row(target: Target, staged: Staged, storage: Storage) -> Any:
         "decide": target.function(define(staged.decide, "decide", {**ELEMENT, **powers})),
         "integer": target.row("int64", 1),
         "number": number,
-        "uniforms": target.row("float64", len(staged.uniforms)),
+        "uniforms": target.row("float64", settings),
         "scopes": target.row("int64", len(SCOPES)),
         "kept": target.row("float64", scalars),
         "put": target.put("float64"),
@@ -695,7 +707,14 @@ def _decide_row(target: Target, staged: Staged, storage: Storage) -> Any:
         "total": total,
         "norm": target.function(norm),
     }
-    values = [f"u[{k}] * scale" if name == "grad_scale" else f"u[{k}]" for k, name in enumerate(staged.uniforms)]
+    values = [f"u[{k}]" for k in range(len(staged.uniforms))]
+    for f in formulas:
+        first = max(1, len(staged.uniforms)) + f.first
+        functions = {name: target.function(own) for name, own in f.functions}
+        namespace[f"formula_{f.uniform}"] = target.function(define(f.source, "value", {**_FORMULAS, **functions}))
+        values[staged.uniforms.index(f.uniform)] = f"formula_{f.uniform}(n, u[{first} : {first + f.count}])"
+    if "grad_scale" in staged.uniforms:
+        values[staged.uniforms.index("grad_scale")] += " * scale"
     values += [f"x[{k}]" for k in range(scalars)]
     values += [f"{kinds[q]}(cells, {q}, roots[{SCOPES.index(scope)}])" for q, scope in staged.sums]
 
@@ -705,7 +724,8 @@ def _decide_row(target: Target, staged: Staged, storage: Storage) -> Any:
     text = [
         "def decide_row(board, r, commit):",
         f"    t = integer({table(COUNTS, 8 * COUNTERS)} + {8 * T})[0] + 1",
-        f"    u = uniforms({table(SETTINGS, 8 * len(staged.uniforms))})",
+        f"    n = float64(integer({table(COUNTS, 8 * COUNTERS)} + {8 * CLOCK})[0])",
+        f"    u = uniforms({table(SETTINGS, 8 * settings)})",
         f"    h = {table(H, size * slots)}",
     ]
     if scalars:

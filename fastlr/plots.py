@@ -1,0 +1,180 @@
+"""Pictures of schedules and of range tests, and the language in which the command line names schedules."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from . import schedules
+from .schedules import Schedule
+
+__all__ = ["draw", "parse", "plot"]
+
+_METHODS = ("warmup", "then", "clip", "shift", "repeat", "per_epoch")
+_NOT_NAMED = ("Function", "Schedule")  # a function of the user's cannot be written on a command line
+
+
+def named() -> dict[str, type[Schedule]]:
+    """The schedules that an expression can name."""
+    return {name: getattr(schedules, name) for name in schedules.__all__ if name not in _NOT_NAMED}
+
+
+def parse(expression: str) -> Schedule:
+    """The schedule that an expression names, such as `Cosine(1e-3, steps=10_000).warmup(500)`.
+
+    It can name schedules, numbers, words in quotes and what schedules can do, and nothing else; nothing is executed.
+
+    Args:
+        expression: as it would be written in Python after `from fastlr.schedules import *`.
+
+    Raises:
+        ValueError: if it is something else; the message says what.
+        TypeError: if an argument is of the wrong kind.
+
+    Example:
+        >>> from fastlr.plots import parse
+        >>> parse("0.5 * Cosine(1e-3, steps=100).warmup(10)")(9)
+        0.0005
+    """
+    try:
+        tree = ast.parse(expression.strip(), mode="eval").body
+    except SyntaxError as error:
+        raise ValueError(f"{expression!r} is not an expression: {error.msg}.") from None
+
+    def refuse(node: ast.AST, why: str) -> NoReturn:
+        raise ValueError(f"{ast.unparse(node)!r} {why}. An expression names schedules and numbers and nothing else.")
+
+    def value(node: ast.expr) -> Any:
+        match node:
+            case ast.Constant(value=int() | float() | str() | bool()):
+                return node.value
+            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as number)):
+                return -number
+            case ast.Tuple(elts=parts) | ast.List(elts=parts):
+                return tuple(value(part) for part in parts)
+            case ast.BinOp(left=left, op=ast.Mult(), right=right):
+                a, b = value(left), value(right)
+                if not isinstance(a, Schedule) and not isinstance(b, Schedule):
+                    refuse(node, "multiplies no schedule")
+                return a * b
+            case ast.Call(func=ast.Name(id=name)):
+                known = named()
+                if name not in known:
+                    close = difflib.get_close_matches(name, known, n=1)
+                    hint = f"; did you mean {close[0]}" if close else f"; there are {', '.join(sorted(known))}"
+                    refuse(node, f"calls {name}, which is no schedule{hint}")
+                return call(known[name], node)
+            case ast.Call(func=ast.Attribute(value=inner, attr=name)):
+                schedule = value(inner)
+                if not isinstance(schedule, Schedule) or name not in _METHODS:
+                    refuse(node, f"asks for {name!r}, which is not one of {', '.join(_METHODS)}")
+                return call(getattr(schedule, name), node)
+        refuse(node, "cannot stand here")
+
+    def call(function: Any, node: ast.Call) -> Schedule:
+        if any(k.arg is None for k in node.keywords) or any(isinstance(a, ast.Starred) for a in node.args):
+            refuse(node, "unpacks something")
+        arguments = [value(a) for a in node.args]
+        keywords = {str(k.arg): value(k.value) for k in node.keywords}
+        try:
+            made: Schedule = function(*arguments, **keywords)
+        except TypeError as error:
+            raise TypeError(f"{ast.unparse(node)}: {str(error).replace('__init__() ', '')}") from None
+        return made
+
+    found = value(tree)
+    if not isinstance(found, Schedule):
+        raise ValueError(f"{expression!r} is no schedule. Try Cosine(1e-3, steps=1000).")
+    return found
+
+
+def _need(module: str) -> Any:
+    try:
+        return __import__(module, fromlist=["x"])
+    except ImportError:
+        package = module.split(".")[0]
+        raise ImportError(f'a picture needs {package}: pip install "fastlr-kernels[plot]".') from None
+
+
+def draw(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], path: str | Path, **labels: str) -> None:
+    """Write curves to a file.
+
+    Args:
+        curves: name to x and y.
+        path: ends in .png, .svg or .pdf.
+        labels: `title`, `xlabel`, `ylabel`; `xscale`, `yscale` "log" or "linear".
+
+    Raises:
+        ImportError: if matplotlib is missing.
+        ValueError: if the ending is another.
+    """
+    if Path(path).suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"{str(path)!r} must end in .png, .svg or .pdf.")
+    figure_module, agg = _need("matplotlib.figure"), _need("matplotlib.backends.backend_agg")
+    figure = figure_module.Figure(figsize=(7, 3.5), layout="constrained")
+    agg.FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for name, (x, y) in curves.items():
+        axes.plot(x, y, label=name, linewidth=1.5)
+    axes.set(**labels)
+    axes.grid(alpha=0.3)
+    if len(curves) > 1:
+        axes.legend(fontsize="small")
+    # The same file for the same picture: no date, no random names of parts.
+    _need("matplotlib").rcParams["svg.hashsalt"] = "fastlr"
+    date = {"Date": None} if Path(path).suffix == ".svg" else {}
+    figure.savefig(path, metadata=date)
+
+
+def show(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], **labels: str) -> None:
+    """Draw curves in the terminal.
+
+    Args:
+        curves: name to x and y.
+        labels: as for `draw`.
+
+    Raises:
+        ImportError: if plotext is missing.
+    """
+    terminal = _need("plotext")
+    terminal.clear_figure()
+    terminal.theme("clear")
+    terminal.plot_size(100, 25)
+    for name, (x, y) in curves.items():
+        terminal.plot(x.tolist(), y.tolist(), label=name if len(curves) > 1 else None)
+    if "title" in labels:
+        terminal.title(labels["title"])
+    for axis in ("x", "y"):
+        if f"{axis}label" in labels:
+            getattr(terminal, f"{axis}label")(labels[f"{axis}label"])
+        if labels.get(f"{axis}scale") == "log":
+            getattr(terminal, f"{axis}scale")("log")
+    terminal.show()
+
+
+def plot(given: Sequence[Schedule], path: str | Path | None = None, steps: int | None = None) -> None:
+    """Draw schedules.
+
+    Args:
+        given: the schedules.
+        path: a file ending in .png, .svg or .pdf; None: in the terminal.
+        steps: how many; default: as many as it takes to see what they do.
+
+    Raises:
+        ImportError: if matplotlib, or plotext for the terminal, is missing.
+    """
+    last = steps or max(schedule.extent() for schedule in given)
+    n = np.unique(np.linspace(0, last, 2001).astype(np.int64))
+    curves = {repr(schedule): (n, schedule(n)) for schedule in given}
+    labels = {"xlabel": "step", "ylabel": "value"}
+    if len(given) == 1:
+        labels["title"] = repr(given[0])
+    if path is None:
+        show(curves, **labels)
+    else:
+        draw(curves, path, **labels)
