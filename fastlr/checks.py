@@ -33,6 +33,8 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "initial_accumulator_value": (0.0, math.inf, False),
     "momentum_decay": (0.0, math.inf, False),
     "trust_coefficient": (0.0, math.inf, False),
+    "relative_distance": (0.0, math.inf, False),
+    "beta": (0.0, 1.0, False),
     "ema": (0.0, 1.0, False),
 }
 _POSITIVE = ("clip_norm", "clip_value", "grad_scale")

@@ -260,7 +260,7 @@ class Optimizer:
         external = {n: tree for n, tree in (("ema", ema_out), ("lr_scale", lr_scale)) if tree is not None}
         self._put(_per_element=lr_scale is not None)
         self._allocate(self._stage().states, external)
-        starts = [rule.defaults[name] for name in rule.scalars]
+        starts = [self._initial_scalar(name) for name in rule.scalars]
         counts = Counts.zero(len(self._params.leaves), self._params.models, starts)
         self._put(**self._rows_for(counts))
         if loss_scale is not None and not self._on_host:
@@ -279,6 +279,10 @@ class Optimizer:
     def _initial(self, letter: str) -> float:
         """The value at which a state starts; for subclasses."""
         return 0.0
+
+    def _initial_scalar(self, name: str) -> float:
+        """The value at which a state of a group starts; for subclasses."""
+        return float(self._source.defaults[name])
 
     def _allocate(self, letters: Sequence[str], external: Mapping[str, Any]) -> None:
         """The columns beside parameters and gradients, and what finds the gradients."""
@@ -401,7 +405,7 @@ class Optimizer:
             models, capturable = self._params.models, self._capturable
             rows.install(self._params.place, staged, table, h, models, self.loss_scale, capturable)
             formulas = () if rows.decided_by_host else formulas
-        self._put(_formulas=formulas)
+        self._put(_formulas=formulas, _finds_rate="rate" in staged.scalars)
         self._put(**{**new, "_staged": staged}, _table=table, _h=h, _epoch=_threads.epoch)
         self._put(_lrs=self._scheduled.parts(hyper.lr))
         hyper.changed.clear()
@@ -422,6 +426,18 @@ class Optimizer:
     def _follow(self, staged: Staged, rows: Rows) -> Scheduled:
         """The hyperparameters that follow a schedule, for these rows."""
         return Scheduled(self._hyper.uniforms(), self._spelling, rows, staged.uniforms, self._observed)
+
+    def _rates_found(self) -> Mapping[str, Any]:
+        """The learning rate of each group, where the rule finds it itself: its state `rate`."""
+        rows = self._rows
+        if isinstance(rows, DeviceRows):
+            rows.pull()
+        rates = rows.scalars[rows.index, self._staged.scalars.index("rate")]  # of each leaf and model
+        places = {path: k for k, path in enumerate(self._params.paths)}
+        found = {
+            group.pattern: rates[places[group.paths[0]]] for group in (self._hyper.defaults, *self._hyper.values())
+        }
+        return {p: r.copy() if self._params.population is not None else float(r[0]) for p, r in found.items()}
 
     def _current_rates(self) -> Mapping[str, Any]:
         rates: Mapping[str, Any] = self._lrs
@@ -663,6 +679,8 @@ class Optimizer:
             del kept
             if grads is None:
                 self._after_own(plan, clear, only)
+            if self._finds_rate:
+                lrs = self._rates_found() if self._on_host else self._rates_found
             info = plan.info(self._rows, lrs, self._grad_scale)
             if self.loss_scale is not None and self._on_host:
                 self.loss_scale.update(info.skipped)
@@ -985,7 +1003,7 @@ class Optimizer:
             if external[name] is None:
                 raise ValueError(f"this optimizer was given {name}; pass it for the new parameters as well.")
         new._allocate(self._columns.letters, {name: external[name] for name in self._columns.external})
-        starts = [self._source.defaults[name] for name in self._source.scalars]
+        starts = [self._initial_scalar(name) for name in self._source.scalars]
         old, counts = self._rows.counts(), Counts.zero(len(new._params.leaves), new._params.models, starts)
         counts.scalars, counts.steps = counts.scalars.copy(), old.steps
         places = {path: k for k, path in enumerate(self._params.paths)}

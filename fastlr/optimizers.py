@@ -14,7 +14,21 @@ from .optimizer import Optimizer, StepOptions
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["LAMB", "LARS", "SGD", "Adadelta", "Adagrad", "Adam", "AdamW", "NAdam", "RMSprop"]
+__all__ = [
+    "LAMB",
+    "LARS",
+    "SGD",
+    "Adadelta",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "DoG",
+    "NAdam",
+    "Prodigy",
+    "RMSprop",
+    "ScheduleFreeAdamW",
+    "ScheduleFreeSGD",
+]
 
 
 class SGD(Optimizer):
@@ -470,6 +484,215 @@ class LARS(Optimizer):
     ) -> None:
         own: dict[str, Any] = {"trust_coefficient": trust_coefficient, "layer_adaptation": layer_adaptation}
         super().__init__(params, lr=lr, momentum=momentum, **own, **options)
+
+
+class DoG(Optimizer):
+    """DoG: SGD without a learning rate to choose: distance over gradients.
+
+    rate = lr * distance / sqrt(sum of norm(g)**2 + eps); p = p - rate * g, where distance is the largest norm(p - x0)
+    so far, x0 being where the parameters began; at the first update relative_distance * (1 + norm(p)).
+
+    The norms are over all leaves (of each model); with layerwise=True over each leaf (the paper's L-DoG). lr is a
+    factor on the rate, 1 in the paper; `info.lr` is the rate in use. The paper evaluates an average of the iterates:
+    `ema=`. State: `initial_params` (x0); of a group distance, squares, rate.
+
+    Args:
+        params: what to update in place; see `fastlr.Optimizer`.
+        lr: factor on the rate, >= 0. Default 1.0.
+        relative_distance: the first distance, over 1 + norm(p), >= 0. Default 1e-6.
+        eps: added to the sum of squares, >= 0. Default 1e-8.
+        layerwise: a rate for each leaf. Default False.
+        options: weight_decay (default 0, coupled) and everything else that `fastlr.Optimizer` takes.
+
+    Raises:
+        TypeError: if an argument is of the wrong kind.
+        ValueError: if one is out of range.
+
+    Source: Ivgi, Hinder and Carmon 2023, "DoG is SGD's Best Friend", arXiv:2302.12022, eqs. 1 and 2.
+
+    Example:
+        >>> import numpy as np, fastlr
+        >>> w = np.array([3.0, 4.0])
+        >>> info = fastlr.DoG(w).step(np.array([6.0, 8.0]))
+        >>> float(info.lr)
+        6e-07
+    """
+
+    _rule = Rule(rules.dog)
+    _states = {"x0": "initial_params"}
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: Any = 1.0,
+        relative_distance: Any = 1e-6,
+        eps: Any = 1e-8,
+        layerwise: bool = False,
+        **options: Unpack[StepOptions],
+    ) -> None:
+        own: dict[str, Any] = {"relative_distance": relative_distance, "layerwise": layerwise}
+        super().__init__(params, lr=lr, eps=eps, **own, **options)
+
+
+class Prodigy(Optimizer):
+    """Prodigy: Adam without a learning rate to choose: it estimates the distance to the solution, d.
+
+    With gradients times d: m = beta1 * m + (1 - beta1) * d * g; v = beta2 * v + (1 - beta2) * d**2 * g**2;
+    r = beta3 * r + (1 - beta3) * lr * d**2 * <g, x0 - p>; s = beta3 * s + (1 - beta3) * lr * d**2 * g;
+    p = p - lr * d * m / (sqrt(v) + d * eps); then d = max(d, r / norm1(s)), beta3 = sqrt(beta2).
+
+    As in the paper there is no bias correction, and the update uses the d from before it; the authors' package adds eps
+    times the new one. eps is outside the root. The decay is decoupled, p - lr * d * weight_decay * p. lr is a factor, 1
+    in the paper, for a schedule; `info.lr` is lr * d. States: `initial_params` (x0), `exp_avg` (m), `exp_avg_sq` (v),
+    `weighted_grad` (s), from 0; of a group d, r, rate.
+
+    Args:
+        params: what to update in place; see `fastlr.Optimizer`.
+        lr: factor on the rate, >= 0. Default 1.0.
+        betas: decay of the two averages, each in [0, 1). Default (0.9, 0.999).
+        eps: added to the root times d, >= 0. Default 1e-8.
+        d0: the first estimate, > 0; too small a one only costs steps. Default 1e-6.
+        options: weight_decay (default 0), decoupled_weight_decay (default True) and everything else that
+            `fastlr.Optimizer` takes.
+
+    Raises:
+        TypeError: if an argument is of the wrong kind.
+        ValueError: if one is out of range.
+
+    Source: Mishchenko and Defazio 2024, "Prodigy: An Expeditiously Adaptive Parameter-Free Learner", arXiv:2306.06101,
+    Algorithm 4.
+
+    Example:
+        >>> import numpy as np, fastlr
+        >>> w = np.array([3.0, 4.0])
+        >>> opt = fastlr.Prodigy(w)
+        >>> for _ in range(100):
+        ...     info = opt.step(2 * w)
+        >>> info.lr > 1e-3
+        True
+    """
+
+    _rule = Rule(rules.prodigy)
+    _states = {"x0": "initial_params", "m": "exp_avg", "v": "exp_avg_sq", "s": "weighted_grad"}
+    _spelling = {"betas": ("beta1", "beta2")}
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: Any = 1.0,
+        betas: tuple[Any, Any] = (0.9, 0.999),
+        eps: Any = 1e-8,
+        d0: float = 1e-6,
+        **options: Unpack[StepOptions],
+    ) -> None:
+        self._put(d0=checks.number("d0", d0, 0.0, np.inf))
+        options.setdefault("decoupled_weight_decay", True)
+        super().__init__(params, lr=lr, betas=betas, eps=eps, **options)
+
+    def _initial_scalar(self, name: str) -> float:
+        return float(self.d0) if name == "d" else super()._initial_scalar(name)
+
+
+class ScheduleFreeSGD(Optimizer):
+    """Schedule-free SGD: the average of the iterates takes the place of a schedule that ends.
+
+    z = z - lr * (g + weight_decay * p); x = (1 - c) * x + c * z with c = lr**2 over the sum of all lr**2;
+    p = (1 - beta) * z + beta * x.
+
+    The parameters are y, where gradients are taken; evaluate, save and use `opt.averaged` (x), a view that is there at
+    any time. A warmup belongs into lr: `Constant(1.0).warmup(1000)`. The decay acts at y, inside the step of z. There
+    is no eps. States: `averaged` (x), `z`, which begin as copies of the parameters; of a group weights.
+
+    Args:
+        params: what to update in place; see `fastlr.Optimizer`.
+        lr: step size per update, >= 0. Default 1.0.
+        beta: how far gradients are taken towards the average, in [0, 1). Default 0.9.
+        options: weight_decay (default 0) and everything else that `fastlr.Optimizer` takes.
+
+    Raises:
+        TypeError: if an argument is of the wrong kind.
+        ValueError: if one is out of range.
+
+    Source: Defazio et al. 2024, "The Road Less Scheduled", arXiv:2405.15682, eqs. 3-5, weighted by lr**2.
+
+    Example:
+        >>> import numpy as np, fastlr
+        >>> w = np.array([1.0, 2.0])
+        >>> opt = fastlr.ScheduleFreeSGD(w, lr=0.5)
+        >>> info = opt.step(np.array([1.0, -1.0]))
+        >>> opt.averaged
+        array([0.5, 2.5])
+    """
+
+    _rule = Rule(rules.schedule_free_sgd)
+    _states = {"x": "averaged"}
+
+    def __init__(self, params: Any, *, lr: Any = 1.0, beta: Any = 0.9, **options: Unpack[StepOptions]) -> None:
+        super().__init__(params, lr=lr, beta=beta, **options)
+
+    @property
+    def averaged(self) -> Any:
+        """The averaged parameters, x: what to evaluate and to keep."""
+        return self.state["averaged"]
+
+
+class ScheduleFreeAdamW(Optimizer):
+    """Schedule-free AdamW: the average of the iterates takes the place of momentum and of a schedule that ends.
+
+    v = beta2 * v + (1 - beta2) * g**2; rate = lr * sqrt(1 - beta2**t);
+    z = z - rate * (g / (sqrt(v) + eps) + weight_decay * p); x = (1 - c) * x + c * z with c = rate**2 over the sum of
+    all rate**2; p = (1 - beta1) * z + beta1 * x.
+
+    The parameters are y, where gradients are taken; evaluate, save and use `opt.averaged` (x), a view that is there at
+    any time. A warmup belongs into lr: `Constant(2.5e-3).warmup(1000)`. eps is outside the root, which is not corrected
+    for bias (the rate is, and with it the decay and the weights; the authors' package corrects the root instead). The
+    decay acts at y. States: `averaged` (x), `z`, which begin as copies of the parameters, `exp_avg_sq` (v); of a group
+    weights.
+
+    Args:
+        params: what to update in place; see `fastlr.Optimizer`.
+        lr: step size per update, >= 0. Default 2.5e-3.
+        betas: how far gradients are taken towards the average, and decay of the squares, each in [0, 1). Default
+            (0.9, 0.999).
+        eps: added to the root, >= 0. Default 1e-8.
+        options: weight_decay (default 0) and everything else that `fastlr.Optimizer` takes.
+
+    Raises:
+        TypeError: if an argument is of the wrong kind.
+        ValueError: if one is out of range.
+
+    Source: Defazio et al. 2024, "The Road Less Scheduled", arXiv:2405.15682, Algorithm 1.
+
+    Example:
+        >>> import numpy as np, fastlr
+        >>> w = np.array([1.0, 2.0])
+        >>> opt = fastlr.ScheduleFreeAdamW(w, lr=0.5)
+        >>> info = opt.step(np.array([1.0, -1.0]))
+        >>> opt.averaged.round(3)
+        array([0.5, 2.5])
+    """
+
+    _rule = Rule(rules.schedule_free_adamw)
+    _states = {"x": "averaged", "v": "exp_avg_sq"}
+    _spelling = {"betas": ("beta1", "beta2")}
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: Any = 2.5e-3,
+        betas: tuple[Any, Any] = (0.9, 0.999),
+        eps: Any = 1e-8,
+        **options: Unpack[StepOptions],
+    ) -> None:
+        super().__init__(params, lr=lr, betas=betas, eps=eps, **options)
+
+    @property
+    def averaged(self) -> Any:
+        """The averaged parameters, x: what to evaluate and to keep."""
+        return self.state["averaged"]
 
 
 def _all(value: Any) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 from numba import njit, types
 
 from . import memory
-from .grid import Body, Target
+from .grid import Body, Target, access_bytes
 from .staging import define
 from .tiles import FLAGS
 
@@ -29,10 +29,20 @@ def _lanes(
 ) -> tuple[Any, Any]:
     load_one, store_one = memory.elements(formats, read, written)
     namespace = {"load_one": load_one, "store_one": store_one}
+
+    def checked(columns: Sequence[int]) -> str:
+        """A GPU stops at an access that is not aligned to its size."""
+        off = [
+            f"(addresses[{k}] + i * {np.dtype(formats[k]).itemsize}) & {access_bytes(formats[k], width) - 1}"
+            for k in columns
+        ]
+        return f"    if ({' | '.join(f'({x})' for x in off)}) != 0:\n        raise ValueError('not aligned')\n"
+
     loads = ", ".join(f"load_one(addresses, i + {k})" for k in range(width))
-    load = define(f"def load(addresses, i):\n    return ({loads},)", "load", namespace)
+    load = define(f"def load(addresses, i):\n{checked(read)}    return ({loads},)", "load", namespace)
     stores = "\n".join(f"    store_one(addresses, i + {k}, values[{k}])" for k in range(width))
-    store = define(f"def store(addresses, i, values):\n{stores}", "store", namespace)
+    checks = checked(written) if written else ""
+    store = define(f"def store(addresses, i, values):\n{checks}{stores or '    pass'}", "store", namespace)
     return _function(load), _function(store)
 
 

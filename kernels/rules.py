@@ -8,7 +8,7 @@ called as it stands, it is ordinary Python. Defaults live in the classes of `fas
 
 from math import inf
 
-from .primitives import clip, max, min, norm, sqrt
+from .primitives import abs, clip, max, min, norm, sqrt, total
 
 
 def sgd(p, g, b, *, lr, t, momentum, dampening, nesterov):
@@ -97,6 +97,65 @@ def lars(p, g, b, *, lr, momentum, trust_coefficient, weight_decay, layer_adapta
         trust = trust_coefficient * p_norm / (g_norm + weight_decay * p_norm) if p_norm > 0 and g_norm > 0 else 1.0
     b = momentum * b + lr * trust * (g + weight_decay * p)
     return p - b, b
+
+
+def dog(p, g, x0, *, lr, t, relative_distance, eps, layerwise, distance=0.0, squares=0.0, rate=0.0):
+    """Ivgi, Hinder and Carmon 2023, arXiv:2302.12022, eqs. 1 and 2; layer-wise: section 3.3."""
+    x0 = p if t == 1 else x0
+    if layerwise:
+        far, start, length = norm(p - x0), norm(p), norm(g)
+    else:
+        far, start, length = norm(p - x0, "all"), norm(p, "all"), norm(g, "all")
+    distance = relative_distance * (1 + start) if t == 1 else max(distance, far)
+    squares = squares + length**2
+    rate = lr * distance / sqrt(squares + eps)
+    return p - rate * g, x0, distance, squares, rate
+
+
+def prodigy(
+    p, g, x0, m, v, s, *, lr, t, beta1, beta2, eps, weight_decay, decoupled_weight_decay, d=1e-6, r=0.0, rate=0.0
+):
+    """Mishchenko and Defazio 2024, arXiv:2306.06101, Algorithm 4; beta3 is the root of beta2."""
+    x0 = p if t == 1 else x0
+    if not decoupled_weight_decay:
+        g = g + weight_decay * p
+    rate = lr * d
+    beta3 = sqrt(beta2)
+    m = beta1 * m + (1 - beta1) * d * g
+    v = beta2 * v + (1 - beta2) * d**2 * g**2
+    r = beta3 * r + (1 - beta3) * lr * d**2 * total(g * (x0 - p), "all")
+    s = beta3 * s + (1 - beta3) * lr * d**2 * g
+    s_sum = total(abs(s), "all")
+    step = m / (sqrt(v) + d * eps)
+    if decoupled_weight_decay:
+        p = p - rate * weight_decay * p
+    p = p - rate * step
+    d = max(d, r / s_sum if s_sum > 0 else 0)
+    return p, x0, m, v, s, d, r, rate
+
+
+def schedule_free_sgd(p, g, x, z, *, lr, t, beta, weight_decay, weights=0.0):
+    """Defazio et al. 2024, arXiv:2405.15682, eqs. 3-5, weighted as in eq. 23; `p` is y, where gradients are taken."""
+    x = p if t == 1 else x
+    z = p if t == 1 else z
+    weights = weights + lr**2
+    c = lr**2 / weights if weights > 0 else 0
+    z = z - lr * (g + weight_decay * p)
+    x = (1 - c) * x + c * z
+    return (1 - beta) * z + beta * x, x, z, weights
+
+
+def schedule_free_adamw(p, g, x, z, v, *, lr, t, beta1, beta2, eps, weight_decay, weights=0.0):
+    """Defazio et al. 2024, arXiv:2405.15682, Algorithm 1; `p` is y, where gradients are taken."""
+    x = p if t == 1 else x
+    z = p if t == 1 else z
+    v = beta2 * v + (1 - beta2) * g**2
+    rate = lr * sqrt(1 - beta2**t)
+    weights = weights + rate**2
+    c = rate**2 / weights if weights > 0 else 0
+    z = z - rate * (g / (sqrt(v) + eps) + weight_decay * p)
+    x = (1 - c) * x + c * z
+    return (1 - beta1) * z + beta1 * x, x, z, v, weights
 
 
 def accumulation(p, g, *, lr, first):

@@ -233,6 +233,54 @@ CASES = [
         ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
     ),
 ]
+CASES += [
+    Case(
+        "dog",
+        fastlr.DoG,
+        {},
+        oracles.dog,
+        ("initial_params",),
+        [*_LR, ({"relative_distance": -1.0}, "relative_distance must be non-negative and finite, got -1.0.")],
+    ),
+    Case(
+        "dog-layerwise",
+        fastlr.DoG,
+        {"lr": 2.0, "relative_distance": 0.01, "layerwise": True, "weight_decay": 0.01, "maximize": True},
+        oracles.dog,
+        ("initial_params",),
+    ),
+    Case(
+        "prodigy",
+        fastlr.Prodigy,
+        {"d0": 1e-3},
+        oracles.prodigy,
+        ("initial_params", "exp_avg", "exp_avg_sq", "weighted_grad"),
+        [*_LR, ({"d0": 0.0}, "d0 must be above 0 and finite, got 0.0."), ({"eps": -1.0}, "eps must be non-negative")],
+    ),
+    Case(
+        "prodigy-coupled",
+        fastlr.Prodigy,
+        {"lr": 0.5, "betas": (0.8, 0.9), "d0": 0.01, "weight_decay": 0.1, "decoupled_weight_decay": False},
+        oracles.prodigy,
+        ("initial_params", "exp_avg", "exp_avg_sq", "weighted_grad"),
+    ),
+    Case(
+        "schedule-free-sgd",
+        fastlr.ScheduleFreeSGD,
+        {"lr": 0.1, "weight_decay": 0.01},
+        oracles.schedule_free_sgd,
+        ("averaged", "z"),
+        [*_LR, ({"beta": 1.0}, "beta must be in [0, 1), got 1.0.")],
+    ),
+    Case(
+        "schedule-free-adamw",
+        fastlr.ScheduleFreeAdamW,
+        {"weight_decay": 0.01},
+        oracles.schedule_free_adamw,
+        ("averaged", "z", "exp_avg_sq"),
+        [*_LR, ({"betas": (0.9, 1.0)}, "betas[1] must be in [0, 1), got 1.0.")],
+    ),
+]
 # One setting for each optimizer, for tests of what does not depend on the rule.
 PLAIN = [next(case for case in CASES if case.make is make) for make in dict.fromkeys(case.make for case in CASES)]
 # Those in which no element's update depends on another's.

@@ -185,3 +185,81 @@ def lars(
 def adamw(theta, grads, weight_decay=1e-2, decoupled_weight_decay=True, **settings):
     """Adam with the decay taken out of the gradient."""
     return adam(theta, grads, weight_decay=weight_decay, decoupled_weight_decay=decoupled_weight_decay, **settings)
+
+
+def dog(theta, grads, lr=1.0, relative_distance=1e-6, eps=1e-8, layerwise=False, **options):
+    """Eqs. 1 and 2, from all iterates and gradients so far."""
+    iterates: list[np.ndarray] = []
+    seen: list[np.ndarray] = []
+
+    def update(t, theta, g):
+        iterates.append(theta)
+        seen.append(g)
+        first = relative_distance * (1.0 + _length(iterates[0]))
+        distance = max([first, *(_length(x - iterates[0]) for x in iterates)])
+        return theta - lr * distance / np.sqrt(sum(_length(x) ** 2 for x in seen) + eps) * g
+
+    return _run(update, theta, grads, lr, **options)
+
+
+def prodigy(theta, grads, lr=1.0, betas=(0.9, 0.999), eps=1e-8, d0=1e-6, weight_decay=0.0, decoupled_weight_decay=True):
+    """Algorithm 4, averages and sums as weighted sums over all past steps."""
+    history: list[tuple[float, np.ndarray, np.ndarray]] = []
+    estimate = [d0]
+
+    def update(t, theta, g):
+        if not decoupled_weight_decay:
+            g = g + weight_decay * theta
+        d = estimate[0]
+        history.append((d, g, history[0][2] - theta if history else np.zeros_like(theta)))
+        if t == 1:
+            history[0] = (d, g, theta)  # where it began; its distance from there is zero
+
+        def summed(beta, term):
+            return sum((1 - beta) * beta ** (t - 1 - k) * term(*one, k) for k, one in enumerate(history))
+
+        m = summed(betas[0], lambda d, g, away, k: d * g)
+        v = summed(betas[1], lambda d, g, away, k: (d * g) ** 2)
+        beta3 = np.sqrt(betas[1])
+        r = summed(beta3, lambda d, g, away, k: lr * d**2 * np.sum(g * away) if k else 0.0)
+        s = summed(beta3, lambda d, g, away, k: lr * d**2 * g)
+        size = np.sum(np.abs(s))
+        new = theta - lr * d * weight_decay * theta if decoupled_weight_decay else theta
+        new = new - lr * d * m / (np.sqrt(v) + d * eps)
+        estimate[0] = max(d, r / size) if size > 0 else d
+        return new
+
+    return _run(update, theta, grads, lr)
+
+
+def _averaged(theta, steps, weights, beta):
+    """Schedule-free: z moves by the steps so far, x is the weighted mean of all z, y lies between them."""
+    zs = theta - np.cumsum(np.stack(steps), axis=0)
+    x = np.average(zs, axis=0, weights=weights)
+    return (1 - beta) * zs[-1] + beta * x
+
+
+def schedule_free_sgd(theta, grads, lr=1.0, beta=0.9, weight_decay=0.0, **options):
+    steps: list[np.ndarray] = []
+    start = theta
+
+    def update(t, theta, g):
+        steps.append(lr * (g + weight_decay * theta))
+        return _averaged(start, steps, [lr**2] * t, beta)
+
+    return _run(update, theta, grads, lr, **options)
+
+
+def schedule_free_adamw(theta, grads, lr=2.5e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, **options):
+    steps: list[np.ndarray] = []
+    squares: list[np.ndarray] = []
+    start = theta
+
+    def update(t, theta, g):
+        squares.append(g * g)
+        v = sum((1 - betas[1]) * betas[1] ** (t - 1 - k) * x for k, x in enumerate(squares))
+        rates = [lr * np.sqrt(1 - betas[1] ** k) for k in range(1, t + 1)]
+        steps.append(rates[-1] * (g / (np.sqrt(v) + eps) + weight_decay * theta))
+        return _averaged(start, steps, np.square(rates), betas[0])
+
+    return _run(update, theta, grads, lr, **options)

@@ -9,7 +9,7 @@ import pytest
 from cases import CASES, Case
 
 import fastlr
-from fastlr.kernels import rules
+from fastlr.kernels import primitives, rules
 
 STEPS = 40
 # float64 against float64: different but equivalent orders of operations, over STEPS steps.
@@ -88,9 +88,17 @@ class Bounded:
         return bool(self.value > other)
 
     @classmethod
-    def norm(cls, x):
+    def norm(cls, x, over="leaf"):
         """Summed in float64: off by no more than the norm of what each element may be off by."""
         return cls(np.sqrt(np.sum(x.value**2)), np.sqrt(np.sum(x.error**2)) + 1e-13 * np.sqrt(np.sum(x.value**2)))
+
+    @classmethod
+    def total(cls, x, over="leaf"):
+        """Summed in float64: off by no more than what all elements may be off by."""
+        return cls(np.sum(x.value), np.sum(x.error) + 1e-13 * np.sum(np.abs(x.value)))
+
+    def abs(self):
+        return Bounded(np.abs(self.value), self.error)
 
     def sqrt(self):
         low = np.sqrt(np.maximum(self.value - self.error, 0.0))
@@ -98,13 +106,20 @@ class Bounded:
         return self._rounded(np.sqrt(self.value), np.maximum(high - np.sqrt(self.value), np.sqrt(self.value) - low))
 
     def max(self, other):
-        o = Bounded.of(other)
+        self, o = Bounded.of(self), Bounded.of(other)
         return Bounded(np.maximum(self.value, o.value), np.maximum(self.error, o.error))
 
 
 def bounded(function):
     """A rule that computes with bounds: the same code, other primitives."""
-    names = {"sqrt": Bounded.sqrt, "max": Bounded.max, "norm": Bounded.norm}
+
+    def either(name):
+        """The primitive for numbers with bounds, and for those that are the same for a whole group."""
+        own, plain = getattr(Bounded, name), getattr(primitives, name)
+        return lambda x, *more: (own if any(isinstance(v, Bounded) for v in (x, *more)) else plain)(x, *more)
+
+    names = {name: either(name) for name in ("sqrt", "max", "abs")}
+    names.update(norm=Bounded.norm, total=Bounded.total)
     made = types.FunctionType(function.__code__, {**function.__globals__, **names})
     made.__kwdefaults__ = function.__kwdefaults__
     return made
