@@ -8,31 +8,39 @@ from .devices import DeviceError
 from .groups import Group, Groups
 from .kernels.primitives import norm, total
 from .kernels.staging import Rule, RuleError, Staged
+from .line_searches import LBFGS, LBFGSInfo, LineSearch, line_search
 from .loss_scale import LossScale
 from .optimizer import Optimizer, warmup
 from .optimizers import *  # noqa: F403 - the optimizers are listed there and nowhere else
+from .range_test import RangeTest, find_lr
 from .step_info import LeafInfo, StepInfo
 from .threads import get_num_threads, set_num_threads
 
 rule = Rule
 
 __all__ = [
+    "LBFGS",
     "DeviceArray",
     "DeviceError",
     "FlatBuffer",
     "Group",
     "Groups",
+    "LBFGSInfo",
     "LeafInfo",
+    "LineSearch",
     "LossScale",
     "Optimizer",
+    "RangeTest",
     "Rule",
     "RuleError",
     "Staged",
     "StepInfo",
     "__version__",
     "bench",
+    "find_lr",
     "flatten",
     "get_num_threads",
+    "line_search",
     "norm",
     "rule",
     "schedules",

@@ -1,0 +1,119 @@
+"""Fused passes over flat vectors, with sums in the fixed shape of `kernels.sums`: for line search and L-BFGS.
+
+Each pass works on a range of blocks, so that threads can share them: the sums of a block do not depend on who takes it.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import hashlib
+import itertools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+from numba import types
+
+from .caching import KernelCache
+from .sums import BLOCK, LANES, fold
+from .tiles import compiled
+
+__all__ = ["combine", "dot", "move_and_dot"]
+
+_WORTH_SHARING = 1 << 20  # bytes below which one thread is done before another has begun
+
+
+def _halve(lanes):
+    """The sum of lanes, upper half onto lower, down to one."""
+    half = LANES // 2
+    while half > 0:
+        for j in range(half):
+            lanes[j] += lanes[j + half]
+        half = half // 2
+    return lanes[0]
+
+
+@functools.cache
+def _pass(name: str, dtype: str) -> Any:
+    """A pass `run(out, x, a, y, z, sums, first, last)` over some blocks, compiled or from the cache."""
+    digest = hashlib.sha256(f"{name} {dtype}".encode()).hexdigest()[:16]
+    halve = compiled(_halve, digest)
+
+    def move_and_dot(out, x, a, y, z, sums, first, last):
+        lanes = np.zeros(LANES)
+        for b in range(first, last):
+            lanes[:] = 0.0
+            begin, end = b * BLOCK, min((b + 1) * BLOCK, x.size)
+            for i in range(begin, end, LANES):
+                for j in range(min(LANES, end - i)):
+                    value = x[i + j] + a * y[i + j]
+                    out[i + j] = value
+                    lanes[j] += np.float64(value) * np.float64(z[i + j])
+            sums[b, 0] = halve(lanes)
+
+    def dot(out, x, a, y, z, sums, first, last):
+        lanes = np.zeros(LANES)
+        for b in range(first, last):
+            lanes[:] = 0.0
+            begin, end = b * BLOCK, min((b + 1) * BLOCK, x.size)
+            for i in range(begin, end, LANES):
+                for j in range(min(LANES, end - i)):
+                    lanes[j] += np.float64(x[i + j]) * np.float64(y[i + j])
+            sums[b, 0] = halve(lanes)
+
+    def move(out, x, a, y, z, sums, first, last):
+        for i in range(first * BLOCK, min(last * BLOCK, x.size)):
+            out[i] = x[i] + a * y[i]
+
+    number = getattr(types, dtype)
+    vector = types.Array(number, 1, "C")
+    sums = types.Array(types.float64, 2, "C")
+    run = compiled({"move_and_dot": move_and_dot, "dot": dot, "move": move}[name], digest)
+    run._cache = KernelCache("vectors", name, dtype, numba.config.DISABLE_JIT)
+    run.compile(types.void(vector, vector, number, vector, vector, sums, types.int64, types.int64))
+    run.disable_compile()
+    return run
+
+
+@functools.cache
+def _pool(threads: int, process: int) -> concurrent.futures.ThreadPoolExecutor:
+    """Threads of this process; a forked child has none of its parent's."""
+    return concurrent.futures.ThreadPoolExecutor(threads, "fastlr-vectors")
+
+
+_fold: Callable[..., None] = fold
+
+
+def _run(name: str, out: Any, x: Any, a: float, y: Any, z: Any, threads: int) -> float:
+    """Carry out a pass; the sum over all blocks."""
+    blocks = max(1, -(-x.size // BLOCK))
+    sums = np.zeros((blocks, 1))
+    run, factor = _pass(name, x.dtype.name), x.dtype.type(a)
+    if threads == 1 or x.nbytes < _WORTH_SHARING:
+        run(out, x, factor, y, z, sums, 0, blocks)
+    else:
+        ends = [blocks * k // threads for k in range(threads + 1)]
+        shares = itertools.pairwise(ends)
+        done = [_pool(threads, os.getpid()).submit(run, out, x, factor, y, z, sums, *share) for share in shares]
+        for one in done:
+            one.result()
+    _fold(sums, 0, blocks, 0)
+    return float(sums[0, 0])
+
+
+def dot(x: np.ndarray, y: np.ndarray, threads: int) -> float:
+    """The inner product of two vectors, in float64."""
+    return _run("dot", x, x, 0.0, y, y, threads)
+
+
+def move_and_dot(out: np.ndarray, x: np.ndarray, a: float, y: np.ndarray, z: np.ndarray, threads: int) -> float:
+    """`out = x + a y`, and the inner product of `out` and `z`, in one pass; `out` may be `x`."""
+    return _run("move_and_dot", out, x, a, y, z, threads)
+
+
+def combine(out: np.ndarray, x: np.ndarray, a: float, y: np.ndarray, threads: int) -> None:
+    """`out = x + a y`; `out` may be `x`."""
+    _run("move", out, x, a, y, y, threads)

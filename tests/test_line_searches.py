@@ -1,0 +1,264 @@
+"""Line search and L-BFGS, beside SciPy's on the standard test functions."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+import fastlr
+from fastlr.kernels import vectors
+from fastlr.kernels.sums import BLOCK
+
+scipy_optimize = pytest.importorskip("scipy.optimize")
+
+
+def rosenbrock(p):
+    return float(scipy_optimize.rosen(p)), scipy_optimize.rosen_der(p)
+
+
+def quadratic(p):
+    scale = np.arange(1.0, p.size + 1)
+    return float(p @ (scale * p)) / 2, scale * p
+
+
+def beale(p):
+    x, y = p
+    a, b, c = 1.5 - x + x * y, 2.25 - x + x * y**2, 2.625 - x + x * y**3
+    grads = [2 * a * (y - 1) + 2 * b * (y**2 - 1) + 2 * c * (y**3 - 1), 2 * a * x + 4 * b * x * y + 6 * c * x * y**2]
+    return a * a + b * b + c * c, np.array(grads)
+
+
+def powell(p):
+    a, b, c, d = p
+    r = np.array([a + 10 * b, np.sqrt(5) * (c - d), (b - 2 * c) ** 2, np.sqrt(10) * (a - d) ** 2])
+    jacobian = np.array(
+        [
+            [1, 10, 0, 0],
+            [0, 0, np.sqrt(5), -np.sqrt(5)],
+            [0, 2 * (b - 2 * c), -4 * (b - 2 * c), 0],
+            [2 * np.sqrt(10) * (a - d), 0, 0, -2 * np.sqrt(10) * (a - d)],
+        ]
+    )
+    return float(r @ r), 2 * jacobian.T @ r
+
+
+FUNCTIONS = {
+    "rosenbrock": (rosenbrock, [-1.2, 1.0]),
+    "rosenbrock of 20": (rosenbrock, np.tile([-1.2, 1.0], 10)),
+    "quadratic of 50": (quadratic, np.linspace(-3, 4, 50)),
+    "beale": (beale, [1.0, 1.0]),
+    "powell": (powell, [3.0, -1.0, 0.0, 1.0]),
+}
+
+
+def counted(fun):
+    calls = []
+
+    def inner(p):
+        calls.append(np.array(p))
+        return fun(p)
+
+    return inner, calls
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_wolfe_beside_scipy(name):
+    fun, start = FUNCTIONS[name]
+    start = np.array(start, float)
+    direction = -fun(start)[1]
+    theirs = scipy_optimize.line_search(lambda p: fun(p)[0], lambda p: fun(p)[1], start, direction)
+    inner, calls = counted(fun)
+    params = start.copy()
+    found = fastlr.line_search(inner, params, direction)
+    assert found.success and found.evaluations == len(calls)
+    np.testing.assert_allclose(params, start + found.step * direction, rtol=1e-14)
+    f0, g0 = fun(start)
+    f, g = fun(params)
+    assert found.loss == f and np.array_equal(found.grads, g)
+    assert f <= f0 + 1e-4 * found.step * (g0 @ direction)
+    assert abs(g @ direction) <= 0.9 * abs(g0 @ direction)
+    assert found.evaluations <= theirs[1] + theirs[2] + 3
+    assert theirs[0] is None or 0.05 < found.step / theirs[0] < 20
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_armijo(name):
+    fun, start = FUNCTIONS[name]
+    start = np.array(start, float)
+    f0, g0 = fun(start)
+    params = start.copy()
+    found = fastlr.line_search(fun, params, -g0, "armijo", first=4.0)
+    assert found.success and fun(params)[0] <= f0 - 1e-4 * found.step * (g0 @ g0)
+
+
+@pytest.mark.parametrize("method", ["wolfe", "armijo"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_lbfgs_beside_scipy(name, method):
+    fun, start = FUNCTIONS[name]
+    theirs = scipy_optimize.minimize(fun, start, jac=True, method="L-BFGS-B", options={"gtol": 1e-6, "ftol": 0})
+    inner, calls = counted(fun)
+    params = np.array(start, float)
+    opt = fastlr.LBFGS(params, method=method)
+    info = opt.minimize(inner, grad_tolerance=1e-6)
+    assert info.loss <= theirs.fun + 1e-9 and np.abs(fun(params)[1]).max() <= 1e-6
+    assert len(calls) <= 2 * theirs.nfev + 10
+    assert info.step <= 2 * theirs.nit + 10
+
+
+def test_digits_in_float32():
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    x = (x / 16).astype(np.float32)
+    buffer = fastlr.flatten({"w": np.zeros((64, 10), np.float32), "b": np.zeros(10, np.float32)})
+
+    def fun(p):
+        z = x @ p["w"] + p["b"]
+        d = np.exp(z - z.max(1, keepdims=True))
+        d /= d.sum(1, keepdims=True)
+        loss = -np.log(d[np.arange(len(y)), y] + 1e-30).mean() + 1e-4 * float(np.sum(p["w"] ** 2))
+        d[np.arange(len(y)), y] -= 1
+        return loss, {"w": x.T @ d / np.float32(len(y)) + np.float32(2e-4) * p["w"], "b": d.mean(0)}
+
+    opt = fastlr.LBFGS(buffer)
+    losses = [opt.step(fun).loss for _ in range(40)]
+    assert losses[-1] < 0.2 < 1.0 < losses[0] and all(b <= a for a, b in itertools.pairwise(losses))
+
+    def fills(p):
+        loss, grads = fun(p)
+        opt.grads["w"], opt.grads["b"] = grads["w"], grads["b"]
+        return loss
+
+    assert opt.step(fills).loss <= losses[-1]
+
+
+def test_saved_and_continued():
+    fun, start = FUNCTIONS["rosenbrock of 20"]
+    params = np.array(start, float)
+    opt = fastlr.LBFGS(params, history=4)
+    for _ in range(7):
+        opt.step(fun)
+    other = params.copy()
+    again = fastlr.LBFGS(other, history=4)
+    again.load_state_dict({k: v.copy() for k, v in opt.state_dict().items()})
+    for _ in range(7):
+        assert opt.step(fun) == again.step(fun)
+    assert np.array_equal(params, other) and "4 remembered" in repr(opt)
+    with pytest.raises(ValueError, match="it has no 'steps'"):
+        again.load_state_dict({})
+    with pytest.raises(ValueError, match="'grads' in the state is"):
+        again.load_state_dict({**opt.state_dict(), "grads": np.zeros(3)})
+
+
+# What goes wrong is said, and undone
+
+
+def test_no_descent():
+    w = np.array([1.0, 2.0])
+    found = fastlr.line_search(quadratic, w, np.array([1.0, 1.0]))
+    assert not found.success and found.step == 0 and "no descent direction" in found.message
+    assert w.tolist() == [1.0, 2.0] and found.evaluations == 1
+
+
+@pytest.mark.parametrize("method", ["wolfe", "armijo"])
+def test_not_a_number(method):
+    w = np.array([1.0])
+    always = fastlr.line_search(lambda p: (float("nan"), p), w, np.array([-1.0]), method)
+    assert not always.success and "the loss at the start is nan" in always.message and w[0] == 1.0
+
+    def cliff(p):  # defined near the start only
+        return (float(p[0] ** 2), 2 * p) if abs(p[0]) < 2 else (float("nan"), p * np.nan)
+
+    found = fastlr.line_search(cliff, w, np.array([-1.0]), method, first=64.0)
+    assert found.success and abs(w[0]) < 1
+
+
+@pytest.mark.parametrize("method", ["wolfe", "armijo"])
+def test_an_exhausted_budget(method):
+    w = np.array([1.0])
+
+    def falls_for_ever(p):
+        return (-float(p[0]) if method == "wolfe" else 10.0 + float(p[0] != 1.0)), -np.ones(1)
+
+    found = fastlr.line_search(falls_for_ever, w, np.ones(1), method, max_evaluations=7)
+    assert not found.success and found.evaluations == 7 and "no step was found in 7 evaluations" in found.message
+    assert w[0] == 1.0
+
+
+def test_an_error_in_the_function():
+    w = np.array([1.0, 1.0])
+
+    def breaks(p):
+        if p[0] != 1.0:
+            raise KeyError("lost")
+        return quadratic(p)
+
+    with pytest.raises(KeyError, match="lost"):
+        fastlr.line_search(breaks, w, -np.ones(2))
+    assert w.tolist() == [1.0, 1.0]
+
+
+def test_a_step_that_fails_forgets(monkeypatch):
+    params = np.array([-1.2, 1.0])
+    opt = fastlr.LBFGS(params, max_evaluations=20)
+    for _ in range(5):
+        opt.step(rosenbrock)
+    at = params.copy()
+    info = opt.step(lambda p: (float("inf"), np.zeros(2)))
+    assert not info.success and info.lr == 0 and np.array_equal(params, at)
+    assert opt.step(rosenbrock).success
+    flat = fastlr.LBFGS(np.zeros(3)).minimize(lambda p: (0.0, np.zeros(3)))
+    assert flat.success and flat.message == "the gradient is zero"
+
+
+BAD = [
+    (
+        lambda: fastlr.line_search(quadratic, {"w": np.ones(2)}, np.ones(2)),
+        TypeError,
+        "put a tree into one by",
+    ),
+    (lambda: fastlr.line_search(quadratic, np.ones(2), np.ones(3)), ValueError, "grads has shape (3,)"),
+    (
+        lambda: fastlr.line_search(quadratic, np.ones(2), np.ones(2), "newton"),
+        TypeError,
+        "method 'newton'",
+    ),
+    (
+        lambda: fastlr.line_search(quadratic, np.ones(2), np.ones(2), c1=0.5, c2=0.4),
+        ValueError,
+        "c2 must be between",
+    ),
+    (lambda: fastlr.line_search(lambda p: None, np.ones(2), np.ones(2)), TypeError, "expected (loss, grads)"),
+    (lambda: fastlr.LBFGS(np.ones(2), history=0), ValueError, "history must be at least 1, got 0."),
+    (lambda: fastlr.LBFGS(np.ones(2, int)), TypeError, "expected float32 or float64"),
+]
+
+
+@pytest.mark.parametrize("number", range(len(BAD)))
+def test_bad_input(number):
+    call, error, message = BAD[number]
+    with pytest.raises(error) as raised:
+        call()
+    assert message in str(raised.value)
+
+
+# The passes
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("n", [0, 1, 127, 129, BLOCK, 40 * BLOCK + 3])
+def test_passes(n, dtype, rng):
+    x, y, z = (rng.standard_normal(n).astype(dtype) for _ in range(3))
+    found = []
+    for threads in (1, 2, 3):
+        out = np.empty_like(x)
+        inner = vectors.move_and_dot(out, x, 0.3, y, z, threads)
+        assert np.array_equal(out, x + x.dtype.type(0.3) * y)
+        found.append((inner, vectors.dot(x, y, threads)))
+        expected = float(out.astype(np.float64) @ z.astype(np.float64))
+        assert inner == pytest.approx(expected, rel=1e-11, abs=1e-11)
+        vectors.combine(out, out, -0.3, y, threads)
+        np.testing.assert_allclose(out, x, atol=1e-6)
+    assert found[0] == found[1] == found[2]
