@@ -364,6 +364,7 @@ class Optimizer:
             new = self._make_rows(counts)
             if rows.replace(new):
                 self._put(_scheduled=self._follow(self._staged, rows))
+                self._put(_follows=bool(self._scheduled.entries))
                 self._fill_table(self._staged, rows, self._table)
                 self._put(_lrs=self._scheduled.parts(self._hyper.lr))
                 self._hyper.listener = self._push_settings
@@ -389,7 +390,7 @@ class Optimizer:
         if same and "frozen" not in hyper.changed:
             scheduled = self._follow(staged, self._rows)
             if self._on_host or scheduled.formulas() == self._scheduled.formulas():
-                self._put(_scheduled=scheduled)
+                self._put(_scheduled=scheduled, _follows=bool(scheduled.entries))
                 self._fill_table(staged, self._rows, self._table)
                 self._put(_lrs=scheduled.parts(hyper.lr))
                 hyper.changed.clear()
@@ -397,6 +398,7 @@ class Optimizer:
         new = self._rows_for(self._rows.counts())
         rows = new["_rows"]
         self._put(_scheduled=self._follow(staged, rows))
+        self._put(_follows=bool(self._scheduled.entries))
         formulas = () if self._on_host else self._scheduled.formulas()
         table = np.zeros((len(rows), max(1, len(staged.uniforms)) + sum(f.count for f in formulas)))
         self._fill_table(staged, rows, table)
@@ -666,11 +668,11 @@ class Optimizer:
             clear = self._clears and grads is None
             plan, kind, kept = self._bind(grads, only)
             lrs: Any = self._current_rates if self._capturable else self._lrs
-            if self._scheduled.entries:
+            if self._follows:
                 rows: Any = self._rows
                 if not self._formulas:
-                    self._scheduled.fill(rows, self._table)
-                if self._on_host or (rows.host_knows and not self._capturable):
+                    self._scheduled.fill(rows.counters, self._table)
+                if type(rows) is Rows or (rows.host_knows and not self._capturable):
                     lrs = Rates(lrs, rows.counters.item(-1, CLOCK))
             if only is not None:
                 plan.count_part(self._rows)

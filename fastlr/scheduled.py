@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from . import checks
-from .kernels.layout import CLOCK
+from .kernels.layout import CLOCK, COUNTERS
 from .rows import Rows
 from .schedules import Observed, Schedule, Text, inline
 
@@ -109,20 +109,20 @@ class Scheduled:
         self._single = None
         if len(self.entries) == 1 and len(self.entries[0].rows) == 1:
             (e,) = self.entries
-            self._single = e.one, e.numbers, e.rows[0], e.column, *e.limits[:2]
+            clock = e.rows[0] * COUNTERS + CLOCK
+            self._single = e.one, e.numbers, clock, (e.rows[0], e.column), *e.limits
 
-    def fill(self, rows: Rows, table: np.ndarray) -> None:
+    def fill(self, counters: np.ndarray, table: np.ndarray) -> None:
         """Enter the value of each scheduled hyperparameter for the step that is about to be made.
 
         Raises:
             ValueError: if one is outside its range; then nothing is entered.
         """
-        counters = rows.counters
         if self._single is not None:  # the usual case, fast: one hyperparameter of one row
-            one, numbers, r, column, low, high = self._single
-            value = one(float(counters.item(r, CLOCK)), numbers)
-            if low < value < high:
-                table[r, column] = value
+            one, numbers, clock, place, low, high, closed = self._single
+            value = one(float(counters.item(clock)), numbers)
+            if low < value < high or value in closed:
+                table[place] = value
                 return
         found = []
         for entry in self.entries:

@@ -370,8 +370,8 @@ class Constant(Schedule):
 class TimeBased(Schedule):
     """Time-based decay as a recursion: `lr[n + 1] = lr[n] / (1 + decay n)`, from `lr[0] = lr`.
 
-    In closed form `lr / prod(1 + decay k, k < n)`. The first ten factors are multiplied; of the others the logarithms
-    are summed by Euler and Maclaurin's formula with five corrections (Stirling's series), whose integral is taken
+    In closed form `lr / prod(1 + decay k, k < n)`. The first six factors are multiplied; of the others the logarithms
+    are summed by Euler and Maclaurin's formula with eight corrections (Stirling's series), whose integral is taken
     without cancellation. It agrees with the recursion to 1e-12. The rate falls faster than any power of n: for
     `lr / (1 + decay n)` take `InverseTime`.
 
@@ -387,7 +387,7 @@ class TimeBased(Schedule):
         _fix(self, lr=_number("lr", self.lr), decay=_number("decay", self.decay))
 
     def _emit(self, text: Text, n: str) -> str:
-        first = 10
+        first = 6
         lr, d = text.number(self.lr), text.number(max(self.decay, 1e-300))
         product = "1.0"
         for k in range(1, first):
@@ -410,8 +410,11 @@ class TimeBased(Schedule):
             y = text.let(f"{d} / (1.0 + {d} * {x})")
             square = text.let(f"{y} * {y}")
             inner = "0.0"
-            # B(2j) / (2j (2j - 1)), j from 5 to 1
-            for over, under in ((1, 1188), (-1, 1680), (1, 1260), (-1, 360), (1, 12)):
+            # B(2j) / (2j (2j - 1)), j from 8 to 1
+            for over, under in (
+                *((-3617, 122400), (1, 156), (-691, 360360), (1, 1188)),
+                *((-1, 1680), (1, 1260), (-1, 360), (1, 12)),
+            ):
                 inner = text.let(f"{over}.0 / {under}.0 + {square} * ({inner})")
             return text.let(f"{y} * {inner} - 0.5 * log(1.0 + {d} * {x})")
 
@@ -691,14 +694,19 @@ class CosineRestarts(Schedule):
             # be off by one where it is a whole number.
             g = text.number(self.growth)
 
-            def begin(i: str) -> str:
-                return text.let(f"{steps} * (pow({g}, {i}) - 1.0) / ({g} - 1.0)")
+            def begin(power: str) -> str:
+                return text.let(f"{steps} * ({power} - 1.0) / ({g} - 1.0)")
 
-            guess = text.let(f"floor(log({n} / {steps} * ({g} - 1.0) + 1.0) / log({g}))")
-            later = text.let(f"{guess} + 1.0")
-            guess = text.let(text.select(f"{n} >= {begin(later)}", later, guess))
-            period = text.let(text.select(f"{n} < {begin(guess)}", f"{guess} - 1.0", guess))
-            f = text.let(f"({n} - {begin(period)}) / ({steps} * pow({g}, {period}))")
+            period = text.let(f"floor(log({n} / {steps} * ({g} - 1.0) + 1.0) / log({g}))")
+            power = text.let(f"pow({g}, {period})")
+            late = f"{n} < {begin(power)}"
+            period = text.let(text.select(late, f"{period} - 1.0", period))
+            power = text.let(text.select(late, f"{power} / {g}", power))
+            following = text.let(f"{power} * {g}")
+            early = f"{n} >= {begin(following)}"
+            period = text.let(text.select(early, f"{period} + 1.0", period))
+            power = text.let(text.select(early, following, power))
+            f = text.let(f"({n} - {begin(power)}) / ({steps} * {power})")
         height = text.let(f"({text.number(self.lr)} - {end}) * pow({text.number(self.decay)}, {period})")
         return text.let(f"{end} + {height} * ({_falling(f)})")
 
