@@ -175,6 +175,11 @@ def _used(source: str, arguments: Sequence[str]) -> list[int]:
     return [k for k, name in enumerate(arguments) if name in names]
 
 
+def used_columns(staged: Staged, source: str) -> list[int]:
+    """The columns that a staged function of an element reads."""
+    return _used(source, ["p", "g", *staged.states, *staged.inputs])
+
+
 def reads_slots(measure: str) -> bool:
     """Whether a measure needs what `decide` returns."""
     function = ast.parse(measure).body[0]
@@ -312,8 +317,7 @@ def _staged_functions(target: Target, staged: Staged, storage: Storage) -> dict[
 def _loaded(staged: Staged, storage: Storage, source: str) -> tuple[list[int], list[str]]:
     """The columns that a staged function uses, and its arguments in terms of the tuple `c` of what they hold."""
     arguments = reading(staged, storage)
-    names = ["p", "g", *staged.states, *staged.inputs]
-    used = _used(source, names) or [0]
+    used = used_columns(staged, source) or [0]
     for k, argument in enumerate(arguments):
         place = used.index(k) if k in used else used.index(used[0])
         arguments[k] = argument.replace(f"c[{k}]", f"c[{place}]") if k in used else f"c[{place}]"

@@ -49,7 +49,7 @@ def add(
         >>> sorted({row["impl"] for row in rows} & {"copy", "fastlr", "numpy"})
         ['copy', 'fastlr', 'numpy']
     """
-    if name in {"fastlr", "numpy", "numpy_passes", "torch_fused", "roofline"} or any(
+    if name in {"fastlr", "numpy", "numpy_passes", "torch_fused", "authors", "roofline"} or any(
         c.name == name for c in competitors
     ):
         raise ValueError(f"there is an implementation called {name!r} already. Choose another name.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -66,18 +67,46 @@ def fastlr_candidate(problem: Problem, backend: str = "numba") -> Candidate:
     return Candidate(lambda: opt.step(grads), lambda: np.concatenate(params), opt.warmup())
 
 
-def torch_candidate(problem: Problem) -> Candidate | None:
-    """PyTorch's fused kernel, where PyTorch is installed and has one."""
-    if problem.rule not in _FUSED_IN_TORCH or importlib.util.find_spec("torch") is None:
-        return None
+def _torch_leaves(problem: Problem) -> list[Any]:
+    """Parameters as tensors, with gradients."""
     import torch
 
     torch.set_num_threads(problem.threads)
     leaves = [torch.from_numpy(x.copy()).requires_grad_() for x in problem.parts(problem.array(0))]
     for leaf, gradient in zip(leaves, problem.parts(problem.array(1)), strict=True):
         leaf.grad = torch.from_numpy(gradient.copy())
+    return leaves
+
+
+def torch_candidate(problem: Problem) -> Candidate | None:
+    """PyTorch's fused kernel, where PyTorch is installed and has one."""
+    if problem.rule not in _FUSED_IN_TORCH or importlib.util.find_spec("torch") is None:
+        return None
+    import torch
+
+    leaves = _torch_leaves(problem)
     settings = SETTINGS.get(problem.rule, {})
     opt = getattr(torch.optim, RULES[problem.rule].__name__)(leaves, fused=True, **settings)
+    return Candidate(opt.step, lambda: np.concatenate([x.detach().numpy() for x in leaves]))
+
+
+# Rules by the package and class in which their authors published them for PyTorch.
+AUTHORS = {
+    "dog": ("dog", "DoG"),
+    "prodigy": ("prodigyopt", "Prodigy"),
+    "schedulefreesgd": ("schedulefree", "SGDScheduleFree"),
+}
+
+
+def authors_candidate(problem: Problem) -> Candidate | None:
+    """The authors' own PyTorch code, where it is installed."""
+    package, name = AUTHORS.get(problem.rule, ("", ""))
+    if not package or importlib.util.find_spec(package) is None or importlib.util.find_spec("torch") is None:
+        return None
+    leaves = _torch_leaves(problem)
+    opt = getattr(importlib.import_module(package), name)(leaves, lr=1.0)
+    if hasattr(opt, "train"):
+        opt.train()
     return Candidate(opt.step, lambda: np.concatenate([x.detach().numpy() for x in leaves]))
 
 

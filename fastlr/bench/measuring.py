@@ -19,6 +19,7 @@ import numpy as np
 from .. import checks
 from .. import threads as _threads
 from ..info import cpu_name, versions
+from ..kernels import grid
 from . import candidates as c
 from . import competitors, steps
 from .report import progress
@@ -81,6 +82,7 @@ def _builders(
     out: dict[str, Callable[[c.Problem], c.Candidate | None]] = {
         "fastlr": c.fastlr_candidate,
         "torch_fused": c.torch_candidate,
+        "authors": c.authors_candidate,
     }
     if with_numpy:
         out["numpy"] = c.numpy_candidate
@@ -216,9 +218,15 @@ def _measure_step(kind: str, problem: c.Problem, seconds: float) -> Iterator[dic
 
 
 def _moved(problem: c.Problem, name: str, states: int) -> float:
-    """Bytes per parameter that an update has to move."""
+    """Bytes per parameter that a step has to move: its update, and what its rule measures before."""
     entered = next((one for one in competitors if one.name == name), None)
-    return entered.bytes_per_param if entered else (3 + 2 * states) * np.dtype(problem.dtype).itemsize
+    if entered is not None:
+        return entered.bytes_per_param
+    columns = 3 + 2 * states
+    if name != "roofline":
+        staged = c.RULES[problem.rule](np.zeros(1, problem.dtype), **c.SETTINGS.get(problem.rule, {})).rule
+        columns += sum(len(grid.used_columns(staged, measure.source)) for measure in staged.measures)
+    return columns * np.dtype(problem.dtype).itemsize
 
 
 def _row(

@@ -63,7 +63,10 @@ def beside(
         return float(r.get("relative") or r["p50_s"] / own["p50_s"])
 
     this, that = longer(row), longer(roof)
-    return this, None if this is None or that is None else that / this
+    if this is None or that is None or roof is None:
+        return this, None
+    moved = row["gb_per_s"] * row["p50_s"] / (roof["gb_per_s"] * roof["p50_s"])  # a rule that measures reads more
+    return this, that / this * moved
 
 
 def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
