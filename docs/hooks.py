@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import runpy
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +143,17 @@ def line_searches() -> str:
     return "\n".join(lines)
 
 
+def rules() -> str:
+    """A row for each optimizer: what it computes, and where that stands."""
+    lines = ["| optimizer | update | source |", "|---|---|---|"]
+    for name in sorted(fastlr.optimizers.__all__):
+        doc = inspect.cleandoc(getattr(fastlr, name).__doc__ or "")
+        formula = " ".join(doc.split("\n\n")[1].split()).rstrip(".").replace("`", "")
+        source = " ".join(doc.split("Source: ")[1].split("\n\n")[0].split()).rstrip(".")
+        lines.append(f"| `{name}` | `{formula}` | {source} |")
+    return "\n".join(lines)
+
+
 def _entry(module: Any, name: str) -> str:
     """A name in the reference, read where it is defined: the kernels stand in a folder of their own."""
     thing, called = getattr(module, name), f"{module.__name__}.{name}"
@@ -173,7 +184,7 @@ def on_page_markdown(markdown: str, **unused: Any) -> str:
     parts = {
         **{name: (lambda text=text: text) for name, text in DRAWN.items()},
         "line_searches": line_searches,
-        "rules": lambda: runpy.run_path(str(DOCS.parent / "bench" / "readme.py"), run_name="readme")["optimizers"](),
+        "rules": rules,
         "optimizers": lambda: _entries(fastlr, ["Optimizer", *fastlr.optimizers.__all__]),
         "schedules": lambda: _entries(schedules, schedules.__all__),
         "others": lambda: _entries(

@@ -75,7 +75,16 @@ class StepKernels:
         if name not in self._made:
             began = time.perf_counter()
             content = (self.staged, self.storage, self.tuning, name, *(self.formulas if name == "finish" else ()))
-            self._made[name] = self.device.kernel(self._maker(name), self.staged.name, content)
+            try:
+                self._made[name] = self.device.kernel(self._maker(name), self.staged.name, content)
+            except Exception as error:
+                own = [f.uniform for f in self.formulas if f.functions]
+                if name != "finish" or not own:
+                    raise
+                raise ValueError(
+                    f"the function that {' and '.join(own)} follows cannot be compiled by Numba for a GPU. Write it "
+                    f"with arithmetic and the functions of math, or take a schedule. Numba says: {_last_line(error)}"
+                ) from error
             self.compile_s += time.perf_counter() - began
         return self._made[name]
 
@@ -102,6 +111,12 @@ class StepKernels:
         """A kernel with arguments."""
         function, threads = self.get(name)
         return Launch(function, threads, values)
+
+
+def _last_line(error: Exception) -> str:
+    """What an error says, in a line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if "rror" in line or "annot" in line or "ntyped" in line), (lines or ["?"])[0])
 
 
 class _Block:

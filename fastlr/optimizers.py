@@ -514,8 +514,8 @@ class DoG(Optimizer):
         >>> import numpy as np, fastlr
         >>> w = np.array([3.0, 4.0])
         >>> info = fastlr.DoG(w).step(np.array([6.0, 8.0]))
-        >>> float(info.lr)
-        6e-07
+        >>> f"{info.lr:.3g}"
+        '6e-07'
     """
 
     _rule = Rule(rules.dog)

@@ -165,6 +165,9 @@ class Stager:
             self.env["lr"] = lr
         for name in rule.scalars:
             self.env[name] = Value(Time.UNIFORM, ast.Name(name))
+        self.env["base_lr"] = Value(
+            Time.UNIFORM, ast.Name("lr")
+        )  # the same for all elements, whatever their own factor
         if rule.counts:
             self.env["t"] = Value(Time.UNIFORM, ast.Name("t"), integer=True)
         results = self._body(rule.tree)

@@ -45,7 +45,8 @@ class Source:
             )
         self.states = self.positional[2:]
         self.scalars = self._scalars()
-        self.hyperparameters = tuple(a.arg for a in arguments.kwonlyargs if a.arg not in ("t", *self.scalars))
+        given = {"t", "base_lr", *self.scalars}  # not set by the user
+        self.hyperparameters = tuple(a.arg for a in arguments.kwonlyargs if a.arg not in given)
         self.counts = any(a.arg == "t" for a in arguments.kwonlyargs)
         stores = [n for n in ast.walk(self.tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
         for name, line in [(a.arg, a.lineno) for a in ast.walk(arguments) if isinstance(a, ast.arg)] + [

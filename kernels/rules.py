@@ -99,7 +99,7 @@ def lars(p, g, b, *, lr, momentum, trust_coefficient, weight_decay, layer_adapta
     return p - b, b
 
 
-def dog(p, g, x0, *, lr, t, relative_distance, eps, layerwise, distance=0.0, squares=0.0, rate=0.0):
+def dog(p, g, x0, *, lr, base_lr, t, relative_distance, eps, layerwise, distance=0.0, squares=0.0, rate=0.0):
     """Ivgi, Hinder and Carmon 2023, arXiv:2302.12022, eqs. 1 and 2; layer-wise: section 3.3."""
     x0 = p if t == 1 else x0
     if layerwise:
@@ -108,52 +108,70 @@ def dog(p, g, x0, *, lr, t, relative_distance, eps, layerwise, distance=0.0, squ
         far, start, length = norm(p - x0, "all"), norm(p, "all"), norm(g, "all")
     distance = relative_distance * (1 + start) if t == 1 else max(distance, far)
     squares = squares + length**2
-    rate = lr * distance / sqrt(squares + eps)
-    return p - rate * g, x0, distance, squares, rate
+    step = distance / sqrt(squares + eps)
+    rate = base_lr * step
+    return p - lr * step * g, x0, distance, squares, rate
 
 
 def prodigy(
-    p, g, x0, m, v, s, *, lr, t, beta1, beta2, eps, weight_decay, decoupled_weight_decay, d=1e-6, r=0.0, rate=0.0
+    p,
+    g,
+    x0,
+    m,
+    v,
+    s,
+    *,
+    lr,
+    base_lr,
+    t,
+    beta1,
+    beta2,
+    eps,
+    weight_decay,
+    decoupled_weight_decay,
+    d=1e-6,
+    r=0.0,
+    rate=0.0,
 ):
     """Mishchenko and Defazio 2024, arXiv:2306.06101, Algorithm 4; beta3 is the root of beta2."""
     x0 = p if t == 1 else x0
     if not decoupled_weight_decay:
         g = g + weight_decay * p
-    rate = lr * d
+    rate = base_lr * d
     beta3 = sqrt(beta2)
     m = beta1 * m + (1 - beta1) * d * g
     v = beta2 * v + (1 - beta2) * d**2 * g**2
-    r = beta3 * r + (1 - beta3) * lr * d**2 * total(g * (x0 - p), "all")
-    s = beta3 * s + (1 - beta3) * lr * d**2 * g
+    r = beta3 * r + (1 - beta3) * base_lr * d**2 * total(g * (x0 - p), "all")
+    s = beta3 * s + (1 - beta3) * base_lr * d**2 * g
     s_sum = total(abs(s), "all")
     step = m / (sqrt(v) + d * eps)
     if decoupled_weight_decay:
-        p = p - rate * weight_decay * p
-    p = p - rate * step
+        p = p - lr * d * weight_decay * p
+    p = p - lr * d * step
     d = max(d, r / s_sum if s_sum > 0 else 0)
     return p, x0, m, v, s, d, r, rate
 
 
-def schedule_free_sgd(p, g, x, z, *, lr, t, beta, weight_decay, weights=0.0):
+def schedule_free_sgd(p, g, x, z, *, lr, base_lr, t, beta, weight_decay, weights=0.0):
     """Defazio et al. 2024, arXiv:2405.15682, eqs. 3-5, weighted as in eq. 23; `p` is y, where gradients are taken."""
     x = p if t == 1 else x
     z = p if t == 1 else z
-    weights = weights + lr**2
-    c = lr**2 / weights if weights > 0 else 0
+    weights = weights + base_lr**2
+    c = base_lr**2 / weights if weights > 0 else 0
     z = z - lr * (g + weight_decay * p)
     x = (1 - c) * x + c * z
     return (1 - beta) * z + beta * x, x, z, weights
 
 
-def schedule_free_adamw(p, g, x, z, v, *, lr, t, beta1, beta2, eps, weight_decay, weights=0.0):
+def schedule_free_adamw(p, g, x, z, v, *, lr, base_lr, t, beta1, beta2, eps, weight_decay, weights=0.0):
     """Defazio et al. 2024, arXiv:2405.15682, Algorithm 1; `p` is y, where gradients are taken."""
     x = p if t == 1 else x
     z = p if t == 1 else z
     v = beta2 * v + (1 - beta2) * g**2
-    rate = lr * sqrt(1 - beta2**t)
-    weights = weights + rate**2
-    c = rate**2 / weights if weights > 0 else 0
-    z = z - rate * (g / (sqrt(v) + eps) + weight_decay * p)
+    correction = sqrt(1 - beta2**t)
+    weights = weights + (base_lr * correction) ** 2
+    c = (base_lr * correction) ** 2 / weights if weights > 0 else 0
+    z = z - lr * correction * (g / (sqrt(v) + eps) + weight_decay * p)
     x = (1 - c) * x + c * z
     return (1 - beta1) * z + beta1 * x, x, z, v, weights
 

@@ -37,7 +37,8 @@ class Rule(Source):
     """An update rule: a plain function of one element, checked when it is wrapped and staged when a kernel is built.
 
     The function takes `p`, `g` and its states as positional arguments and everything that is the same for a whole
-    group as keyword-only arguments, among them `lr` and, if it is wanted, `t` (the number of this update, from 1).
+    group as keyword-only arguments, among them `lr` and, if they are wanted, `t` (the number of this update, from 1)
+    and `base_lr` (the learning rate without the factor of an element, for state of the group).
     It returns the new `p`, then the new states in the same order. Allowed are assignments, arithmetic, comparisons,
     conditionals and the functions of `kernels.primitives` under any of their names in `math`, NumPy or Python;
     `fastlr.norm(x)` and `fastlr.total(x)` sum over a leaf, or with `over="group"` or `over="all"` over more. A

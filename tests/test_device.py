@@ -727,3 +727,11 @@ def test_groups_of_different_kinds_are_refused_on_a_gpu():
     opt = _params(lr=s.Cosine(0.1, 9), clip_norm=1.0, groups={"b": {"lr": 0.1}})
     with pytest.raises(ValueError, match="all groups must have a schedule for lr if one has"):
         opt.step(opt.params)
+
+
+def test_a_function_that_numba_cannot_compile():
+    opt = _params(lr=lambda n: float(str(0.1)), clip_norm=1.0)
+    before = opt.snapshot()
+    with pytest.raises(ValueError, match="the function that lr follows cannot be compiled by Numba for a GPU"):
+        opt.step(tree_map(lambda x: on_device(np.asarray(x)), opt.params))
+    assert all(same(before[k], v) for k, v in opt.snapshot().items())

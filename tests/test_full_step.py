@@ -674,7 +674,11 @@ def test_accumulation_and_partial_steps(rng):
 # Partial steps
 
 
-@pytest.mark.parametrize("case", PLAIN, ids=repr)
+# Rules whose sums stay within a leaf: a part cannot know what goes beyond it.
+LOCAL = [c for c in PLAIN if all(over == "leaf" for _, over in c.make(np.zeros(1), **c.settings).rule.sums)]
+
+
+@pytest.mark.parametrize("case", LOCAL, ids=repr)
 def test_the_union_of_partial_steps_is_one_step(case: Case, rng):
     shapes = {"layer0.w": (4, 3), "layer0.b": (3,), "layer1.w": (BLOCK + 3,), "head": (2,)}
     start = {k: rng.standard_normal(s) for k, s in shapes.items()}

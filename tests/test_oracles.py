@@ -149,6 +149,8 @@ def test_float32_within_the_bound_of_its_terms(case: Case, rng):
     arguments.update(zip(opt._source.scalars, opt._rows.scalars[0].tolist(), strict=True))
     if "t" in opt._source.function.__code__.co_varnames:
         arguments["t"] = 4
+    if "base_lr" in opt._source.function.__code__.co_varnames:
+        arguments["base_lr"] = values["lr"]
     results = bounded(opt._source.function)(p, g_in, *exact.values(), **arguments)
     opt.step(g)
     got = {"p": params, **kept}
