@@ -27,7 +27,7 @@ import numpy as np
 import fastlr
 from fastlr import places
 from fastlr.bench.steps import DECAY, EMA, FULL, LIMIT, LR
-from fastlr.device_plans import StepKernels
+from fastlr.device_kernels import StepKernels
 from fastlr.info import versions
 from fastlr.kernels import grid
 

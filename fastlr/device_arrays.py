@@ -355,7 +355,7 @@ def _by_interface(leaf: Any) -> Memory | None:
         return None
     from cuda.core.utils import StridedMemoryView
 
-    seen = StridedMemoryView.from_dlpack(leaf, stream_ptr=-1)
+    seen = StridedMemoryView.from_dlpack(leaf, stream_ptr=1)  # whoever made it makes the default stream wait
     kind = str(seen.dtype) if seen.dtype is not None else "a dtype that NumPy does not know"
     itemsize = seen.dtype.itemsize if seen.dtype is not None else 1
     strides = None if seen.strides is None else tuple(s * itemsize for s in seen.strides)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,277 +18,20 @@ import numpy as np
 
 from . import places
 from .device_arrays import DevicePlace
+from .device_kernels import StepKernels
+from .device_results import DeviceStepInfo, Results
+from .device_rows import DeviceRows
+from .device_tables import Tables
 from .devices import Launch
 from .kernels import grid
 from .kernels.layout import CLOCK, COUNT, COUNTERS, FIRST_ADDRESS, LEAF, ROW, STEPS, TICKS, T
 from .kernels.primitives import power, real_power, sqrt
 from .kernels.staging import Staged, define
-from .kernels.tiles import Storage
-from .loss_scale import LossScale
 from .plans import Plan
-from .rows import Counts, Rows
-from .scheduled import Formula, Rates
-from .step_info import Layout, StepInfo
+from .rows import Rows
+from .step_info import StepInfo
 
-__all__ = ["DevicePlan", "DeviceRows", "DeviceStepInfo", "StepKernels"]
-
-_ALIGNMENT = 256
-
-
-class StepKernels:
-    """The kernels of a step on one GPU, compiled or loaded when they are first needed.
-
-    Args:
-        device: the GPU.
-        staged: the rule.
-        storage: how its columns stand in memory.
-        tuning: how the work is cut.
-        formulas: the hyperparameters that `decide` has to evaluate itself.
-
-    Attributes:
-        compile_s: seconds spent compiling or loading so far.
-        piece: elements of a block of the update.
-        width: neighbouring elements that a thread takes at once.
-    """
-
-    takes_helpers = False
-
-    def __init__(
-        self,
-        device: Any,
-        staged: Staged,
-        storage: Storage,
-        tuning: grid.Tuning | None = None,
-        formulas: tuple[Formula, ...] = (),
-    ) -> None:
-        self.device, self.staged, self.storage, self.formulas = device, staged, storage, formulas
-        self.tuning = tuning or grid.Tuning()
-        self.compile_s = 0.0
-        self.piece = grid.piece_size(staged, storage, self.tuning)
-        self.width = grid.width_of(storage.columns(staged))
-        self.tiles_in_block = grid.tiles_in_block(staged, storage)
-        self._made: dict[str, tuple[Any, int]] = {}
-
-    def get(self, name: str) -> tuple[Any, int]:
-        """The handle of a kernel and the threads in its blocks: "finish", "update", "update_few", "measure_0", ..."""
-        if name not in self._made:
-            began = time.perf_counter()
-            content = (self.staged, self.storage, self.tuning, name, *(self.formulas if name == "finish" else ()))
-            try:
-                self._made[name] = self.device.kernel(self._maker(name), self.staged.name, content)
-            except Exception as error:
-                own = [f.uniform for f in self.formulas if f.functions]
-                if name != "finish" or not own:
-                    raise
-                raise ValueError(
-                    f"the function that {' and '.join(own)} follows cannot be compiled by Numba for a GPU. Write it "
-                    f"with arithmetic and the functions of math, or take a schedule. Numba says: {_last_line(error)}"
-                ) from error
-            self.compile_s += time.perf_counter() - began
-        return self._made[name]
-
-    def _maker(self, name: str) -> Callable[[grid.Target], grid.Body]:
-        staged, storage, tuning = self.staged, self.storage, self.tuning
-        if name == "finish":
-            return lambda target: grid.finish(target, staged, storage, self.formulas)
-        if name.startswith("measure_"):
-            return lambda target: grid.measure(target, staged, storage, int(name.removeprefix("measure_")), tuning)
-        return lambda target: grid.update(target, staged, storage, tuning, by_value=name == "update_few")
-
-    def prepare(self, few: bool) -> None:
-        """Compile or load what a step needs."""
-        names = ["update_few"] if few else ["finish", "update", *(f"measure_{k}" for k in range(self.measures))]
-        for name in names:
-            self.get(name)
-
-    @property
-    def measures(self) -> int:
-        """How many reading passes there are."""
-        return len(self.staged.measures)
-
-    def launch(self, name: str, values: Sequence[Any]) -> Launch:
-        """A kernel with arguments."""
-        function, threads = self.get(name)
-        return Launch(function, threads, values)
-
-
-def _last_line(error: Exception) -> str:
-    """What an error says, in a line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if "rror" in line or "annot" in line or "ntyped" in line), (lines or ["?"])[0])
-
-
-class _Block:
-    """Several tables in one piece of a GPU's memory, and their contents on the host.
-
-    Args:
-        device: the GPU.
-        tables: the content of each; their arrays are kept, so that later uploads have what stands in them then.
-    """
-
-    def __init__(self, device: Any, tables: Mapping[Any, np.ndarray], capturing: bool) -> None:
-        self._device, self.tables = device, tables
-        self._offsets, size = {}, 0
-        for key, table in tables.items():
-            self._offsets[key] = size
-            size += -(-max(table.nbytes, 8) // _ALIGNMENT) * _ALIGNMENT
-        self._memory = device.table_memory(size, capturing)
-        self._size = size
-        weakref.finalize(self, device.release_tables, self._memory)
-
-    def address(self, key: Any) -> int:
-        """Where a table is."""
-        return int(self._memory[0] + self._offsets[key])
-
-    def upload(self, stream: int, capturing: bool, keys: Sequence[Any] | None = None) -> None:
-        """Copy tables to the GPU, all at once or some."""
-        if keys is None:
-            everything = np.zeros(self._size, np.uint8)
-            for key, table in self.tables.items():
-                first = self._offsets[key]
-                everything[first : first + table.nbytes] = np.ascontiguousarray(table).reshape(-1).view(np.uint8)
-            parts = [(self._memory[0], everything)]
-        else:
-            parts = [(self.address(key), np.ascontiguousarray(self.tables[key])) for key in keys]
-        for address, part in parts:
-            if capturing:
-                self._device.upload_now(address, part)
-            else:
-                self._device.upload(address, part, stream)
-
-    def download(self, keys: Sequence[Any], stream: int) -> None:
-        """Copy tables back into their arrays on the host; waits."""
-        for key in keys:
-            self._device.download(self.tables[key], self.address(key), stream)
-
-
-class DeviceRows(Rows):
-    """Rows whose counters a GPU advances; arguments as for `Rows`."""
-
-    latest: Callable[[], Results | None] | None = None  # of the step made last, of whatever plan
-    block: _Block | None = None
-    host_knows, device_knows = True, False
-    settings_known = False
-    captured = False  # whether a graph knows where the tables are
-    stream = 0  # of the step made last: what it found out is there in the order of this stream
-
-    def install(
-        self,
-        place: DevicePlace,
-        staged: Staged,
-        table: np.ndarray,
-        h: np.ndarray,
-        models: int,
-        loss_scale: LossScale | None,
-        capturable: bool,
-    ) -> None:
-        """Give the rows memory on a GPU, for a staged rule and its settings.
-
-        Args:
-            place: where.
-            staged: the rule.
-            table: settings of each row, as the host has them.
-            h: room for what `decide` returns.
-            models: number of models.
-            loss_scale: whose state is on the GPU.
-            capturable: whether steps may be made that the host does not see.
-        """
-        self._place, self._staged, self._table, self._loss_scale = place, staged, table, loss_scale
-        # The host knows all that `decide` needs, and hands over what comes out.
-        self.decided_by_host = not capturable and len(self) == 1 and not (staged.quantities or staged.reports)
-        # The host can count as well as the GPU.
-        self.host_counts = not capturable and "finite" not in staged.reports and not staged.scalars
-        self._models = models
-        self._tables: dict[Any, np.ndarray] = {
-            grid.SETTINGS: table,
-            grid.COUNTS: self.counters,
-            grid.H: h,
-            grid.SCALARS: self.scalars,
-            grid.FLAGS: np.zeros(3, np.int64),
-            grid.MODELS_OF_ROWS: self.model.astype(np.int64),
-        }
-        if loss_scale is not None:
-            rule = loss_scale.growth, loss_scale.backoff, loss_scale.interval
-            self._tables[grid.LOSS_RULE] = np.array(rule, np.float64)
-
-    def settings(self) -> list[float]:
-        """What `decide` takes of the first row."""
-        return self._table[0, : len(self._staged.uniforms)].tolist()
-
-    def board(self) -> dict[int, int]:
-        """Addresses of the tables, by their places in a board."""
-        assert self.block is not None
-        found = {key: self.block.address(key) for key in self._tables}
-        found[grid.LOSS] = self._loss_scale.address if self._loss_scale is not None else 0
-        return found
-
-    def ready(self, stream: int, capturing: bool) -> None:
-        """Bring what the GPU has up to date."""
-        if self.block is None:
-            self.block = _Block(self._place.device, self._tables, capturing)
-        if not self.device_knows:
-            self.block.upload(stream, capturing)
-            self.device_knows = self.settings_known = True
-        elif not self.settings_known:
-            self.block.upload(stream, capturing, [grid.SETTINGS])
-            self.settings_known = True
-
-    def made_in(self, stream: int) -> None:
-        """The stream of the step that is about to be made."""
-        self.stream = stream
-        if self._loss_scale is not None:
-            self._loss_scale.stream = stream
-
-    def keep_latest(self, stream: int) -> None:
-        """Before the results of the last step are overwritten, put them aside if somebody may still ask for them."""
-        latest = self.latest() if self.latest is not None else None
-        if latest is not None:
-            latest.keep(stream)
-            self.latest = None
-
-    def push(self) -> None:
-        """Bring what the GPU has up to date, in the order of the current stream."""
-        if self.block is not None:
-            self.ready(self._place.stream(), False)
-
-    def replace(self, new: Rows) -> bool:
-        """Take over the counts of other rows, if the same leaves share them; whether it was possible."""
-        fits = all(
-            np.array_equal(getattr(self, name), getattr(new, name))
-            for name in ("index", "configuration", "model", "frozen", "by_leaf")
-        )
-        if fits:
-            self.counters[:], self.scalars[:] = new.counters, new.scalars
-            self.host_knows, self.device_knows = not self._replays, False
-        return fits
-
-    def advanced(self, advance: np.ndarray) -> None:
-        """A step whose counting the host can follow has been made."""
-        self.counters[:, T] += advance[:, STEPS]
-        self.counters[:, CLOCK] += advance[:, TICKS]
-
-    def pull(self) -> None:
-        """Learn from the GPU what only it knows; waits for it."""
-        if not self.host_knows and self.block is not None:
-            self.block.download([grid.COUNTS, grid.SCALARS], self.stream)
-            self.host_knows = not self._replays
-
-    _replays = False
-
-    def replayed(self) -> None:
-        """From now on steps may be made that the host does not see."""
-        self._replays, self.host_knows = True, False
-
-    @property
-    def steps(self) -> int:
-        """Steps of the optimizer; waits for the GPU if only it knows."""
-        self.pull()
-        return int(self.counters[-1, CLOCK])
-
-    def counts(self) -> Counts:
-        """What has been counted; waits for the GPU if only it knows."""
-        self.pull()
-        return super().counts()
+__all__ = ["DevicePlan"]
 
 
 def _additions(first: np.ndarray, count: np.ndarray) -> list[np.ndarray]:
@@ -323,7 +65,7 @@ class DevicePlan(Plan):
         self._place, self._device, self._capturable = place, place.device, capturable
         self._launches: dict[StepKernels, _Launches] = {}
         self._last: _Launches | None = None
-        self._captured: list[_Block] = []
+        self._captured: list[Tables] = []
         self._known: tuple[list[Any], list[int], Callable[[Any], int]] | None = None
         self._version = 0  # of the leaves: grows when the gradients are elsewhere
         self._partial = partial
@@ -468,7 +210,7 @@ class DevicePlan(Plan):
         made.update_blocks = pieces
         self._decide = _host_decide(self._staged)
 
-    def _fill_board(self, board: np.ndarray, block: _Block) -> None:
+    def _fill_board(self, board: np.ndarray, block: Tables) -> None:
         for place, address in self.rows.board().items():
             board[place] = address
         for place in self._tables_of_plan:
@@ -528,7 +270,7 @@ class DevicePlan(Plan):
         made = self._launches_for(kernel, stream, capturing)
         if capturing:
             # The graph gets leaves of its own: those of later steps must not change what it reads.
-            captured = _Block(self._device, {"leaves": self.leaves.copy()}, capturing)
+            captured = Tables(self._device, {"leaves": self.leaves.copy()}, capturing)
             captured.upload(stream, capturing)
             self._captured.append(captured)
             rows.captured = True
@@ -586,7 +328,7 @@ class DevicePlan(Plan):
         rows.latest = weakref.ref(results)
         return DeviceStepInfo(results, lrs, self.layout, grad_scale)
 
-    def _found(self, block: _Block) -> list[tuple[int, np.ndarray, Any]]:
+    def _found(self, block: Tables) -> list[tuple[int, np.ndarray, Any]]:
         """Where the results of a step are, as arrays of their size, and what keeps that memory."""
         rows, quantities, own = self.rows.board(), self._staged.quantities, self.rows.block
         models = len(self._tables_of_plan[grid.FIRST_ROWS])
@@ -618,7 +360,7 @@ class _Launches:
     """
 
     def __init__(self, device: Any, tables: Mapping[Any, np.ndarray], capturing: bool) -> None:
-        self.block = _Block(device, tables, capturing)
+        self.block = Tables(device, tables, capturing)
         self.leaves_known = -1
         self.first: Launch | None = None
         self.measures: list[Launch] = []
@@ -638,92 +380,11 @@ class _Launches:
         if self.after is not None:
             device.launch(self.after, 1, stream)
 
-    def read_leaves(self, block: _Block) -> None:
+    def read_leaves(self, block: Tables) -> None:
         """Take the table of leaves from another block in what is launched from now on."""
         for launch in (self.update, *self.measures):
             assert launch is not None
             launch.values[0].value = block.address("leaves")
-
-
-class Results:
-    """What a step found out, on the GPU until somebody asks.
-
-    Args:
-        device: the GPU.
-        stream: that the step was made in.
-        steps: the number of the step, if the host knows it.
-        found: addresses of the counters of the optimizer, the reports, the sums over leaves and the loss scales, an
-            array of the size of each, and what keeps their memory.
-        live: whether it tells of the last step at any time, rather than of one.
-    """
-
-    def __init__(
-        self, device: Any, stream: int, steps: int | None, found: list[tuple[int, np.ndarray, Any]], live: bool
-    ) -> None:
-        self._device, self._stream = device, stream
-        self._steps, self._found, self._live = steps, found, live
-        self._taken = False
-
-    def keep(self, stream: int) -> None:
-        """Put the results aside before the next step overwrites them."""
-        if self._taken:
-            return
-        device, self._stream = self._device, stream
-        kept = _Block(device, {k: array for k, (_, array, _) in enumerate(self._found)}, capturing=False)
-        for k, (address, array, _) in enumerate(self._found):
-            device.copy(kept.address(k), address, array.nbytes, stream)
-        self._found = [(kept.address(k), array, kept) for k, (_, array, _) in enumerate(self._found)]
-
-    def take(self) -> list[np.ndarray]:
-        """The arrays, filled; waits for the GPU."""
-        if not self._taken:
-            for address, array, _ in self._found:
-                self._device.download(array, address, self._stream)
-            self._taken = not self._live
-        return [array for _, array, _ in self._found]
-
-    @property
-    def steps(self) -> int:
-        """The number of the step."""
-        return self._steps if self._steps is not None else int(self.take()[0][CLOCK])
-
-
-class DeviceStepInfo(StepInfo):
-    """What a step on a GPU did. Reading more than the rates waits for the GPU, once.
-
-    With `capturable=True` it always tells of the step made last, be it by a graph.
-    """
-
-    __slots__ = ("_given_scale", "_results")
-
-    def __init__(self, results: Results, lrs: Any, layout: Layout | None, grad_scale: Any) -> None:
-        self._results, self._lrs, self._layout, self._given_scale = results, lrs, layout, grad_scale
-
-    @property
-    def lrs(self) -> Mapping[str, Any]:
-        """The learning rates, as `StepInfo.lrs`; of a schedule whose step only the GPU knows it is asked."""
-        lrs = self._lrs() if callable(self._lrs) else self._lrs
-        if isinstance(lrs, dict):
-            return Rates(lrs, max(0, self.step - 1 + bool(np.all(self.skipped))))
-        return lrs
-
-    @property
-    def step(self) -> int:
-        """Number of the step, from 1; skipped steps do not count."""
-        return self._results.steps
-
-    @property
-    def _reports(self) -> np.ndarray:
-        return self._results.take()[1]
-
-    @property
-    def _sums(self) -> np.ndarray:
-        return self._results.take()[2]
-
-    @property
-    def _grad_scale(self) -> Any:
-        used = self._results.take()[3]
-        return self._given_scale * used if used.size else self._given_scale
 
 
 def _host_decide(staged: Staged) -> Callable[[int, Sequence[float], Sequence[float]], Any]:

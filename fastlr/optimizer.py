@@ -16,7 +16,9 @@ from . import checkpoints, checks
 from . import threads as _threads
 from .buffers import FlatBuffer, place_called
 from .columns import Columns, Parameters
-from .device_plans import DevicePlan, DeviceRows, StepKernels
+from .device_kernels import StepKernels
+from .device_plans import DevicePlan
+from .device_rows import DeviceRows
 from .devices import stream_handle
 from .gradients import DeviceGradients, Gradients
 from .groups import Groups, hyperparameter, matching

@@ -389,6 +389,18 @@ def test_groups_frozen_leaves_and_parts(rng):
     np.testing.assert_allclose(before["b"] - tree["b"], 0.5 * (lr(1) + lr(2)))
 
 
+def test_leaves_of_one_group_at_different_clocks():
+    tree = {"a": np.zeros(3), "b": np.zeros(3)}
+    lr = s.Linear(1.0, 0.0, 10)
+    opt = fastlr.SGD(tree, lr=lr, backend="numpy")
+    ones = {k: np.ones(3) for k in tree}
+    for _ in range(2):
+        opt.step(ones, only="a")
+    opt.step(ones)
+    np.testing.assert_allclose(tree["a"], -(lr(0) + lr(1) + lr(2)))
+    np.testing.assert_allclose(tree["b"], -lr(0))
+
+
 def test_a_skipped_step_does_not_count(rng):
     lr = s.Linear(1.0, 0.0, 10)
     w = np.zeros(3)

@@ -1,0 +1,57 @@
+"""Tables in a GPU's memory, and their contents on the host."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Tables"]
+
+_ALIGNMENT = 256
+
+
+class Tables:
+    """Several tables in one piece of a GPU's memory, and their contents on the host.
+
+    Args:
+        device: the GPU.
+        tables: the content of each; their arrays are kept, so that later uploads have what stands in them then.
+    """
+
+    def __init__(self, device: Any, tables: Mapping[Any, np.ndarray], capturing: bool) -> None:
+        self._device, self.tables = device, tables
+        self._offsets, size = {}, 0
+        for key, table in tables.items():
+            self._offsets[key] = size
+            size += -(-max(table.nbytes, 8) // _ALIGNMENT) * _ALIGNMENT
+        self._memory = device.table_memory(size, capturing)
+        self._size = size
+        weakref.finalize(self, device.release_tables, self._memory)
+
+    def address(self, key: Any) -> int:
+        """Where a table is."""
+        return int(self._memory[0] + self._offsets[key])
+
+    def upload(self, stream: int, capturing: bool, keys: Sequence[Any] | None = None) -> None:
+        """Copy tables to the GPU, all at once or some."""
+        if keys is None:
+            everything = np.zeros(self._size, np.uint8)
+            for key, table in self.tables.items():
+                first = self._offsets[key]
+                everything[first : first + table.nbytes] = np.ascontiguousarray(table).reshape(-1).view(np.uint8)
+            parts = [(self._memory[0], everything)]
+        else:
+            parts = [(self.address(key), np.ascontiguousarray(self.tables[key])) for key in keys]
+        for address, part in parts:
+            if capturing:
+                self._device.upload_now(address, part)
+            else:
+                self._device.upload(address, part, stream)
+
+    def download(self, keys: Sequence[Any], stream: int) -> None:
+        """Copy tables back into their arrays on the host; waits."""
+        for key in keys:
+            self._device.download(self.tables[key], self.address(key), stream)
