@@ -81,7 +81,7 @@ def _pass(name: str, dtype: str) -> Any:
 @functools.cache
 def _pool(threads: int, process: int) -> concurrent.futures.ThreadPoolExecutor:
     """Threads of this process; a forked child has none of its parent's."""
-    return concurrent.futures.ThreadPoolExecutor(threads, "fastlr-vectors")
+    return concurrent.futures.ThreadPoolExecutor(threads, "vectors")
 
 
 _fold: Callable[..., None] = fold
