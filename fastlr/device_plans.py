@@ -65,7 +65,6 @@ class DevicePlan(Plan):
         self._place, self._device, self._capturable = place, place.device, capturable
         self._launches: dict[StepKernels, _Launches] = {}
         self._last: _Launches | None = None
-        self._captured: list[Tables] = []
         self._known: tuple[list[Any], list[int], Callable[[Any], int]] | None = None
         self._version = 0  # of the leaves: grows when the gradients are elsewhere
         self._partial = partial
@@ -272,8 +271,10 @@ class DevicePlan(Plan):
             # The graph gets leaves of its own: those of later steps must not change what it reads.
             captured = Tables(self._device, {"leaves": self.leaves.copy()}, capturing)
             captured.upload(stream, capturing)
-            self._captured.append(captured)
             rows.captured = True
+            assert rows.block is not None
+            for tables in (captured, made.block, rows.block):
+                tables.keep_for_graph()
             made.read_leaves(captured)
         elif made.leaves_known != self._version:
             made.block.upload(stream, False, ["leaves"])

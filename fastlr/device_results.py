@@ -39,7 +39,7 @@ class Results:
         if self._taken:
             return
         device, self._stream = self._device, stream
-        kept = Tables(device, {k: array for k, (_, array, _) in enumerate(self._found)}, capturing=False)
+        kept = Tables(device, {k: array for k, (_, array, _) in enumerate(self._found)}, False, stream)
         for k, (address, array, _) in enumerate(self._found):
             device.copy(kept.address(k), address, array.nbytes, stream)
         self._found = [(kept.address(k), array, kept) for k, (_, array, _) in enumerate(self._found)]

@@ -19,17 +19,25 @@ class Tables:
     Args:
         device: the GPU.
         tables: the content of each; their arrays are kept, so that later uploads have what stands in them then.
+        capturing: whether a graph is being captured.
+        stream: the only stream that will use them, if it is known.
     """
 
-    def __init__(self, device: Any, tables: Mapping[Any, np.ndarray], capturing: bool) -> None:
+    def __init__(
+        self, device: Any, tables: Mapping[Any, np.ndarray], capturing: bool, stream: int | None = None
+    ) -> None:
         self._device, self.tables = device, tables
         self._offsets, size = {}, 0
         for key, table in tables.items():
             self._offsets[key] = size
             size += -(-max(table.nbytes, 8) // _ALIGNMENT) * _ALIGNMENT
-        self._memory = device.table_memory(size, capturing)
+        self._memory = device.table_memory(size, capturing, stream)
         self._size = size
-        weakref.finalize(self, device.release_tables, self._memory)
+        self._release = weakref.finalize(self, device.release_tables, self._memory, stream)
+
+    def keep_for_graph(self) -> None:
+        """Never hand the memory back: a graph may be replayed after everybody else has forgotten the tables."""
+        self._release.detach()
 
     def address(self, key: Any) -> int:
         """Where a table is."""

@@ -147,7 +147,7 @@ class Gpu:
         self._handle = handle
         self._own_stream: Any = None
         self._modules: dict[bytes, Any] = {}
-        self._spare: list[tuple[int, int]] = []
+        self._spare: list[tuple[int, int, int | None]] = []  # address, size, the only stream that used it
         self._lock = threading.Lock()
         self._held: collections.deque[np.ndarray] = collections.deque(maxlen=_HELD)
 
@@ -194,22 +194,31 @@ class Gpu:
         """Give memory back."""
         self._driver.cuMemFree(address)
 
-    def table_memory(self, nbytes: int, capturing: bool) -> tuple[int, int]:
-        """Memory for tables that kernels read, kept for the life of the process and used again: address and size."""
+    def table_memory(self, nbytes: int, capturing: bool, stream: int | None = None) -> tuple[int, int]:
+        """Memory for tables, kept for the life of the process and used again: address and size.
+
+        Args:
+            nbytes: how much at least.
+            capturing: whether a graph is being captured.
+            stream: the only stream that will use it, if it is known: then what this stream alone has used before is
+                used again without waiting, since a stream does one thing after the other.
+        """
         size = 1 << max(8, (nbytes - 1).bit_length())
         with self._lock:
-            place = next((k for k, (_, room) in enumerate(self._spare) if room == size), None)
-            found = self._spare.pop(place) if place is not None and not capturing else None
-        if found is not None:
+            fitting = (k for k, (_, room, last) in enumerate(self._spare) if room == size and last == stream)
+            place = None if capturing else next(fitting, None)
+            found = self._spare.pop(place) if place is not None else None
+        if found is None:
+            with _Relaxed(self._driver):
+                return self.allocate(size), size
+        if stream is None:
             self._ask(self._driver.cuCtxSynchronize())  # a kernel of whoever had it may not be done
-            return found
-        with _Relaxed(self._driver):
-            return self.allocate(size), size
+        return found[:2]
 
-    def release_tables(self, memory: tuple[int, int]) -> None:
-        """Hand table memory back for others to use."""
+    def release_tables(self, memory: tuple[int, int], stream: int | None = None) -> None:
+        """Hand table memory back for others to use, with the only stream that used it, if it is known."""
         with self._lock:
-            self._spare.append(memory)
+            self._spare.append((*memory, stream))
 
     def upload(self, address: int, array: np.ndarray, stream: int) -> None:
         """Copy from the host in the order of a stream; the array may be changed once this returns.

@@ -61,10 +61,10 @@ class Device:
     def free(self, address: int) -> None:
         pass
 
-    def table_memory(self, nbytes: int, capturing: bool) -> tuple[int, int]:
+    def table_memory(self, nbytes: int, capturing: bool, stream: int | None = None) -> tuple[int, int]:
         return self.allocate(nbytes), nbytes
 
-    def release_tables(self, memory: tuple[int, int]) -> None:
+    def release_tables(self, memory: tuple[int, int], stream: int | None = None) -> None:
         pass
 
     def enter(self) -> None:

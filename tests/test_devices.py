@@ -94,6 +94,11 @@ def test_a_full_step_waits_for_nothing(with_stub):
         assert stub.stub_synchronized() == 0
         infos[0].step
         assert stub.stub_synchronized() > 0
+        del infos
+        stub.stub_reset()
+        for _ in range(10):  # the info of each step lives until the next has been made, as in most loops
+            info = opt.step(grads)
+        assert stub.stub_synchronized() == 0
         """)
 
 
@@ -112,6 +117,16 @@ def test_a_capture_allocates_and_uploads_beside_it(with_stub):
         assert len(captured) == 3 and table not in captured
         opt.step(grads)
         assert launches()[3].parameters[0] == table
+        import gc
+        read = {x for launch in launches()[:3] for x in launch.parameters[:1]}
+        del opt
+        gc.collect()
+        more = [fastlr.Adam(leaves, clip_norm=1.0) for _ in range(5)]
+        stub.stub_reset()
+        for one in more:
+            one.step(grads)
+        again = {x for launch in launches() for x in launch.parameters[:1]}
+        assert not read & again, "a graph that is still there would read somebody else's tables"
         opt = fastlr.Adam(leaves)
         opt.step(grads)
         stub.stub_capture(1)
