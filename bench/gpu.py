@@ -86,8 +86,10 @@ class Lab:
         if not self.dry:
             self.torch.cuda.synchronize()
 
-    def batch(self, step: Step, count: int) -> float:
-        """Seconds that one of `count` steps in a row takes, from the first's begin to the last's end."""
+    def batch(self, step: Step, count: int, before: Step | None = None) -> float:
+        """Seconds that one of `count` steps takes: in a row, or each by itself after what is not timed."""
+        if before is not None:
+            return sum(self._after(before, step) for _ in range(count)) / count
         if self.dry:
             began = time.perf_counter()
             for _ in range(count):
@@ -101,23 +103,41 @@ class Lab:
         end.synchronize()
         return float(begin.elapsed_time(end)) * 1e-3 / count
 
-    def alternate(self, candidates: dict[str, Step]) -> dict[str, list[float]]:
-        """Seconds of a step of each candidate, round by round."""
-        counts = {}
+    def _after(self, before: Step, step: Step) -> float:
+        before()
+        return self.batch(step, 1)
+
+    def alternate(self, candidates: dict[str, Step], before: dict[str, Step] | None = None) -> dict[str, list[float]]:
+        """Seconds of a step of each candidate, round by round.
+
+        Args:
+            candidates: by name.
+            before: what is done before each step, outside of its time, by the candidate's name.
+        """
+        counts, first = {}, before or {}
         for name, step in candidates.items():
-            for _ in range(3):
-                step()
+            self.batch(step, 3, first.get(name))
             self.synchronize()
-            counts[name] = max(1, min(1000, int(2e-3 / max(1e-7, self.batch(step, 3)))))
+            counts[name] = max(1, min(1000, int(2e-3 / max(1e-7, self.batch(step, 3, first.get(name))))))
         times: dict[str, list[float]] = {name: [] for name in candidates}
         began = time.perf_counter()
         while len(next(iter(times.values()))) < 5 or time.perf_counter() - began < self.seconds:
             for name, step in candidates.items():
+                if name in first:
+                    first[name]()
                 step()
-                times[name].append(self.batch(step, 1 if self.dry else counts[name]))
+                times[name].append(self.batch(step, 1 if self.dry else counts[name], first.get(name)))
         return times
 
-    def measure(self, mode: str, n: int, leaves: int, bytes_per: dict[str, float], candidates: dict[str, Step]) -> None:
+    def measure(
+        self,
+        mode: str,
+        n: int,
+        leaves: int,
+        bytes_per: dict[str, float],
+        candidates: dict[str, Step],
+        before: dict[str, Step] | None = None,
+    ) -> None:
         """Measure candidates and keep a row for each.
 
         Args:
@@ -126,8 +146,9 @@ class Lab:
             leaves: in how many arrays.
             bytes_per: bytes that a candidate moves per parameter, by name; the default under "".
             candidates: by name.
+            before: as in `alternate`.
         """
-        for name, times in self.alternate(candidates).items():
+        for name, times in self.alternate(candidates, before).items():
             low, middle, high = np.percentile(times, [20, 50, 80])
             moved = bytes_per.get(name, bytes_per[""]) * n
             self.rows.append(
@@ -205,8 +226,8 @@ def torch_adam(lab: Lab, params: list[Any], grads: list[Any], **how: Any) -> tup
     return opt.step, lambda: lab.torch.cat([p.detach().reshape(-1) for p in own])
 
 
-def torch_full(lab: Lab, params: list[Any], grads: list[Any]) -> tuple[Step, Callable[[], Any]]:
-    """The whole step as PyTorch's best separate calls; the gradient is written anew before each, outside of it."""
+def torch_full(lab: Lab, params: list[Any], grads: list[Any]) -> tuple[Step, Callable[[], Any], Step]:
+    """The whole step as PyTorch's best separate calls; the third writes the gradient that a step clears."""
     torch = lab.torch
     own = [p.clone().requires_grad_() for p in params]
     for p, g in zip(own, grads, strict=True):
@@ -223,7 +244,15 @@ def torch_full(lab: Lab, params: list[Any], grads: list[Any]) -> tuple[Step, Cal
         torch._foreach_copy_(copy, data)
         torch._foreach_zero_(held)
 
-    return step, lambda: torch.cat([p.reshape(-1) for p in data])
+    return step, lambda: torch.cat([p.reshape(-1) for p in data]), lambda: torch._foreach_copy_(held, grads)
+
+
+def fastlr_full(lab: Lab, params: list[Any], grads: list[Any]) -> tuple[Step, Callable[[], Any], Step]:
+    """The whole step over one flat buffer; the third writes the gradient that a step clears."""
+    buffer = fastlr.flatten(params)
+    opt = fastlr.AdamW(buffer, **{**FULL.settings, "lr": LR})
+    given = lab.torch.cat([g.reshape(-1) for g in grads])
+    return opt.step, lambda: buffer.data, lambda: opt.grads.data.copy_(given)
 
 
 def cupy_adam(lab: Lab, params: list[Any], grads: list[Any]) -> tuple[Step, Callable[[], Any]] | None:
@@ -277,8 +306,14 @@ def optax_adam(lab: Lab, params: list[Any], grads: list[Any]) -> tuple[Step, Cal
     return step, lambda: lab.torch.from_numpy(np.concatenate([np.asarray(x).reshape(-1) for x in held[0]])).cuda()
 
 
-def checked(made: dict[str, tuple[Step, Callable[[], Any]] | None]) -> dict[str, Step]:
+def checked(
+    made: dict[str, tuple[Step, Callable[[], Any]] | None], before: dict[str, Step] | None = None
+) -> dict[str, Step]:
     """The candidates that are there, after three steps in which they must agree with the first.
+
+    Args:
+        made: by name; None for what is not installed.
+        before: what is done before each step, by name.
 
     Raises:
         RuntimeError: if one does not: fastlr's own to the bit, others within rounding.
@@ -287,6 +322,8 @@ def checked(made: dict[str, tuple[Step, Callable[[], Any]] | None]) -> dict[str,
     reference = None
     for name, (step, params) in there.items():
         for _ in range(3):
+            if before is not None:
+                before[name]()
             step()
         found = params().float()
         if reference is None:
@@ -342,12 +379,10 @@ def whole(lab: Lab, mode: str, shapes: list[tuple[int, ...]]) -> None:
     """The full step: clip, AdamW, average, bfloat16 copy, clear."""
     params, grads = ([lab.random(*s) for s in shapes] for _ in range(2))
     n = sum(p.numel() for p in params)
-    settings = {k: v for k, v in FULL.settings.items() if k != "lr"}
-    candidates = {
-        "fastlr_flat": fastlr_flat(lab, params, grads, fastlr.AdamW, lr=LR, **settings)[0],
-        "torch_calls": torch_full(lab, params, grads)[0],
-    }
-    lab.measure(mode, n, len(shapes), {"": FULL_BYTES}, candidates)
+    made = {"fastlr_flat": fastlr_full(lab, params, grads), "torch_calls": torch_full(lab, params, grads)}
+    before = {name: write for name, (_, _, write) in made.items()}
+    candidates = checked({name: (step, found) for name, (step, found, _) in made.items()}, before)
+    lab.measure(mode, n, len(shapes), {"": FULL_BYTES}, candidates, before)
 
 
 def tuning(lab: Lab, n: int) -> list[dict[str, Any]]:
@@ -386,12 +421,11 @@ def profile(lab: Lab, n: int) -> list[dict[str, Any]]:
     if lab.dry:
         return []
     torch = lab.torch
-    settings = {k: v for k, v in FULL.settings.items() if k != "lr"}
-    step, _ = fastlr_flat(lab, [lab.random(n)], [lab.random(n)], fastlr.AdamW, lr=LR, **settings)
-    step()
+    step, _, write = fastlr_full(lab, [lab.random(n)], [lab.random(n)])
+    write(), step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
         for _ in range(10):
-            step()
+            write(), step()
         torch.cuda.synchronize()
     found = []
     for event in seen.key_averages():
