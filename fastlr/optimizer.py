@@ -365,9 +365,10 @@ class Optimizer:
         if isinstance(rows, DeviceRows) and rows.captured and self._stage() is self._staged:
             new = self._make_rows(counts)
             if rows.replace(new):
-                self._put(_scheduled=self._follow(self._staged, rows))
+                uniforms = self._hyper.uniforms()
+                self._put(_scheduled=self._follow(uniforms, self._staged, rows))
                 self._put(_follows=bool(self._scheduled.entries))
-                self._fill_table(self._staged, rows, self._table)
+                self._fill_table(uniforms, self._staged, rows, self._table)
                 self._put(_lrs=self._scheduled.parts(self._hyper.lr))
                 self._hyper.listener = self._push_settings
                 rows.push()
@@ -389,21 +390,22 @@ class Optimizer:
             )
         self._put(_by_leaf=self._by_leaf or any(scope == "leaf" for _, scope in staged.sums))
         same = staged is self._staged and self._by_leaf == self._rows.by_leaf and _threads.epoch == self._epoch
+        uniforms = hyper.uniforms()
         if same and "frozen" not in hyper.changed:
-            scheduled = self._follow(staged, self._rows)
+            scheduled = self._follow(uniforms, staged, self._rows)
             if self._on_host or scheduled.formulas() == self._scheduled.formulas():
                 self._put(_scheduled=scheduled, _follows=bool(scheduled.entries))
-                self._fill_table(staged, self._rows, self._table)
+                self._fill_table(uniforms, staged, self._rows, self._table)
                 self._put(_lrs=scheduled.parts(hyper.lr))
                 hyper.changed.clear()
                 return
         new = self._rows_for(self._rows.counts())
         rows = new["_rows"]
-        self._put(_scheduled=self._follow(staged, rows))
+        self._put(_scheduled=self._follow(uniforms, staged, rows))
         self._put(_follows=bool(self._scheduled.entries))
         formulas = () if self._on_host else self._scheduled.formulas()
         table = np.zeros((len(rows), max(1, len(staged.uniforms)) + sum(f.count for f in formulas)))
-        self._fill_table(staged, rows, table)
+        self._fill_table(uniforms, staged, rows, table)
         h = np.zeros((len(rows), staged.slots), self._params.dtype)
         if isinstance(rows, DeviceRows):
             models, capturable = self._params.models, self._capturable
@@ -414,22 +416,21 @@ class Optimizer:
         self._put(_lrs=self._scheduled.parts(hyper.lr))
         hyper.changed.clear()
 
-    def _fill_table(self, staged: Staged, rows: Rows, table: np.ndarray) -> None:
+    def _fill_table(self, uniforms: list[dict[str, Any]], staged: Staged, rows: Rows, table: np.ndarray) -> None:
         """The hyperparameters of each row, in the order in which `decide` takes them."""
-        for c, values in enumerate(self._hyper.uniforms()):
-            values["grad_scale"] = self._grad_scale
+        for c, values in enumerate(uniforms):
             which = np.flatnonzero(rows.configuration == c)
             for column, name in enumerate(staged.uniforms):
-                value = values[name]
+                value = self._grad_scale if name == "grad_scale" else values[name]
                 if not isinstance(value, Schedule):
                     table[which, column] = value[rows.model[which]] if isinstance(value, np.ndarray) else value
         if self._scheduled.entries and not self._on_host:
             table[:, len(staged.uniforms) :] = self._scheduled.numbers(rows)
         rows.settings_known = False
 
-    def _follow(self, staged: Staged, rows: Rows) -> Scheduled:
+    def _follow(self, uniforms: list[dict[str, Any]], staged: Staged, rows: Rows) -> Scheduled:
         """The hyperparameters that follow a schedule, for these rows."""
-        return Scheduled(self._hyper.uniforms(), self._spelling, rows, staged.uniforms, self._observed)
+        return Scheduled(uniforms, self._spelling, rows, staged.uniforms, self._observed)
 
     def _rates_found(self) -> Mapping[str, Any]:
         """The learning rate of each group, where the rule finds it itself: its state `rate`."""
@@ -957,7 +958,8 @@ class Optimizer:
         new: Optimizer = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
         capturable = self._capturable and place is not HOST
-        new._put(_lock=threading.RLock(), _capturable=capturable, _backend="numba")
+        backend = self._backend if self._on_host and place is HOST else "numba"
+        new._put(_lock=threading.RLock(), _capturable=capturable, _backend=backend)
         external = {n: moved(self._columns.arrays[n], given) for n, given in self._columns.external.items()}
         new._put(_alloc=None if place is not HOST else self._alloc)
         if self.loss_scale is not None and place is ours.place:

@@ -8,6 +8,7 @@ import weakref
 import emulation
 import numpy as np
 import pytest
+from arrays import gradients, same, tree_map
 from cases import CASES, PLAIN, Case
 from emulation import on_device
 
@@ -33,29 +34,6 @@ def device(monkeypatch):
     return gpu
 
 
-def gradients(rng, n, dtype, steps=STEPS):
-    """Ordinary numbers, large and small ones, zeros of both signs, infinities and NaN."""
-    out = []
-    for _ in range(steps):
-        g = (rng.standard_normal(n) * 10.0 ** rng.integers(-20, 10, n)).astype(dtype)
-        g[::17] = 0.0
-        g[5::19] = -0.0
-        out.append(g)
-    if n > 50:
-        out[1][11], out[2][12], out[3][13] = np.inf, -np.inf, np.nan
-    return out
-
-
-def same(a, b):
-    """Bit for bit; one NaN is as good as another."""
-    a, b = np.asarray(a), np.asarray(b)
-    if a.dtype.kind != "f":
-        return np.array_equal(a, b)
-    return np.array_equal(a, b, equal_nan=True) and np.array_equal(
-        np.signbit(a[~np.isnan(a)]), np.signbit(b[~np.isnan(b)])
-    )
-
-
 def assert_same(ours, theirs):
     """Two optimizers know the same, bit for bit: parameters, states, counters, settings."""
     a, b = ours.state_dict(params=True), theirs.state_dict(params=True)
@@ -74,17 +52,13 @@ def assert_same_info(ours, theirs, paths=()):
             assert (x is None) == (y is None) and (x is None or same(x, y)), path
 
 
-def tree_map(function, tree):
-    return {k: function(v) for k, v in tree.items()}
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("case", CASES, ids=repr)
 def test_every_rule(case: Case, dtype, rng):
     if dtype == "float64" and case not in PLAIN:
         pytest.skip("the settings that are not the default: float32 alone")
     for n in SIZES if case in PLAIN else [1009]:
-        start, grads = rng.standard_normal(n).astype(dtype), gradients(rng, n, dtype)
+        start, grads = rng.standard_normal(n).astype(dtype), gradients(rng, n, dtype, STEPS)
         here, there = start.copy(), on_device(start, offset=n % 4)
         ours = case.make(here, backend="numpy", **case.settings)
         theirs = case.make(there, **case.settings)
@@ -116,21 +90,26 @@ OPTIONS = {
 }
 
 
+def here_and_there(option, flat, rng, put):
+    """Adam with a setting on the CPU, and the same one over parameters put on a GPU."""
+    start = {k: np.asarray(rng.standard_normal(s), np.float32) for k, s in SHAPES.items()}
+    factors = {k: np.asarray(rng.integers(0, 3, s), np.float32) for k, s in SHAPES.items()}
+    here, there = tree_map(np.copy, start), tree_map(put, start)
+    if flat:
+        here, there = fastlr.flatten(here), fastlr.flatten(there)
+    mine, others = dict(OPTIONS[option]), dict(OPTIONS[option])
+    if "loss_scale" in mine:
+        mine["loss_scale"], others["loss_scale"] = (fastlr.LossScale(4.0, interval=2, backoff=0.25) for _ in range(2))
+    if "lr_scale" in mine:
+        mine["lr_scale"], others["lr_scale"] = factors, tree_map(put, factors)
+    return fastlr.Adam(here, backend="numpy", **mine), fastlr.Adam(there, **others)
+
+
 @pytest.mark.parametrize("flat", [False, True], ids=["tree", "buffer"])
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option(option, flat, rng):
-    start = {k: np.asarray(rng.standard_normal(s), np.float32) for k, s in SHAPES.items()}
-    options = dict(OPTIONS[option])
-    factors = {k: np.asarray(rng.integers(0, 3, s), np.float32) for k, s in SHAPES.items()}
-    here, there = tree_map(np.copy, start), tree_map(on_device, start)
-    if flat:
-        here, there = fastlr.flatten(here), fastlr.flatten(there)
-    mine, others = dict(options), dict(options)
-    if "loss_scale" in options:
-        mine["loss_scale"], others["loss_scale"] = (fastlr.LossScale(4.0, interval=2, backoff=0.25) for _ in range(2))
-    if "lr_scale" in options:
-        mine["lr_scale"], others["lr_scale"] = factors, tree_map(on_device, factors)
-    ours, theirs = fastlr.Adam(here, backend="numpy", **mine), fastlr.Adam(there, **others)
+    ours, theirs = here_and_there(option, flat, rng, on_device)
+    options = OPTIONS[option]
     infos = []
     for k in range(6):
         g = {name: np.asarray(rng.standard_normal(s), np.float32) for name, s in SHAPES.items()}
@@ -393,6 +372,11 @@ def test_there_and_back_again(rng):
     assert_same(moving, ours)
     assert moving.loss_scale.scale == ours.loss_scale.scale
     assert same(moving.shadow["w"], ours.shadow["w"])
+
+
+def test_a_copy_on_the_host_is_made_the_same_way():
+    opt = fastlr.Adam(np.ones(3), backend="numpy")
+    assert opt.to("cpu")._backend == "numpy" and opt.to("cuda").to("cpu")._backend == "numba"
 
 
 def test_buffers_move(rng):

@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+from arrays import gradients, same, tree_map
 from cases import CASES, PLAIN, Case
 
 import fastlr
@@ -21,7 +22,7 @@ if devices.problem() is not None or not torch.cuda.is_available():
         f"no GPU to test on: {devices.problem() or 'this PyTorch is built without CUDA'}", allow_module_level=True
     )
 
-from test_device import OPTIONS, SHAPES, SIZES, assert_same, assert_same_info, gradients, same  # noqa: E402
+from test_device import OPTIONS, SHAPES, SIZES, STEPS, assert_same, assert_same_info, here_and_there  # noqa: E402
 
 
 def on_gpu(array, offset: int = 0):
@@ -33,15 +34,11 @@ def on_gpu(array, offset: int = 0):
     return out
 
 
-def tree_map(function, tree):
-    return {k: function(v) for k, v in tree.items()}
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("case", CASES, ids=repr)
 def test_every_rule(case: Case, dtype, rng):
     for n in [*SIZES, 1_000_003] if case in PLAIN else [1009]:
-        start, grads = rng.standard_normal(n).astype(dtype), gradients(rng, n, dtype)
+        start, grads = rng.standard_normal(n).astype(dtype), gradients(rng, n, dtype, STEPS)
         here, there = start.copy(), on_gpu(start, offset=n % 4)
         ours, theirs = case.make(here, backend="numpy", **case.settings), case.make(there, **case.settings)
         for k, g in enumerate(grads):
@@ -56,17 +53,7 @@ def test_every_rule(case: Case, dtype, rng):
 @pytest.mark.parametrize("flat", [False, True], ids=["tree", "buffer"])
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option(option, flat, rng):
-    start = {k: np.asarray(rng.standard_normal(s), np.float32) for k, s in SHAPES.items()}
-    factors = {k: np.asarray(rng.integers(0, 3, s), np.float32) for k, s in SHAPES.items()}
-    here, there = tree_map(np.copy, start), tree_map(on_gpu, start)
-    if flat:
-        here, there = fastlr.flatten(here), fastlr.flatten(there)
-    mine, others = dict(OPTIONS[option]), dict(OPTIONS[option])
-    if "loss_scale" in mine:
-        mine["loss_scale"], others["loss_scale"] = (fastlr.LossScale(4.0, interval=2) for _ in range(2))
-    if "lr_scale" in mine:
-        mine["lr_scale"], others["lr_scale"] = factors, tree_map(on_gpu, factors)
-    ours, theirs = fastlr.Adam(here, backend="numpy", **mine), fastlr.Adam(there, **others)
+    ours, theirs = here_and_there(option, flat, rng, on_gpu)
     infos = []
     for k in range(6):
         g = {name: np.asarray(rng.standard_normal(s), np.float32) for name, s in SHAPES.items()}
@@ -76,7 +63,7 @@ def test_every_option(option, flat, rng):
     assert_same(theirs, ours)
     for info, expected in infos:
         assert_same_info(info, expected, SHAPES if option != "average, copy" else ())
-    if "shadow" in mine:
+    if "shadow" in OPTIONS[option]:
         for k in SHAPES:
             bits = theirs.shadow[k].view(torch.int16).cpu().numpy()
             assert np.array_equal(bits.view(np.uint16), np.asarray(ours.shadow[k]).view(np.uint16))

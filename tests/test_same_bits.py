@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from arrays import gradients, same
 from cases import CASES, ELEMENTWISE, PLAIN, Case
 
 import fastlr
@@ -13,26 +14,6 @@ from fastlr.kernels.sums import BLOCK
 SIZES = [0, 1, 2, 7, 31, 33, 1009, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 17]
 STEPS = 4
 both_dtypes = pytest.mark.parametrize("dtype", ["float32", "float64"])
-
-
-def gradients(rng, n, dtype):
-    """Ordinary numbers, large and small ones, zeros of both signs, infinities and NaN."""
-    out = []
-    for _ in range(STEPS):
-        g = (rng.standard_normal(n) * 10.0 ** rng.integers(-20, 10, n)).astype(dtype)
-        g[::17] = 0.0
-        g[5::19] = -0.0
-        out.append(g)
-    if n > 50:
-        out[1][11], out[2][12], out[3][13] = np.inf, -np.inf, np.nan
-    return out
-
-
-def same(a, b):
-    """Bit for bit; one NaN is as good as another."""
-    return np.array_equal(a, b, equal_nan=True) and np.array_equal(
-        np.signbit(a[~np.isnan(a)]), np.signbit(b[~np.isnan(b)])
-    )
 
 
 def trained(case: Case, start, grads, **options):
@@ -48,7 +29,7 @@ def trained(case: Case, start, grads, **options):
 def test_numpy_and_compiled(case: Case, dtype, rng):
     assert case.make(np.zeros(1), **case.settings).rule.exact
     for n in SIZES if case in PLAIN else [1009]:
-        start, grads = rng.standard_normal(n).astype(dtype), gradients(rng, n, dtype)
+        start, grads = rng.standard_normal(n).astype(dtype), gradients(rng, n, dtype, STEPS)
         compiled, reference = trained(case, start, grads), trained(case, start, grads, backend="numpy")
         assert compiled.keys() == reference.keys()
         for name, value in compiled.items():
@@ -59,7 +40,7 @@ def test_numpy_and_compiled(case: Case, dtype, rng):
 @pytest.mark.parametrize("case", PLAIN, ids=repr)
 def test_threads_and_tiles(case: Case, rng, monkeypatch):
     n = 300_007
-    start, grads = rng.standard_normal(n).astype(np.float32), gradients(rng, n, np.float32)
+    start, grads = rng.standard_normal(n).astype(np.float32), gradients(rng, n, np.float32, STEPS)
     monkeypatch.setattr(plans, "_WORTH_WAKING", 0)
     expected = trained(case, start, grads, threads=1)
     reference = trained(case, start, grads, threads=2, backend="numpy")
@@ -118,7 +99,7 @@ def test_gradients_are_only_read(case: Case, rng):
 
 @pytest.mark.parametrize("case", ELEMENTWISE, ids=repr)
 def test_order_of_elements_does_not_matter(case: Case, rng):
-    start, grads = rng.standard_normal(1009).astype(np.float32), gradients(rng, 1009, np.float32)
+    start, grads = rng.standard_normal(1009).astype(np.float32), gradients(rng, 1009, np.float32, STEPS)
     order = rng.permutation(1009)
     a, b = trained(case, start, grads), trained(case, start[order], [g[order] for g in grads])
     assert all(same(a[name][order], b[name]) for name in a)
