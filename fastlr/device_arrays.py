@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import functools
 import math
 import sys
@@ -29,17 +30,17 @@ class DevicePlace(Place):
     def __init__(self, device: Any) -> None:
         self.device, self.label = device, device.label
 
+    @abc.abstractmethod
     def stream(self) -> int:
         """The handle of the caller's current stream."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def view(self, array: Any, kind: str) -> Any:
         """A flat array of bytes as one of another dtype."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def empty_bytes(self, nbytes: int) -> Any:
         """A flat array of bytes."""
-        raise NotImplementedError
 
     def allocate(self, count: int, dtype: Any, position: int = 0, alloc: Alloc | None = None) -> Any:
         """A flat array of zeros.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +50,7 @@ class Memory:
         return int(np.prod(self.shape, dtype=np.int64))
 
 
-class Place:
+class Place(abc.ABC):
     """A kind of memory and the library whose arrays are in it.
 
     Attributes:
@@ -62,41 +63,41 @@ class Place:
     kind_of_array: str
     make_contiguous: str
 
+    @abc.abstractmethod
     def memory(self, called: str, leaf: Any) -> Memory:
         """What an array is, as memory.
 
         Raises:
             TypeError: if it is no array of this place; `called` names it.
         """
-        raise NotImplementedError
 
     def address(self, array: Any) -> int:
         """The address of an array's first element."""
         return self.memory("", array).address
 
+    @abc.abstractmethod
     def allocate(self, count: int, dtype: Any, position: int = 0, alloc: Alloc | None = None) -> Any:
         """A flat array of zeros, aligned for kernels."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def fill(self, array: Any, value: float) -> None:
         """Set all elements to a number."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def copy(self, to: Any, source: Any) -> None:
         """Copy all elements from an array of this place or of the host, of the same shape and dtype."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def to_host(self, array: Any) -> np.ndarray:
         """A copy as a NumPy array; two-byte floats as their bits."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def as_format(self, bits: Any, name: str) -> Any:
         """Bits as numbers of a two-byte format, if the library has it; else as they are."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def contiguous(self, array: Any) -> Any:
         """The array itself if its elements stand in order, else a copy in which they do."""
-        raise NotImplementedError
 
 
 class Host(Place):

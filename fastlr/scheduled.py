@@ -74,7 +74,6 @@ class Scheduled:
         self._observed = observed
         self.entries: list[_Entry] = []
         for c, values in enumerate(uniforms):
-            which = np.flatnonzero(rows.configuration == c).tolist()
             for uniform, value in values.items():
                 if not isinstance(value, Schedule) or uniform not in names:
                     continue
@@ -82,6 +81,7 @@ class Scheduled:
                 value._emit(text, "n")
                 for plateau, _ in text.plateaus:
                     observed.setdefault(repr(plateau), Observed())
+                which = np.flatnonzero(rows.configuration == c).tolist()
                 label, checked = labels.get(uniform, (uniform, uniform))
                 one, _, _ = value._texts()
                 entry = _Entry(

@@ -14,6 +14,7 @@ out for one step in Python, for an array of steps by NumPy, and in a kernel on a
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import itertools
@@ -153,17 +154,18 @@ def _schedule(value: Any, name: str) -> Schedule:
 
 
 @dataclass(frozen=True, repr=False)
-class Schedule:
+class Schedule(abc.ABC):
     """What all schedules can do; build one by its name."""
 
     _names: ClassVar[dict[str, type[Schedule]]] = {}
+    _method: ClassVar[str] = ""  # of a schedule, that makes one of this class from it
 
     def __init_subclass__(cls) -> None:
         Schedule._names[cls.__name__] = cls
 
+    @abc.abstractmethod
     def _emit(self, text: Text, n: str) -> str:
         """Write the schedule as a function of the step `n`; the name or expression of its value."""
-        raise NotImplementedError
 
     def _texts(self) -> tuple[Callable[..., Any], Callable[..., Any], tuple[float, ...]]:
         """What carries it out for one step, what makes that for many, and its numbers."""
@@ -282,14 +284,17 @@ class Schedule:
 
     def __repr__(self) -> str:
         """The code that builds it."""
+        fields, made = list(dataclasses.fields(self)), type(self).__name__
+        if self._method:
+            made = f"{_grouped(getattr(self, fields.pop(0).name))}.{self._method}"
         arguments: list[str] = []
-        for k, f in enumerate(dataclasses.fields(self)):
+        for k, f in enumerate(fields):
             value = getattr(self, f.name)
             if not f.kw_only and k == len(arguments) and f.default is dataclasses.MISSING:
                 arguments.append(repr(value))
             elif value != f.default:
                 arguments.append(f"{f.name}={value!r}")
-        return f"{type(self).__name__}({', '.join(arguments)})"
+        return f"{made}({', '.join(arguments)})"
 
     def to_dict(self) -> dict[str, Any]:
         """The schedule as plain data, for JSON; `Schedule.from_dict` reads it.
@@ -1109,9 +1114,10 @@ class Observed:
 
     def observe(self, plateau: Plateau, metric: float) -> None:
         """Take account of a metric."""
-        better = self.best is None
-        if self.best is not None and not math.isnan(metric):
-            sign = 1.0 if plateau.mode == "min" else -1.0
+        sign = 1.0 if plateau.mode == "min" else -1.0
+        if self.best is None:
+            better = sign * metric < math.inf
+        else:
             relative = plateau.threshold_mode == "rel"
             bound = self.best * (1.0 - sign * plateau.threshold) if relative else self.best - sign * plateau.threshold
             better = sign * metric < sign * bound
@@ -1133,6 +1139,8 @@ class Observed:
 @dataclass(frozen=True, repr=False)
 class Warmup(Schedule):
     """See `Schedule.warmup`."""
+
+    _method = "warmup"
 
     schedule: Schedule
     steps: int
@@ -1163,11 +1171,6 @@ class Warmup(Schedule):
         factor = text.let(text.select(f"{n} < {steps}", factor, "1.0"))
         at = n if self.included else text.most(text.let(f"{n} - {steps}"), "0.0")
         return text.let(f"{factor} * {self.schedule._emit(text, at)}")
-
-    def __repr__(self) -> str:
-        values = {f.name: (getattr(self, f.name), f.default) for f in dataclasses.fields(self)[2:]}
-        more = [f"{name}={value!r}" for name, (value, default) in values.items() if value != default]
-        return f"{_grouped(self.schedule)}.warmup({', '.join([repr(self.steps), *more])})"
 
 
 @dataclass(frozen=True, repr=False)
@@ -1232,6 +1235,8 @@ class Scaled(Schedule):
 class Clip(Schedule):
     """See `Schedule.clip`."""
 
+    _method = "clip"
+
     schedule: Schedule
     low: float
     high: float
@@ -1245,13 +1250,12 @@ class Clip(Schedule):
         value = self.schedule._emit(text, n)
         return text.least(text.most(value, text.number(self.low)), text.number(self.high))
 
-    def __repr__(self) -> str:
-        return f"{_grouped(self.schedule)}.clip({self.low!r}, {self.high!r})"
-
 
 @dataclass(frozen=True, repr=False)
 class Shift(Schedule):
     """See `Schedule.shift`."""
+
+    _method = "shift"
 
     schedule: Schedule
     by: int
@@ -1268,13 +1272,12 @@ class Shift(Schedule):
     def _emit(self, text: Text, n: str) -> str:
         return self.schedule._emit(text, text.most(text.let(f"{n} - {text.number(self.by)}"), "0.0"))
 
-    def __repr__(self) -> str:
-        return f"{_grouped(self.schedule)}.shift({self.by!r})"
-
 
 @dataclass(frozen=True, repr=False)
 class Repeat(Schedule):
     """See `Schedule.repeat`."""
+
+    _method = "repeat"
 
     schedule: Schedule
     period: int
@@ -1290,13 +1293,12 @@ class Repeat(Schedule):
         period = text.number(self.period)
         return self.schedule._emit(text, text.let(f"{n} - floor({n} / {period}) * {period}"))
 
-    def __repr__(self) -> str:
-        return f"{_grouped(self.schedule)}.repeat({self.period!r})"
-
 
 @dataclass(frozen=True, repr=False)
 class PerEpoch(Schedule):
     """See `Schedule.per_epoch`."""
+
+    _method = "per_epoch"
 
     schedule: Schedule
     steps: int
@@ -1310,9 +1312,6 @@ class PerEpoch(Schedule):
 
     def _emit(self, text: Text, n: str) -> str:
         return self.schedule._emit(text, text.let(f"floor({n} / {text.number(self.steps)})"))
-
-    def __repr__(self) -> str:
-        return f"{_grouped(self.schedule)}.per_epoch({self.steps!r})"
 
 
 def _grouped(schedule: Schedule) -> str:

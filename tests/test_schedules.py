@@ -466,6 +466,7 @@ def test_plateau_is_pytorchs(tmp_path, rng):
     torch = pytest.importorskip("torch")
     metrics = np.concatenate([np.linspace(5, 1, 12), np.full(9, 1.0), np.linspace(1, 0.5, 4), np.full(20, 0.7)])
     metrics = metrics + rng.normal(0, 1e-3, metrics.size)
+    metrics[[0, 15]] = np.nan
     for mode, threshold_mode in (("min", "rel"), ("max", "abs")):
         theirs = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
         how = {"mode": mode, "factor": 0.3, "patience": 3, "threshold": 0.01, "cooldown": 2}
