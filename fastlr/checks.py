@@ -248,6 +248,7 @@ def companions(
     params: Sequence[Memory],
     written: bool,
     make_contiguous: str,
+    kinds: Sequence[str] | None = None,
 ) -> None:
     """Check arrays that go along with the parameters, element by element, where they are.
 
@@ -258,14 +259,17 @@ def companions(
         params: the parameters.
         written: whether the step writes them, so that they must be apart from the parameters and from each other.
         make_contiguous: what to write for a contiguous copy, for messages.
+        kinds: the dtypes that they may have; None: the parameters'.
 
     Raises:
-        TypeError: if a leaf is not of the parameters' dtype.
+        TypeError: if a leaf is of another dtype.
         ValueError: if a leaf has another shape, cannot be written or is not C-contiguous, or shares memory.
     """
     for path, leaf, param in zip(paths, leaves, params, strict=True):
         leaf_name = called(path, name)
-        if leaf.kind != param.kind:
+        if kinds is not None and leaf.kind not in kinds:
+            raise TypeError(f"{leaf_name} has dtype {leaf.kind}, expected {' or '.join(kinds)}.")
+        if kinds is None and leaf.kind != param.kind:
             raise TypeError(f"{leaf_name} has dtype {leaf.kind}, but the parameter has {param.kind}.")
         if leaf.shape != param.shape:
             raise ValueError(f"{leaf_name} has shape {leaf.shape}, but the parameter has {param.shape}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,10 +14,10 @@ from .kernels.formats import FORMATS, to_float32
 from .places import Alloc, Memory
 from .trees import Structure, is_container, leaves_with_paths
 
-__all__ = ["Columns", "Parameters"]
+__all__ = ["CALLED", "Columns", "Parameters"]
 
 # What the caller calls the arrays that may be his own.
-_CALLED = {"ema": "ema_out", "lr_scale": "lr_scale"}
+CALLED = {"ema": "ema_out", "lr_scale": "lr_scale", "shadow": "shadow_out"}
 
 
 class Parameters:
@@ -86,13 +87,14 @@ class Parameters:
             return self.source.like(data)
         return FlatBuffer(self.structure, self.shapes, data)
 
-    def companions(self, name: str, tree: Any, written: bool) -> list[Any]:
+    def companions(self, name: str, tree: Any, written: bool, kinds: Sequence[str] | None = None) -> list[Any]:
         """The leaves of a tree that goes along with the parameters, checked.
 
         Args:
             name: what the caller calls it.
             tree: in the parameters' structure.
             written: whether a step writes it.
+            kinds: the dtypes that its leaves may have; None: the parameters'.
         """
         if isinstance(tree, FlatBuffer):
             if tree._structure.paths != self.paths:
@@ -106,7 +108,7 @@ class Parameters:
                 leaf_name, expected = checks.called(path, name), place.kind_of_array
                 raise TypeError(f"{leaf_name} is a {type(leaf).__name__}, expected a {expected} like the parameter.")
             memory.append(place.memory(checks.called(path, name), leaf))
-        checks.companions(name, paths, memory, self.memory, written, place.make_contiguous)
+        checks.companions(name, paths, memory, self.memory, written, place.make_contiguous, kinds)
         return leaves
 
 
@@ -117,7 +119,7 @@ class Columns:
         parameters: what they go along with.
         letters: the states, averages among them, in the order of the rule.
         initial: the value at which a state starts.
-        external: the caller's arrays for "ema" and "lr_scale", where there are some.
+        external: the caller's arrays for "ema", "lr_scale" and "shadow", where there are some.
         shadow: the format of a copy of the parameters, or None.
         alloc: where memory comes from.
 
@@ -146,12 +148,17 @@ class Columns:
         self.letters = tuple(letters)
         self.external = dict(external)
         self.inputs = tuple(name for name in ("lr_scale",) if name in external)
-        given = {n: parameters.companions(_CALLED[n], tree, n == "ema") for n, tree in external.items()}
+        kinds = {} if shadow is None else {"shadow": (shadow, FORMATS[shadow].storage)}
+        given = {
+            n: parameters.companions(CALLED[n], tree, n != "lr_scale", kinds.get(n)) for n, tree in external.items()
+        }
         self._check(given)
+        if "shadow" in given and place is places.HOST:
+            given["shadow"] = [leaf.view(FORMATS[shadow or ""].storage) for leaf in given["shadow"]]
         self._flat: dict[str, Any] = {}
         for k, letter in enumerate([n for n in letters if n not in given]):
             self._flat[letter] = place.allocate(parameters.size, parameters.dtype, 2 + k, alloc)
-        if shadow is not None:
+        if shadow is not None and "shadow" not in given:
             self._flat["shadow"] = place.allocate(parameters.size, FORMATS[shadow].storage, 2 + len(letters), alloc)
         names = [*letters, *self.inputs, *(["shadow"] if shadow else [])]
         self.arrays = {n: given[n] if n in given else parameters.cut(self._flat[n]) for n in names}
@@ -166,14 +173,17 @@ class Columns:
     def _check(self, given: Mapping[str, list[Any]]) -> None:
         """What the caller's arrays must be beyond their shape and dtype."""
         memory = self._place.memory
-        averages = [memory("ema_out", average) for average in given.get("ema", ())]
+        written = [memory(CALLED[n], a) for n in ("ema", "shadow") for a in given.get(n, ())]
+        spans = sorted((m.address, m.address + m.nbytes) for m in written if m.nbytes)
+        if any(end > begin for (_, end), (begin, _) in itertools.pairwise(spans)):
+            raise ValueError("ema_out and shadow_out share memory. Pass memory of its own for each.")
         for scale in given.get("lr_scale", ()):
             numbers = self._place.to_host(scale)
             if not (np.isfinite(numbers) & (numbers >= 0)).all():
                 raise ValueError("lr_scale must be non-negative and finite everywhere.")
             begin, end = memory("lr_scale", scale).address, memory("lr_scale", scale).address + numbers.nbytes
-            if any(a.address < end and begin < a.address + a.nbytes for a in averages):
-                raise ValueError("ema_out and lr_scale share memory. Pass memory of its own for each.")
+            if any(a < end and begin < b for a, b in spans):
+                raise ValueError("lr_scale shares memory with ema_out or shadow_out. Pass memory of its own for each.")
 
     @property
     def written(self) -> list[Any]:
@@ -187,6 +197,8 @@ class Columns:
     def shadow(self) -> Any:
         """The copy in low precision as numbers, or as bits where nobody knows bfloat16."""
         assert self._format is not None
+        if "shadow" in self.external:
+            return self.external["shadow"]
         return self._parameters.tree(self._place.as_format(self._flat["shadow"], self._format))
 
     def encode_shadow(self) -> None:

@@ -156,7 +156,7 @@ class DevicePlan(Plan):
             self._known = None
 
     def _point(self, column: np.ndarray) -> None:
-        self._known = None
+        self._known = self._located = None
         mine = self.leaves[: len(self._leaf), FIRST_ADDRESS + 1]
         if not np.array_equal(mine, column):
             mine[:] = column

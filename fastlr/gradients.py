@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,23 @@ from .kernels.formats import FORMATS
 from .places import Alloc, Place
 
 _IN_ORDER = 0x101  # NumPy's flags C_CONTIGUOUS and ALIGNED
+
+
+@dataclass(frozen=True)
+class Located:
+    """Gradients that somebody else has found and checked, and keeps alive: `Optimizer.step` takes them as they are.
+
+    Attributes:
+        addresses: of each leaf's gradient, 0 where there is none; the same list again if none has moved.
+        kind: their format.
+        active: whether each leaf has one; None: all of them.
+        seen: the leaves that a partial step is about; None: it is about all.
+    """
+
+    addresses: list[int]
+    kind: str
+    active: tuple[bool, ...] | None = None
+    seen: tuple[bool, ...] | None = None
 
 
 class Gradients:
@@ -108,7 +126,7 @@ class Gradients:
             addresses.clear()
         if len(addresses) == len(leaves) and first is not None:
             kind = self._name if first is self._dtype else self._formats.get(first.name)
-            if kind is not None and first.isnative and not self._any_overlaps(addresses, first.itemsize):
+            if kind is not None and first.isnative and not self.any_overlaps(addresses, first.itemsize):
                 return addresses, leaves, kind
         found = [
             None if leaf is None else checks.gradient(path, leaf, (shape,), self._formats)
@@ -137,17 +155,17 @@ class Gradients:
         if array.flags.num & _IN_ORDER != _IN_ORDER:
             return None
         address = checks.address(array)
-        return None if self._overlaps(address, array.nbytes) else address
+        return None if self.overlaps(address, array.nbytes) else address
 
-    def _overlaps(self, begin: int, nbytes: int) -> bool:
+    def overlaps(self, begin: int, nbytes: int) -> bool:
         """Whether some memory is part of what the step writes."""
         before = bisect.bisect_left(self._starts, begin + nbytes) - 1
         return before >= 0 and self._ends[before] > begin and nbytes > 0
 
-    def _any_overlaps(self, addresses: list[int], itemsize: int) -> bool:
+    def any_overlaps(self, addresses: list[int], itemsize: int) -> bool:
         """Whether the memory of any leaf's gradient is part of what the step writes."""
         if len(addresses) <= 8:
-            return any(map(self._overlaps, addresses, [n * itemsize for n in self._sizes]))
+            return any(map(self.overlaps, addresses, [n * itemsize for n in self._sizes]))
         nbytes = np.multiply(self._sizes, itemsize)
         before = np.searchsorted(self._starts, np.add(addresses, nbytes)) - 1
         reach = np.array([*self._ends, 0])[before]  # nothing before: -1, the zero
@@ -194,7 +212,7 @@ class DeviceGradients(Gradients):
         if not memory.contiguous:
             leaf = place.contiguous(leaf)
             memory = place.memory(called, leaf)
-        if self._overlaps(memory.address, memory.nbytes):
+        if self.overlaps(memory.address, memory.nbytes):
             raise ValueError(
                 f"{called} shares memory with the parameters or with what else the step writes. Pass a copy of it."
             )
@@ -219,7 +237,7 @@ class DeviceGradients(Gradients):
             ]
             if None not in addresses and any(addresses):
                 known = [a for a in addresses if a is not None]
-                if not self._any_overlaps(known, 2 if self._formats[kind] in FORMATS else self._dtype.itemsize):
+                if not self.any_overlaps(known, 2 if self._formats[kind] in FORMATS else self._dtype.itemsize):
                     return known, leaves, self._formats[kind]
             if any(address is not None for address in addresses):
                 break

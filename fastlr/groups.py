@@ -14,7 +14,7 @@ import numpy as np
 from . import checks
 from .schedules import Function, Schedule
 
-__all__ = ["Group", "Groups", "hyperparameter"]
+__all__ = ["Group", "Groups", "hyperparameter", "plain"]
 
 
 def matching(name: str, pattern: str, paths: Sequence[str]) -> list[str]:
@@ -52,6 +52,18 @@ def hyperparameter(name: str, value: Any, like: Any, population: int | None, whe
         checked = checks.hyperparameter(name, plain, like, population, where)
         return tuple(made(one) if scheduled(one) else c for one, c in zip(value, checked, strict=True))
     return checks.hyperparameter(name, value, like, population, where)
+
+
+def plain(value: Any) -> Any:
+    """A hyperparameter as JSON has it: numbers, lists, and schedules as dicts; of a function of the user's its name."""
+    if isinstance(value, Schedule):
+        try:
+            return value.to_dict()
+        except TypeError:  # a function of the user's, or with one in it
+            return {"type": None, "code": repr(value)}
+    if isinstance(value, tuple):
+        return [plain(v) for v in value]
+    return value.tolist() if isinstance(value, np.ndarray) else value
 
 
 class Group:
@@ -194,16 +206,5 @@ class Groups(Mapping[str, Group]):
 
     def export(self) -> dict[str, dict[str, Any]]:
         """What each group sets, as plain numbers, lists and dicts; `""` stands for the optimizer."""
-
-        def plain(value: Any) -> Any:
-            if isinstance(value, Schedule):
-                try:
-                    return value.to_dict()
-                except TypeError:  # a function of the user's, or with one in it
-                    return {"type": None, "code": repr(value)}
-            if isinstance(value, tuple):
-                return [plain(v) for v in value]
-            return value.tolist() if isinstance(value, np.ndarray) else value
-
         groups = {"": self.defaults, **self._groups}
         return {p: {k: plain(v) for k, v in g._values.items()} for p, g in groups.items()}

@@ -15,12 +15,12 @@ import numpy as np
 from . import checkpoints, checks
 from . import threads as _threads
 from .buffers import FlatBuffer, place_called
-from .columns import Columns, Parameters
+from .columns import CALLED, Columns, Parameters
 from .device_kernels import StepKernels
 from .device_plans import DevicePlan
 from .device_rows import DeviceRows
 from .devices import stream_handle
-from .gradients import DeviceGradients, Gradients
+from .gradients import DeviceGradients, Gradients, Located
 from .groups import Groups, hyperparameter, matching
 from .kernels import cpu, reference, rules
 from .kernels.cpu import Kernel
@@ -84,6 +84,7 @@ class StepOptions(TypedDict, total=False):
     ema: Any
     ema_out: Any
     shadow: str | None
+    shadow_out: Any
     zero_grads: bool
     lr_scale: Any
     statistics: bool
@@ -133,6 +134,8 @@ class Optimizer:
         ema_out: arrays of your own in the parameters' structure to keep the average in (a target network). They go on
             from what stands in them.
         shadow: "bfloat16" or "float16": keep a copy of the parameters in that format in `opt.shadow`.
+        shadow_out: arrays of your own in the parameters' structure to keep that copy in (the weights of the forward
+            pass, of which the parameters are the masters): of that format, or of uint16 for its bits.
         zero_grads: `step()` sets `opt.grads` to zero in the same pass. Gradients handed to `step` are never written.
         lr_scale: a factor on the learning rate for each element, >= 0 and finite, in the parameters' structure and
             read where it is; an element whose factor is 0 stays as it is, its decay included.
@@ -196,6 +199,7 @@ class Optimizer:
         ema: Any = None,
         ema_out: Any = None,
         shadow: str | None = None,
+        shadow_out: Any = None,
         zero_grads: bool = False,
         lr_scale: Any = None,
         statistics: bool = False,
@@ -253,13 +257,18 @@ class Optimizer:
             values["ema_decay"] = hyperparameter("ema", ema, 0.0, self._params.population)
         elif ema_out is not None:
             raise ValueError("ema_out is where the average is kept; give its decay as well, such as ema=0.999.")
+        if shadow_out is not None and shadow is None:
+            raise ValueError(
+                'shadow_out is where the copy is kept; give its format as well, such as shadow="bfloat16".'
+            )
         self._put(_hyper=Groups(values, groups, self._params.paths, self._params.population, self._spelling))
         flags = {n for n, v in values.items() if isinstance(v, bool)}
         tested = {spelled.get(n, n) for n in rule.switches | _BEFORE.switches}
         self._put(_structural={*flags, *tested, *checks.OPTIONAL}, _epoch=_threads.epoch)
         self._put(_unscaled=loss_scale is not None, _grad_scale=1.0, _by_leaf=False)
         self._put(_accumulated=None, _adding={}, _observed={})
-        external = {n: tree for n, tree in (("ema", ema_out), ("lr_scale", lr_scale)) if tree is not None}
+        own = {"ema": ema_out, "lr_scale": lr_scale, "shadow": shadow_out}
+        external = {name: tree for name, tree in own.items() if tree is not None}
         self._put(_per_element=lr_scale is not None)
         self._allocate(self._stage().states, external)
         starts = [self._initial_scalar(name) for name in rule.scalars]
@@ -580,6 +589,12 @@ class Optimizer:
 
     def _bind(self, grads: Any, only: Any) -> tuple[Plan, str, Any]:
         """The plan for a step, with the addresses of the gradients in it, their format, and what must be kept alive."""
+        if type(grads) is Located:
+            everyone = self._params.everyone
+            active, seen = grads.active or everyone, grads.seen or everyone
+            plan = self._plan_for(active, seen, flat=False, kind=grads.kind)
+            plan.locate_gradients(grads.addresses)
+            return plan, grads.kind, None
         active = seen = self._params.everyone if only is None else self._mask(only)
         if grads is None:
             grads = self._gradients.own
@@ -677,7 +692,7 @@ class Optimizer:
                     self._scheduled.fill(rows.counters, self._table)
                 if type(rows) is Rows or (rows.host_knows and not self._capturable):
                     lrs = Rates(lrs, rows.counters.item(-1, CLOCK))
-            if only is not None:
+            if only is not None or (type(grads) is Located and grads.seen is not None):
                 plan.count_part(self._rows)
             kernel = self._kernels.get((kind, clear)) or self._kernel_for(kind, clear)
             plan.run(kernel, self._threads or _threads.get_num_threads(), stream)
@@ -847,7 +862,7 @@ class Optimizer:
 
     @property
     def shadow(self) -> Any:
-        """The copy of the parameters in low precision, as of the last step.
+        """The copy of the parameters in low precision, as of the last step, or what was given as `shadow_out`.
 
         Arrays of float16, or of bfloat16 where the package ml_dtypes is installed; without it their bits, as uint16.
 
@@ -946,8 +961,8 @@ class Optimizer:
             raise ValueError("gradients are being accumulated; step first, then move.")
         place, ours = place_called(device), self._params
 
-        def moved(leaves: Sequence[Any], given: Any) -> Any:
-            data = place.allocate(ours.size, ours.dtype)
+        def moved(leaves: Sequence[Any], given: Any, dtype: Any = ours.dtype) -> Any:
+            data = place.allocate(ours.size, dtype)
             buffer = FlatBuffer(ours.structure, ours.shapes, data, ours.population)
             for to, leaf in zip(ours.cut(data), leaves, strict=True):
                 place.copy(to, ours.place.to_host(leaf))
@@ -960,16 +975,22 @@ class Optimizer:
         capturable = self._capturable and place is not HOST
         backend = self._backend if self._on_host and place is HOST else "numba"
         new._put(_lock=threading.RLock(), _capturable=capturable, _backend=backend)
-        external = {n: moved(self._columns.arrays[n], given) for n, given in self._columns.external.items()}
+        dtypes = {} if self._shadow is None else {"shadow": FORMATS[self._shadow].storage}
+        external = {
+            CALLED[n]: moved(self._columns.arrays[n], given, dtypes.get(n, ours.dtype))
+            for n, given in self._columns.external.items()
+        }
         new._put(_alloc=None if place is not HOST else self._alloc)
         if self.loss_scale is not None and place is ours.place:
             new._put(loss_scale=self.loss_scale.copy())
             if place is not HOST:
                 new.loss_scale.attach(place, ours.models)
-        new.rebuild(moved(ours.leaves, ours.source), ema_out=external.get("ema"), lr_scale=external.get("lr_scale"))
+        new.rebuild(moved(ours.leaves, ours.source), **external)
         return new
 
-    def rebuild(self, params: Any, *, ema_out: Any = None, lr_scale: Any = None) -> tuple[str, ...]:
+    def rebuild(
+        self, params: Any, *, ema_out: Any = None, lr_scale: Any = None, shadow_out: Any = None
+    ) -> tuple[str, ...]:
         """Go on with other parameters: added, removed or resized ones.
 
         Leaves of the same path and shape keep their state and counters, the others start afresh.
@@ -978,6 +999,7 @@ class Optimizer:
             params: the new parameters, as for a new optimizer, of the same dtype.
             ema_out: where to keep their average, if the optimizer was given arrays for it.
             lr_scale: their rates per element, if the optimizer was given some.
+            shadow_out: where to keep their copy, if the optimizer was given arrays for it.
 
         Returns:
             The paths that start afresh.
@@ -1004,10 +1026,10 @@ class Optimizer:
         new._put(_hyper=hyper, _by_leaf=False, _accumulated=None, _adding={}, _observed=dict(self._observed))
         if new._capturable and new._on_host:
             raise ValueError("this optimizer is capturable, but the new parameters are on the CPU. Build a new one.")
-        external = {"ema": ema_out, "lr_scale": lr_scale}
+        external = {"ema": ema_out, "lr_scale": lr_scale, "shadow": shadow_out}
         for name in self._columns.external:
             if external[name] is None:
-                raise ValueError(f"this optimizer was given {name}; pass it for the new parameters as well.")
+                raise ValueError(f"this optimizer was given {CALLED[name]}; pass it for the new parameters as well.")
         new._allocate(self._columns.letters, {name: external[name] for name in self._columns.external})
         starts = [self._initial_scalar(name) for name in self._source.scalars]
         old, counts = self._rows.counts(), Counts.zero(len(new._params.leaves), new._params.models, starts)

@@ -138,6 +138,7 @@ class Plan:
         self._generations = itertools.count(1, len(staged.measures) + 1)
         self._itemsize = itemsize
         self._pointed: list[Any] | tuple[Any, ...] | None = None
+        self._located: list[int] | None = None
         self._threads = 0
         average = self.elements / max(1, len(self.tiles))
         self._chunk = max(1, int(BLOCK // max(1.0, average)))
@@ -193,6 +194,12 @@ class Plan:
             last = [reference() for reference in last]
         return last is not None and len(last) == len(arrays) and all(map(operator.is_, last, arrays))
 
+    def locate_gradients(self, addresses: list[int]) -> None:
+        """Enter addresses that somebody else has found, unless it is the same list as in the step before."""
+        if self._located is not addresses:
+            self.point_gradients(addresses, None)
+            self._located = addresses
+
     def point_gradients(self, addresses: Any, arrays: list[Any] | None) -> None:
         """Enter the address of each leaf's gradient, in the order of the leaves.
 
@@ -200,13 +207,13 @@ class Plan:
             addresses: one for each leaf.
             arrays: those whose addresses they are, if the same arrays will have the same addresses again.
         """
-        self._pointed = None  # an interrupt from here on must not leave new addresses under an old name
+        self._pointed = self._located = None  # an interrupt must not leave new addresses under an old name
         self.leaves[: len(self._leaf), _GRADIENT] = np.asarray(addresses, np.int64)[self._leaf] + self._inside
         self._remember(arrays)
 
     def point_flat_gradient(self, address: int, arrays: list[Any] | None) -> None:
         """Enter the address of one array that holds all gradients in order; as `point_gradients`."""
-        self._pointed = None
+        self._pointed = self._located = None
         if len(self._leaf) == 1:  # the usual case: one flat buffer
             self.leaves[0, _GRADIENT] = address + self._first_offset
         else:

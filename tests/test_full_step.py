@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import tracemalloc
 
+import ml_dtypes
 import numpy as np
 import pytest
 from cases import PLAIN, Case
@@ -499,12 +500,43 @@ def test_a_target_network_of_ones_own(rng):
     opt.ema_decay = 0.0
     opt.step({"w": np.ones((4, 5)), "b": np.ones(3)})
     np.testing.assert_allclose(target["w"], params["w"], rtol=1e-15)
-    with pytest.raises(ValueError, match="this optimizer was given ema; pass it for the new parameters as well"):
+    with pytest.raises(ValueError, match="this optimizer was given ema_out; pass it for the new parameters as well"):
         opt.rebuild({"w": np.ones(2)})
     own = {"w": np.zeros(2)}
     opt.rebuild({"w": np.ones(2)}, ema_out=own)
     opt.step({"w": np.zeros(2)})
     np.testing.assert_array_equal(own["w"], 1.0)
+
+
+def test_a_copy_in_memory_of_ones_own(rng):
+    """The weights of the forward pass are written by the step; the parameters are their masters."""
+    start = {"w": rng.standard_normal((4, 5)).astype(np.float32), "b": rng.standard_normal(3).astype(np.float32)}
+    for kind, dtype in (("float16", np.float16), ("bfloat16", ml_dtypes.bfloat16), ("bfloat16", np.uint16)):
+        params, weights = (
+            {k: v.copy() for k, v in start.items()},
+            {k: np.zeros(v.shape, dtype) for k, v in start.items()},
+        )
+        own, other = {k: v.copy() for k, v in start.items()}, {"w": np.zeros((4, 5)), "b": np.zeros(3)}
+        opt = fastlr.Adam(params, shadow=kind, shadow_out=weights)
+        reference = fastlr.Adam(own, shadow=kind)
+        assert opt.shadow is weights
+        for _ in range(3):
+            for k in start:  # at the start as well
+                np.testing.assert_array_equal(weights[k].view(np.uint16), reference.shadow[k].view(np.uint16))
+            grads = {k: rng.standard_normal(v.shape).astype(np.float32) for k, v in start.items()}
+            opt.step(grads)
+            reference.step(grads)
+        moved = opt.to("cpu")
+        np.testing.assert_array_equal(moved.shadow["w"].view(np.uint16), weights["w"].view(np.uint16))
+        with pytest.raises(ValueError, match="this optimizer was given shadow_out; pass it"):
+            opt.rebuild(params)
+        for bad, error, message in (
+            (other, TypeError, f"shadow_out['w'] has dtype float64, expected {kind} or uint16."),
+            ({**weights, "b": weights["w"].reshape(-1)[:3]}, ValueError, "share memory. Pass memory of its own"),
+        ):
+            with pytest.raises(error) as raised:
+                fastlr.Adam(params, shadow=kind, shadow_out=bad)
+            assert message in str(raised.value)
 
 
 def test_decay_of_the_average_differs_between_groups_and_models(rng):
@@ -950,6 +982,7 @@ BAD_SETTINGS = [
     ({"ema": 0.9, "ema_out": leaf(b=[1.0, 2.0, 3.0])}, TypeError, "ema_out['b'] is a list, expected a NumPy array"),
     ({"ema": 0.9, "ema_out": SHARED}, ValueError, "share memory. Pass memory of its own for ema_out."),
     ({"ema": 0.9, "ema_out": leaf(w=np.ones((3, 2)).T)}, ValueError, "ema_out['w'] is not C-contiguous"),
+    ({"shadow_out": SHARED}, ValueError, "shadow_out is where the copy is kept; give its format as well"),
     ({"shadow": "float8"}, TypeError, "shadow 'float8' is not known; there are bfloat16, float16."),
     ({"grad_dtype": "int8"}, TypeError, "grad_dtype 'int8' is not known; there are bfloat16, float16."),
     ({"zero_grads": 1}, TypeError, "zero_grads must be True or False, got 1."),
