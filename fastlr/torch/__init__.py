@@ -1,0 +1,21 @@
+"""Optimizers for PyTorch: every rule of fastlr as a `torch.optim.Optimizer`, on the CPU and on NVIDIA GPUs.
+
+`fastlr.torch.AdamW(model.parameters(), lr=3e-4)` takes the arguments of `torch.optim.AdamW`, and options of its own;
+`Optimizer` takes a rule of the user's; `HostOptimizer` keeps masters and state of a large model on the host.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .. import optimizers as _optimizers
+from .host import HostOptimizer
+from .optimizer import Optimizer, counterpart
+
+__all__ = ["HostOptimizer", "Optimizer", *_optimizers.__all__]
+
+globals().update({name: counterpart(getattr(_optimizers, name)) for name in _optimizers.__all__})
+
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> type[Optimizer]: ...

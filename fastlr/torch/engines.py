@@ -1,0 +1,320 @@
+"""Engines: one native optimizer each, over tensors of one dtype on one device, where they are."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter, itemgetter
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..gradients import Located
+from ..kernels.layout import T
+from ..optimizer import Optimizer as Native
+from ..rows import Counts
+from ..schedules import Schedule
+from ..step_info import StepInfo
+from . import tensors
+
+_gradient, _dtype = attrgetter("grad"), attrgetter("dtype")
+_address, _count, _is_contiguous = torch.Tensor.data_ptr, torch.Tensor.numel, torch.Tensor.is_contiguous
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A parameter: the tensor, what it is called, and the index of its group."""
+
+    param: torch.Tensor
+    name: str
+    group: int
+
+    @property
+    def called(self) -> str:
+        """What messages call it."""
+        return f"parameter {self.name!r}"
+
+
+class Engine:
+    """A native optimizer over parameters where they are; only the state is in flat memory of its own.
+
+    Args:
+        make: makes the native optimizer from arrays, groups and hyperparameters.
+        leaves: the parameters, all of one dtype on one device.
+        groups: the groups of the PyTorch optimizer.
+        names: the hyperparameters that each of them holds.
+        settings: the options of the native optimizer.
+        ema_out: where to keep the average of each parameter, or None.
+
+    Attributes:
+        params: the parameters.
+        native: the native optimizer.
+        found: the gradients that `find` found, None where there is none.
+
+    Raises:
+        TypeError: if the native optimizer does not take a parameter or a hyperparameter.
+        ValueError: likewise.
+    """
+
+    def __init__(
+        self,
+        make: Callable[..., Native],
+        leaves: Sequence[Leaf],
+        groups: Sequence[dict[str, Any]],
+        names: Sequence[str],
+        settings: Mapping[str, Any],
+        ema_out: Sequence[torch.Tensor] | None,
+    ) -> None:
+        self.leaves, self.params = tuple(leaves), [leaf.param for leaf in leaves]
+        self._groups, self._names = groups, tuple(names)
+        self._values_of = itemgetter(*names)
+        self._members = sorted({leaf.group for leaf in leaves})
+        several = len(groups) > 1
+        paths = [f"{leaf.group}:{leaf.name}" if several else leaf.name for leaf in leaves]
+        self._taken = {g: self._plain(groups[g]) for g in self._members}
+        hyper = {f"{g}:*": dict(self._taken[g]) for g in self._members}
+        self.ema_out = ema_out
+        sizes = [p.numel() for p in self.params]
+        self._starts = np.cumsum([0, *sizes])[:-1].tolist()
+        more = self._more(paths)
+        if ema_out is not None:
+            more["ema_out"] = dict(zip(paths, map(self._as_array, ema_out), strict=True))
+        first = as_arguments(dict(self._taken[self._members[0]]))
+        self.native = make(self._targets(paths), **first, **settings, **more, groups=hyper if several else None)
+        self._group_of = {g: self.native.groups[f"{g}:*"] if several else self.native for g in self._members}
+        self._addresses = list(map(_address, self.params))
+        self._strides = [p.stride() for p in self.params]
+        self._sizes, self._in_rows = sizes, all(map(_is_contiguous, self.params))
+        self._given: dict[int, tuple[Any, ...]] = {}
+        self._own: torch.dtype = getattr(torch, self.native._params.dtype.name)
+        self._readable = {self._own, *tensors.HALVES}
+        self._kind: torch.dtype | None = None
+        self._located = Located([], "")
+        self.found: list[torch.Tensor | None] = []
+
+    # What subclasses do otherwise
+
+    def _targets(self, paths: Sequence[str]) -> Any:
+        """What the native optimizer updates."""
+        return dict(zip(paths, map(self._as_array, self.params), strict=True))
+
+    def _more(self, paths: Sequence[str]) -> dict[str, Any]:
+        """More options for the native optimizer."""
+        return {}
+
+    def _initial(self, k: int, saved: Mapping[str, Any], loaded: bool) -> None:
+        """Take over what else was saved of a parameter; see `adopt`."""
+
+    def _extra(self, k: int) -> dict[str, Any]:
+        """What else is to be saved of a parameter."""
+        return {}
+
+    # Memory
+
+    @staticmethod
+    def _as_array(tensor: torch.Tensor) -> Any:
+        """A tensor's memory as the native optimizer takes it: a NumPy array, on a GPU a tensor."""
+        flat = tensors.in_memory_order(tensor)
+        if flat.dtype in tensors.HALVES:
+            flat = flat.view(torch.uint16)
+        return flat.numpy() if flat.device.type == "cpu" else flat
+
+    @staticmethod
+    def _as_tensor(array: Any) -> torch.Tensor:
+        """The other way round; the same memory."""
+        return torch.from_numpy(array) if isinstance(array, np.ndarray) else array
+
+    def views(self, name: str) -> list[torch.Tensor]:
+        """A column of the native optimizer as one tensor for each parameter, with its shape and strides."""
+        columns = self.native._columns
+        if name == "ema" and self.ema_out is not None:
+            return list(self.ema_out)
+        flat = self._as_tensor(columns._flat[name])
+        if name == "shadow":
+            flat = flat.view(getattr(torch, self.native._shadow))
+        return [tensors.like(p, flat, start) for p, start in zip(self.params, self._starts, strict=True)]
+
+    # State: the entries of `torch.optim.Optimizer.state`
+
+    @staticmethod
+    def state_names(native: Native) -> tuple[str, ...]:
+        """The names of a native optimizer's states, without those of its own options."""
+        return tuple(native._states.get(x, x) for x in native._columns.letters if x != "ema")
+
+    def adopt(
+        self, saved: Mapping[torch.Tensor, Mapping[str, Any]], loaded: bool
+    ) -> dict[torch.Tensor, dict[str, Any]]:
+        """Go on from a saved state.
+
+        Args:
+            saved: for each parameter its entries; those without start afresh.
+            loaded: whether it comes from somewhere else, and not from the engine before.
+
+        Returns:
+            The entries that stand for the state from now on: views of the memory that steps update.
+        """
+        native, rule = self.native, self.native._source
+        columns = {native._states.get(x, x): self.views(x) for x in native._columns.letters}
+        starts = [native._initial_scalar(name) for name in rule.scalars]
+        counts = Counts.zero(len(self.params), 1, starts)
+        counts.scalars = counts.scalars.copy()
+        for k, param in enumerate(self.params):
+            entries = saved.get(param) or {}
+            t = entries.get("step", any(entries.get(n) is not None for n in columns))
+            counts.t[k] = counts.clock[k] = int(t)
+            counts.clock[k] = int(entries.get("clock", int(t)))
+            counts.skipped[k] = int(entries.get("skipped", 0))
+            for j, name in enumerate(rule.scalars):
+                if name in entries:
+                    counts.scalars[k, 0, j] = float(entries[name])
+            for name, views in columns.items():
+                if isinstance(entries.get(name), torch.Tensor) and views[k] is not entries[name]:
+                    views[k].copy_(entries[name])
+            self._initial(k, entries, loaded)
+        counts.steps = int(counts.clock.max(initial=0))
+        native._columns.encode_shadow()
+        native._put(**native._rows_for(counts))
+        self._steps = torch.zeros(len(self.params))
+        self._scalars = torch.zeros((len(rule.scalars), len(self.params)), dtype=torch.float64)
+        self._show_counts()
+        bumped = [*(self.ema_out or ()), *map(self._as_tensor, native._columns._flat.values())]
+        self._written = [t for t in bumped if not t.is_inference()]
+        return {
+            p: {
+                "step": self._steps[k],
+                **{name: views[k] for name, views in columns.items()},
+                **{name: self._scalars[j, k] for j, name in enumerate(rule.scalars)},
+                **self._extra(k),
+            }
+            for k, p in enumerate(self.params)
+        }
+
+    def _show_counts(self) -> None:
+        """Bring the counts in the state up to date, if the host knows them without waiting for a GPU."""
+        rows = self.native._rows
+        if not self.native._on_host:
+            return
+        index = rows.index[:, 0] if len(rows) > 1 else 0
+        self._steps.numpy()[:] = rows.counters[index, T]
+        if len(self._scalars):
+            self._scalars.numpy()[:] = rows.scalars[rows.index[:, 0]].T
+
+    def counted(self) -> list[dict[str, Any]]:
+        """For each parameter what its state does not show: its clock and skipped steps, where they are not trivial."""
+        counts = self.native._rows.counts()
+        self._steps.numpy()[:] = counts.t[:, 0]
+        self._scalars.numpy()[:] = counts.scalars[:, 0].T
+        out = []
+        for t, clock, skipped in zip(counts.t[:, 0], counts.clock[:, 0], counts.skipped[:, 0], strict=True):
+            more = {"clock": int(clock)} if clock != t else {}
+            out.append({**more, "skipped": int(skipped)} if skipped else more)
+        return out
+
+    # A step
+
+    def stands(self) -> bool:
+        """Whether the parameters are where they were."""
+        return list(map(_address, self.params)) == self._addresses
+
+    def _plain(self, group: Mapping[str, Any]) -> list[tuple[str, Any]]:
+        return [(name, tensors.number(name, group[name])) for name in self._names]
+
+    def take_settings(self) -> None:
+        """Take over what has changed in the groups.
+
+        Raises:
+            TypeError: if a value is of the wrong kind.
+            ValueError: if one is out of range.
+        """
+        for g in self._members:
+            given = self._values_of(self._groups[g])
+            if given == self._given.get(g):
+                continue
+            plain = self._plain(self._groups[g])
+            for (name, value), (_, before) in zip(plain, self._taken[g], strict=True):
+                if value is not before and (isinstance(value, Schedule) or value != before):
+                    setattr(self._group_of[g], name, value)
+            self._taken[g] = plain
+            if not any(map(holds_tensors, given)):  # a tensor can change and stay the same object
+                self._given[g] = given
+
+    def find(self) -> None:
+        """Find the gradients of all parameters and check them.
+
+        Raises:
+            TypeError: if one is sparse or of a dtype that cannot be read.
+            ValueError: if one has another shape than its parameter or is elsewhere.
+        """
+        self.found = grads = list(map(_gradient, self.params))
+        try:  # the usual case, fast: all there, of one dtype, in order
+            at, kinds = list(map(_address, grads)), set(map(_dtype, grads))
+            usual = len(kinds) == 1 and list(map(_count, grads)) == self._sizes
+            if usual and self._in_rows:
+                usual = all(map(_is_contiguous, grads))
+            elif usual:
+                usual = [g.stride() for g in grads] == self._strides
+        except (AttributeError, TypeError, RuntimeError):  # one is None, or has no memory
+            usual = False
+        if usual:
+            (kind,) = kinds
+            if kind is self._kind and at == self._located.addresses:
+                return
+            if kind in self._readable and not self.native._gradients.any_overlaps(at, kind.itemsize):
+                self._kind, self._located = kind, Located(at, tensors.name_of(kind))
+                return
+        self._kind = None
+        self._find_each(grads)
+
+    def _find_each(self, grads: list[torch.Tensor | None]) -> None:
+        """Find gradients that are not all there, or not all where they can be read as they are."""
+        for leaf, grad in zip(self.leaves, grads, strict=True):
+            if grad is not None:
+                tensors.check_gradient(leaf.called, grad, leaf.param)
+        kinds = {grad.dtype for grad in grads if grad is not None}
+        kind = kinds.pop() if len(kinds) == 1 and kinds <= self._readable else self._own
+        found: list[torch.Tensor | None] = []
+        for param, grad in zip(self.params, grads, strict=True):
+            if grad is not None:
+                grad = tensors.with_strides_of(param, grad, kind)
+                if self.native._gradients.overlaps(grad.data_ptr(), grad.nbytes):
+                    grad = grad.clone()
+            found.append(grad)
+        self.found = found
+        active = tuple(grad is not None for grad in found)
+        at = [0 if grad is None else grad.data_ptr() for grad in found]
+        self._located = Located(at, tensors.name_of(kind), None if all(active) else active)
+
+    def run(self, scale: float) -> StepInfo:
+        """Make the step with the gradients found.
+
+        Args:
+            scale: what to divide them by.
+        """
+        active = self._located.active
+        params = self.params if active is None else list(itertools.compress(self.params, active))
+        if not params:
+            return self.nothing()
+        # Autograd has to know what is written behind its back: a backward that needs the old values must fail.
+        torch.autograd.graph.increment_version(params + self._written)
+        try:
+            info = self.native.step(self._located, grad_scale=None if scale == 1.0 else scale)
+        finally:
+            self.found = []
+        self._show_counts()
+        return info
+
+    def nothing(self) -> StepInfo:
+        """What is reported when nothing is updated."""
+        return StepInfo(self.native.steps, {"": self.native.lr})
+
+
+def as_arguments(hyper: dict[str, Any]) -> dict[str, Any]:
+    """Hyperparameters by the names that the constructor of a native optimizer has for them."""
+    return {"ema" if name == "ema_decay" else name: value for name, value in hyper.items()}
+
+
+def holds_tensors(value: Any) -> bool:
+    """Whether a hyperparameter is a tensor, or has one in it."""
+    return isinstance(value, torch.Tensor) or (isinstance(value, tuple | list) and any(map(holds_tensors, value)))

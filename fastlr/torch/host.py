@@ -1,0 +1,285 @@
+"""Masters and state on the host: parameters in low precision, on the CPU or on a GPU that has no room for more."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import checks
+from ..buffers import FlatBuffer, flatten
+from ..gradients import Located
+from ..kernels.staging import Rule
+from ..optimizer import Optimizer as Native
+from ..optimizers import AdamW
+from ..places import HOST, Alloc
+from ..step_info import StepInfo
+from . import tensors
+from .engines import Engine, Leaf
+from .optimizer import Optimizer
+
+__all__ = ["HostOptimizer"]
+
+
+class HostOptimizer(Optimizer):
+    """Any rule for a large model: float32 masters and state on the host, bfloat16 gradients in, bfloat16 weights out.
+
+    For weights on the CPU one pass reads the gradient where it is and writes the weights where they are. For weights on
+    a GPU gradients come to the host and weights go back in chunks, and the host updates one chunk while the next is
+    on its way; clipping and the test for NaN and Inf are done on the GPU before.
+
+    Memory per parameter, with AdamW and bfloat16: 12 bytes on the host (master, two states) beside weight and gradient
+    (4 bytes); with weights on a GPU 4 more on the host, for gradient and weight on their way. A step moves 28 bytes per
+    parameter through the host's memory, and 2 each way between host and GPU; with clipping or the test, weights on the
+    CPU have their gradients read once more, 2 bytes.
+
+    The masters are the truth. Weights that somebody writes between two steps (`model.load_state_dict`) are noticed by
+    their version and become the masters; after writes that autograd cannot see (`p.data`), call `take_params`.
+
+    Args:
+        params: as for `Optimizer`; bfloat16, float16, float32 or float64, all on one device or on several.
+        rule: an optimizer of fastlr, such as `fastlr.AdamW` (default), or a rule made by `fastlr.rule`.
+        alloc: `alloc(nbytes)` returns the memory for masters, state and what is on its way: a memory-mapped file,
+            shared memory. Default: for weights on a GPU pinned memory, else plain.
+        chunk: elements that travel together, a whole number. Default: 16 Mi for weights on a GPU; weights on the CPU
+            need no copies, and are staged as if they were on a GPU only if a chunk is given.
+        settings: as for `Optimizer`; `shadow` is what the weights are here.
+
+    Raises:
+        TypeError: if an argument or a parameter is of the wrong kind.
+        ValueError: if one is out of range or does not fit.
+
+    Source: Rajbhandari et al. 2021, "ZeRO-Infinity", arXiv:2104.07857, section 5, for where masters and state go.
+
+    Example:
+        >>> import torch, fastlr.torch
+        >>> model = torch.nn.Linear(64, 64).bfloat16()
+        >>> opt = fastlr.torch.HostOptimizer(model.parameters(), lr=1e-3, clip_norm=1.0, skip_nonfinite=True)
+        >>> model(torch.ones(2, 64, dtype=torch.bfloat16)).sum().backward()
+        >>> opt.step()
+        >>> opt.state[model.weight]["master"].dtype, opt.nbytes // (64 * 65)
+        (torch.float32, 12)
+    """
+
+    _halves = True
+
+    def __init__(
+        self,
+        params: Any,
+        rule: type[Native] | Rule = AdamW,
+        *,
+        alloc: Alloc | None = None,
+        chunk: int | None = None,
+        ema_out: Iterable[torch.Tensor] | None = None,
+        **settings: Any,
+    ) -> None:
+        if isinstance(rule, Rule):
+            make: Callable[..., Native] = functools.partial(Native, rule=rule)
+        elif isinstance(rule, type) and issubclass(rule, Native):
+            make = rule
+        else:
+            raise TypeError(f"rule must be an optimizer such as fastlr.AdamW or made by fastlr.rule, got {rule!r}.")
+        if settings.pop("shadow", None) is not None:
+            raise TypeError("shadow is not for HostOptimizer: the parameters themselves are the low-precision copy.")
+        if ema_out is not None:
+            raise TypeError("ema_out is not for HostOptimizer: the average is of the masters, and in opt.ema.")
+        self._chunk = None if chunk is None else checks.count("chunk", chunk)
+        self._set_up(params, make, {**settings, "alloc": alloc})
+
+    def _measures_outside(self, leaves: Sequence[Leaf]) -> bool:
+        return self._chunk is not None or any(leaf.param.is_cuda for leaf in leaves)
+
+    def _engine(self, *args: Any) -> Engine:  # type: ignore[override]
+        return HostEngine(*args, chunk=self._chunk)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As of every optimizer."""
+        return {**super().__getstate__(), "_chunk": self._chunk}
+
+    def take_params(self) -> None:
+        """Make the weights as they are now the masters, where they differ from the masters as rounded."""
+        for engine in self._current():
+            assert isinstance(engine, HostEngine)
+            engine.take_params(range(len(engine.params)))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the host that the optimizer holds: masters, states, averages, and what is on its way."""
+        return sum(engine.nbytes for engine in self._current() if isinstance(engine, HostEngine))
+
+
+def pinned(nbytes: int) -> Any:
+    """Memory of the host that a GPU can copy from and to by itself."""
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy()
+
+
+class HostEngine(Engine):
+    """An engine whose native optimizer updates masters on the host.
+
+    Args:
+        args: as for `Engine`.
+        chunk: elements that are copied together, or None: the gradients of parameters on the CPU are read where they
+            are, and their weights written where they are.
+    """
+
+    _DEFAULT_CHUNK = 1 << 24
+
+    def __init__(
+        self,
+        make: Callable[..., Native],
+        leaves: Sequence[Leaf],
+        groups: Sequence[dict[str, Any]],
+        names: Sequence[str],
+        settings: Mapping[str, Any],
+        ema_out: Sequence[torch.Tensor] | None,
+        *,
+        chunk: int | None,
+    ) -> None:
+        first = leaves[0].param
+        self._device, self._weights = first.device, first.dtype
+        self._staged = chunk is not None or first.is_cuda
+        self._alloc = settings.get("alloc") or (pinned if first.is_cuda else None)
+        self._buffer: FlatBuffer | None = None
+        super().__init__(make, leaves, groups, names, {**settings, "alloc": self._alloc, "capturable": False}, ema_out)
+        self._stage: torch.Tensor | None = None
+        self._versions = self._versions_now()
+        if self._staged:
+            self._chunks = self._cut(chunk or self._DEFAULT_CHUNK)
+            self._down, self._up = (torch.cuda.Stream(first.device) if first.is_cuda else None for _ in range(2))
+
+    def _cut(self, chunk: int) -> list[range]:
+        """Neighbouring parameters that travel together."""
+        out, first, elements = [], 0, 0
+        for k, size in enumerate(self._sizes):
+            if elements and elements + size > chunk:
+                out.append(range(first, k))
+                first, elements = k, 0
+            elements += size
+        return [*out, range(first, len(self._sizes))]
+
+    def _targets(self, paths: Sequence[str]) -> Any:
+        if self._weights in tensors.PARAMETERS and not self._staged:
+            return super()._targets(paths)
+        dtype = np.dtype("float64" if self._weights is torch.float64 else "float32")
+        empty = {
+            path: np.broadcast_to(np.zeros((), dtype), p.numel()) for path, p in zip(paths, self.params, strict=True)
+        }
+        self._buffer = flatten(empty, alloc=self._alloc)
+        flat = torch.from_numpy(self._buffer.data)
+        self._masters = [tensors.like(p, flat, start) for p, start in zip(self.params, self._starts, strict=True)]
+        for master, p in zip(self._masters, self.params, strict=True):
+            master.copy_(p.detach())
+        return self._buffer
+
+    def _more(self, paths: Sequence[str]) -> dict[str, Any]:
+        if self._weights not in tensors.HALVES:
+            return {}
+        shadow = {"shadow": tensors.HALVES[self._weights]}
+        if self._staged:
+            return shadow
+        return {**shadow, "shadow_out": dict(zip(paths, map(self._as_array, self.params), strict=True))}
+
+    def _initial(self, k: int, saved: Mapping[str, Any], loaded: bool) -> None:
+        master = saved.get("master")
+        if self._buffer is None or not isinstance(master, torch.Tensor):
+            return
+        self._masters[k].copy_(master)
+        if loaded:  # masters are the truth, weights follow
+            with torch.no_grad():
+                self.params[k].copy_(master)
+        else:
+            self.take_params([k])
+
+    def _extra(self, k: int) -> dict[str, Any]:
+        return {} if self._buffer is None else {"master": self._masters[k]}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the host that belong to this engine."""
+        columns = self.native._columns._flat.values()
+        own = [a.nbytes for a in columns] + ([] if self._buffer is None else [self._buffer.nbytes])
+        return sum(own) + (0 if self._stage is None else self._stage.nbytes)
+
+    def take_params(self, which: Iterable[int]) -> None:
+        """Make weights the masters, where they differ from the masters as rounded."""
+        if self._buffer is None:
+            return
+        for k in which:
+            master, weights = self._masters[k], self.params[k].detach().cpu()
+            changed = master.to(self._weights) != weights
+            master.copy_(torch.where(changed, weights.to(master.dtype), master))
+
+    def find(self) -> None:
+        """As `Engine.find`; and take over weights that somebody has written since the step before."""
+        super().find()
+        versions = self._versions_now()
+        if versions != self._versions:
+            self.take_params(k for k, (a, b) in enumerate(zip(versions, self._versions, strict=True)) if a != b)
+
+    def _versions_now(self) -> list[int]:
+        """What autograd counts of the writes to each parameter; it counts none to inference tensors."""
+        return [0 if p.is_inference() else p._version for p in self.params]
+
+    def run(self, scale: float) -> StepInfo:
+        """As `Engine.run`."""
+        if self._staged:
+            self._run_staged(scale)
+            info = self.nothing()
+        else:
+            info = super().run(scale)
+        self._versions = self._versions_now()
+        return info
+
+    # Staged: gradients come, weights go
+
+    def _run_staged(self, scale: float) -> None:
+        there = [grad is not None for grad in self.found]
+        if not any(there):
+            return
+        kind = next(grad.dtype for grad in self.found if grad is not None)
+        if self._stage is None or self._stage.dtype is not kind:
+            nbytes = sum(self._sizes) * kind.itemsize
+            self._stage = torch.from_numpy(HOST.allocate(nbytes, np.uint8, 1, self._alloc)).view(kind)
+        stage = [tensors.like(p, self._stage, start) for p, start in zip(self.params, self._starts, strict=True)]
+        at = [place.data_ptr() for place in stage]
+        weights = self._masters if self._weights not in tensors.HALVES else self.views("shadow")
+        if self._up is not None and self._down is not None:
+            self._up.synchronize()  # the weights of the step before are on the GPU, their memory can be written
+            self._down.wait_stream(torch.cuda.current_stream(self._device))
+            self._up.wait_stream(torch.cuda.current_stream(self._device))
+        arrived = [self._fetch(chunk, stage) for chunk in self._chunks]
+        for chunk, event in zip(self._chunks, arrived, strict=True):
+            if event is not None:
+                event.synchronize()
+            seen = tuple(k in chunk for k in range(len(there)))
+            active = tuple(a and b for a, b in zip(there, seen, strict=True))
+            if any(active):
+                located = Located(at, tensors.name_of(kind), active, seen)
+                self.native.step(located, grad_scale=None if scale == 1.0 else scale)
+                with self._on(self._up), torch.no_grad():
+                    for k in chunk:
+                        if there[k]:
+                            self.params[k].copy_(weights[k], non_blocking=True)
+        if self._up is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._up)
+        self.found = []
+        self._show_counts()
+
+    def _fetch(self, chunk: range, stage: Sequence[torch.Tensor]) -> Any:
+        """Have the gradients of a chunk copied to the host; the event of their arrival, on the CPU None."""
+        with self._on(self._down):
+            for k in chunk:
+                grad = self.found[k]
+                if grad is not None:
+                    stage[k].copy_(grad.detach(), non_blocking=True)
+                    if self._down is not None:
+                        grad.record_stream(self._down)
+            return None if self._down is None else self._down.record_event()
+
+    @staticmethod
+    def _on(stream: Any) -> Any:
+        return contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)

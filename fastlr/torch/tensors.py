@@ -1,0 +1,129 @@
+"""PyTorch tensors as memory: which can be updated where they are, and flat views of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..kernels.formats import FORMATS
+
+PARAMETERS = (torch.float32, torch.float64)
+HALVES = {getattr(torch, name): name for name in FORMATS}
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """The name that NumPy and fastlr give to a dtype."""
+    return str(dtype).removeprefix("torch.")
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether the elements fill a stretch of memory without gaps or overlaps, in whatever order of the dimensions."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
+    """All elements of a dense tensor as they stand in memory, shape `(n,)`; a view without history."""
+    return tensor.detach().as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+
+
+def like(tensor: torch.Tensor, flat: torch.Tensor, start: int) -> torch.Tensor:
+    """A view of flat memory, from an element on, with the shape and strides of a dense tensor."""
+    return flat.as_strided(tensor.shape, tensor.stride(), flat.storage_offset() + start)
+
+
+def check_parameter(called: str, tensor: torch.Tensor, halves: bool) -> None:
+    """Check that a parameter can be updated where it is.
+
+    Args:
+        called: what messages call it.
+        tensor: the parameter.
+        halves: whether bfloat16 and float16 are fine as well.
+
+    Raises:
+        TypeError: if it is of a dtype, layout or kind that cannot be updated.
+        ValueError: if it is on a device that fastlr does not know, or its elements are not dense in memory.
+    """
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        raise TypeError(
+            f"{called} is a {type(tensor).__name__}, a tensor that has its memory elsewhere. Pass the local tensor "
+            "(of a DTensor: p.to_local())."
+        )
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{called} has the layout {tensor.layout}. Pass a dense parameter (p.to_dense()).")
+    if tensor.dtype in HALVES and not halves:
+        raise TypeError(
+            f"{called} is {name_of(tensor.dtype)}, whose updates would be lost in rounding. Keep it in float32, or use "
+            "fastlr.torch.HostOptimizer, which keeps masters in float32."
+        )
+    if tensor.dtype not in (*PARAMETERS, *HALVES):
+        hint = " Optimize torch.view_as_real(p)." if tensor.is_complex() else ""
+        raise TypeError(f"{called} is {name_of(tensor.dtype)}, expected float32 or float64.{hint}")
+    if tensor.device.type not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"{called} is on {tensor.device}; fastlr updates parameters on the CPU and on NVIDIA GPUs.")
+    if not is_dense(tensor) or tensor.is_neg():
+        raise ValueError(
+            f"{called} is not dense in memory: shape {tuple(tensor.shape)}, strides {tensor.stride()}. "
+            "Pass a parameter that owns its memory, such as torch.nn.Parameter(p.contiguous())."
+        )
+
+
+def check_gradient(called: str, grad: torch.Tensor, param: torch.Tensor) -> None:
+    """Check that a gradient goes with its parameter.
+
+    Raises:
+        TypeError: if it is sparse or of a dtype that cannot be read.
+        ValueError: if it has another shape or is on another device.
+    """
+    if grad.layout is not torch.strided:
+        raise TypeError(
+            f"the gradient of {called} is sparse, fastlr.torch takes dense ones. Use sparse=False in the embedding, "
+            "or torch.optim.SparseAdam for this parameter."
+        )
+    if grad.dtype is not param.dtype and grad.dtype not in (*HALVES, *PARAMETERS):
+        raise TypeError(f"the gradient of {called} is {name_of(grad.dtype)}, the parameter {name_of(param.dtype)}.")
+    if grad.shape != param.shape:
+        raise ValueError(f"the gradient of {called} has shape {tuple(grad.shape)}, the parameter {tuple(param.shape)}.")
+    if grad.device != param.device:
+        raise ValueError(f"the gradient of {called} is on {grad.device}, the parameter on {param.device}.")
+
+
+def with_strides_of(param: torch.Tensor, grad: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A gradient with its elements in the order of the parameter's, in a dtype; a copy if it is not so already."""
+    if grad.dtype is dtype and grad.stride() == param.stride() and not grad.is_neg():
+        return grad.detach()
+    out = torch.empty_strided(param.shape, param.stride(), dtype=dtype, device=param.device)
+    return out.copy_(grad.detach())
+
+
+def number(name: str, value: Any) -> Any:
+    """A hyperparameter with tensors as numbers; reading one on a GPU waits for it.
+
+    Raises:
+        ValueError: if a tensor has more than one element.
+    """
+    if isinstance(value, torch.Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} must be one number: Tensor {name} must be 1-element, got {value.numel()}.")
+        return value.item()
+    if isinstance(value, tuple | list):
+        return tuple(number(f"{name}[{k}]", one) for k, one in enumerate(value))
+    return value
+
+
+def norm_of(gradients: Sequence[torch.Tensor]) -> float:
+    """The norm of several tensors together, which may be on several devices and of several dtypes."""
+    norms: dict[torch.device, list[torch.Tensor]] = {}
+    for gradient in gradients:
+        wide = torch.float64 if gradient.dtype is torch.float64 else torch.float32
+        norms.setdefault(gradient.device, []).append(torch.linalg.vector_norm(gradient.detach(), dtype=wide).double())
+    return float(sum(float(torch.stack(some).square().sum()) for some in norms.values()) ** 0.5)
