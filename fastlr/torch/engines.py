@@ -178,6 +178,7 @@ class Engine:
         native._put(**native._rows_for(counts))
         self._steps = torch.zeros(len(self.params))
         self._scalars = torch.zeros((len(rule.scalars), len(self.params)), dtype=torch.float64)
+        self._shown = self._steps.numpy(), self._scalars.numpy()
         self._show_counts()
         bumped = [*(self.ema_out or ()), *map(self._as_tensor, native._columns._flat.values())]
         self._written = [t for t in bumped if not t.is_inference()]
@@ -193,19 +194,21 @@ class Engine:
 
     def _show_counts(self) -> None:
         """Bring the counts in the state up to date, if the host knows them without waiting for a GPU."""
-        rows = self.native._rows
+        rows, (steps, scalars) = self.native._rows, self._shown
         if not self.native._on_host:
             return
-        index = rows.index[:, 0] if len(rows) > 1 else 0
-        self._steps.numpy()[:] = rows.counters[index, T]
-        if len(self._scalars):
-            self._scalars.numpy()[:] = rows.scalars[rows.index[:, 0]].T
+        if len(rows) == 1:
+            steps.fill(rows.counters.item(0, T))
+        else:
+            steps[:] = rows.counters[rows.index[:, 0], T]
+        if len(scalars):
+            scalars[:] = rows.scalars[rows.index[:, 0]].T
 
     def counted(self) -> list[dict[str, Any]]:
         """For each parameter what its state does not show: its clock and skipped steps, where they are not trivial."""
         counts = self.native._rows.counts()
-        self._steps.numpy()[:] = counts.t[:, 0]
-        self._scalars.numpy()[:] = counts.scalars[:, 0].T
+        steps, scalars = self._shown
+        steps[:], scalars[:] = counts.t[:, 0], counts.scalars[:, 0].T
         out = []
         for t, clock, skipped in zip(counts.t[:, 0], counts.clock[:, 0], counts.skipped[:, 0], strict=True):
             more = {"clock": int(clock)} if clock != t else {}

@@ -111,7 +111,8 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         unknown = _ELSEWHERE & settings.keys()
         if unknown:
             raise TypeError(f"{unknown.pop()} is not for PyTorch's parameters; see fastlr.torch.Optimizer.")
-        probe = make(np.zeros(1, np.float32), **{k: tensors.number(k, v) for k, v in settings.items()})
+        numbers = {k: tensors.number(k, v) for k, v in settings.items()}
+        probe = make(np.zeros(1, np.float32), **{**numbers, "alloc": None})
         self._make = make
         self._names = [name for name in probe._hyper.names if name != "frozen"]
         if ema_out is not None and "ema_decay" not in self._names:
@@ -123,7 +124,8 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         self._loaded: Mapping[str, Any] | None = None
         self._skipped = 0
         self.info: StepInfo | None = None
-        super().__init__(params, {**implementations, **self._normal(settings, probe)})
+        starts = {n: getattr(probe, n) for n in vars(probe).keys() & inspect.signature(make).parameters.keys()}
+        super().__init__(params, {**implementations, **starts, **self._normal(settings, probe)})
         self._check_ema_out()
 
     def _normal(self, given: Mapping[str, Any], probe: Native) -> dict[str, Any]:
