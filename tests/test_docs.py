@@ -41,6 +41,8 @@ def test_docstrings(name, monkeypatch):
     monkeypatch.setattr(fastlr.threads, "_threads", None)
     if name == "fastlr.kernels.cuda":
         pytest.importorskip("numba_cuda")
+    if name.startswith("fastlr.torch"):
+        pytest.importorskip("torch")
     module = importlib.import_module(name)
     results = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
     fastlr.bench.competitors.clear()

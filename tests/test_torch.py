@@ -114,7 +114,7 @@ def bad_entries():
 def test_the_table_is_there():
     """In CI the package that PyTorch's table needs is installed; elsewhere its tests are left out with this reason."""
     pytest.importorskip("expecttest", reason="PyTorch's table of optimizers needs the package expecttest")
-    assert len(table()) > 60 and {name for name, _ in table()} == set(COUNTERPARTS)
+    assert len(table()) > 50 and {name for name, _ in table()} == set(COUNTERPARTS)
 
 
 @pytest.mark.parametrize(("name", "settings"), table(), ids=str)
@@ -478,7 +478,6 @@ def test_parameters_without_memory_yet():
     with pytest.raises(ValueError, match=r"is on the device meta: it has no memory yet. Use module.to_empty"):
         opt.step()
     model.to_empty(device="cpu")
-    assert set(map(id, opt.param_groups[0]["params"])) != set(map(id, model.parameters())) or True
     opt = fastlr.torch.Adam(model.parameters(), lr=0.5)
     for p in model.parameters():
         p.data.zero_()
@@ -600,11 +599,11 @@ def test_gradscaler():
         for clip in (False, True):
             model = network(dtype=torch.float32)
             opt = module.AdamW(model.parameters(), lr=0.01)
-            scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=5)
+            scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=1)
             skipped = 0
             for _ in range(40):
                 opt.zero_grad()
-                scaler.scale((model(x) - y).square().mean()).backward()
+                scaler.scale((model(x) - y).square().mean() * 100).backward()
                 if clip:
                     scaler.unscale_(opt)
                     torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
@@ -612,12 +611,12 @@ def test_gradscaler():
                 scaler.step(opt)
                 if all(map(torch.equal, before, (p.detach() for p in model.parameters()))):
                     skipped += 1
-                    if module is fastlr.torch and not clip:
+                    if module is fastlr.torch:
                         assert opt.info.skipped
                 scaler.update()
             assert skipped > 2
             if module is fastlr.torch:
-                assert opt.skipped_steps == (0 if clip and opt.skipped_steps == 0 else skipped)
+                assert opt.skipped_steps == skipped
             runs.append((list(model.parameters()), skipped))
     for ours, theirs in zip(runs[:2], runs[2:], strict=True):
         assert ours[1] == theirs[1]
