@@ -22,13 +22,13 @@ class Located:
     """Gradients that somebody else has found and checked, and keeps alive: `Optimizer.step` takes them as they are.
 
     Attributes:
-        addresses: of each leaf's gradient, 0 where there is none; the same list again if none has moved.
+        addresses: of each leaf's gradient, 0 where there is none; the same object again if none has moved.
         kind: their format.
         active: whether each leaf has one; None: all of them.
         seen: the leaves that a partial step is about; None: it is about all.
     """
 
-    addresses: list[int]
+    addresses: Sequence[int] | np.ndarray
     kind: str
     active: tuple[bool, ...] | None = None
     seen: tuple[bool, ...] | None = None
@@ -162,7 +162,7 @@ class Gradients:
         before = bisect.bisect_left(self._starts, begin + nbytes) - 1
         return before >= 0 and self._ends[before] > begin and nbytes > 0
 
-    def any_overlaps(self, addresses: list[int], itemsize: int) -> bool:
+    def any_overlaps(self, addresses: Sequence[int] | np.ndarray, itemsize: int) -> bool:
         """Whether the memory of any leaf's gradient is part of what the step writes."""
         if len(addresses) <= 8:
             return any(map(self.overlaps, addresses, [n * itemsize for n in self._sizes]))

@@ -138,7 +138,7 @@ class Plan:
         self._generations = itertools.count(1, len(staged.measures) + 1)
         self._itemsize = itemsize
         self._pointed: list[Any] | tuple[Any, ...] | None = None
-        self._located: list[int] | None = None
+        self._located: Any = None
         self._threads = 0
         average = self.elements / max(1, len(self.tiles))
         self._chunk = max(1, int(BLOCK // max(1.0, average)))
@@ -194,8 +194,8 @@ class Plan:
             last = [reference() for reference in last]
         return last is not None and len(last) == len(arrays) and all(map(operator.is_, last, arrays))
 
-    def locate_gradients(self, addresses: list[int]) -> None:
-        """Enter addresses that somebody else has found, unless it is the same list as in the step before."""
+    def locate_gradients(self, addresses: Any) -> None:
+        """Enter addresses that somebody else has found, unless it is the same object as in the step before."""
         if self._located is not addresses:
             self.point_gradients(addresses, None)
             self._located = addresses

@@ -17,7 +17,7 @@ from fastlr.schedules import Cosine, Linear
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 import fastlr.torch  # noqa: E402
-from fastlr.torch import tensors  # noqa: E402
+from fastlr.torch import engines, tensors  # noqa: E402
 
 COUNTERPARTS = [name for name in fastlr.optimizers.__all__ if hasattr(torch.optim, name)]
 STEPS = 100
@@ -318,6 +318,7 @@ def test_a_parameter_that_is_not_written_keeps_its_version():
     assert params[0]._version == versions[0] and params[1]._version > versions[1]
 
 
+@pytest.mark.usefixtures("finding")
 def test_none_is_no_update_and_zeros_are_one():
     ours, theirs = parameters(), parameters()
     mine, reference = fastlr.torch.Adam(ours, lr=0.1), torch.optim.Adam(theirs, lr=0.1)
@@ -339,6 +340,16 @@ def test_none_is_no_update_and_zeros_are_one():
     assert_same(ours, before)
 
 
+@pytest.fixture(params=["exchange", "one by one"])
+def finding(request, monkeypatch):
+    """Both ways in which gradients are found: by DLPack's exchange API, and without it."""
+    if request.param == "one by one":
+        monkeypatch.setattr(engines, "_exchange", lambda: None)
+    elif engines._exchange() is None:
+        pytest.skip("this PyTorch does not offer DLPack's C exchange API")
+
+
+@pytest.mark.usefixtures("finding")
 def test_memory_that_moves_is_noticed():
     """Another storage, another object, other gradients, a group that grows: each step finds what is there."""
     ours, theirs = parameters(), parameters()
@@ -402,6 +413,7 @@ def test_tied_weights_are_updated_once():
         fastlr.torch.SGD([embedding.weight, other]).step()
 
 
+@pytest.mark.usefixtures("finding")
 def test_memory_in_another_order():
     """channels_last weights, transposed ones, gradients in whatever order: the right answer."""
     ours, theirs = [], []
@@ -424,6 +436,20 @@ def test_memory_in_another_order():
     assert_close([mine.state[p]["exp_avg"] for p in ours], [reference.state[p]["exp_avg"] for p in theirs])
 
 
+@pytest.mark.usefixtures("finding")
+def test_a_gradient_that_is_to_be_negated():
+    """The imaginary part of a conjugate is a view of numbers whose sign PyTorch keeps aside."""
+    p, q = (torch.nn.Parameter(torch.full(s, 2.0)) for s in ((), (2, 1)))
+    opt = fastlr.torch.SGD([p, q], lr=1.0)
+    for _ in range(2):
+        opt.zero_grad()
+        sum((torch.complex(torch.ones_like(x), x).conj() * (3 + 1j)).real.sum() for x in (p, q)).backward()
+        assert p.grad.is_neg() and p.grad.is_contiguous()
+        opt.step()
+    assert p.item() == 0.0 and q.detach().flatten().tolist() == [0.0, 0.0]
+
+
+@pytest.mark.usefixtures("finding")
 def test_a_gradient_that_is_the_parameter_itself():
     p = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
     q = torch.nn.Parameter(torch.ones(3))
@@ -456,6 +482,7 @@ def test_parameters_that_cannot_be_updated(bad):
     assert len(opt.param_groups) == 1
 
 
+@pytest.mark.usefixtures("finding")
 def test_gradients_that_cannot_be_read():
     embedding, linear = torch.nn.Embedding(5, 3, sparse=True), torch.nn.Linear(3, 1)
     opt = fastlr.torch.Adam([*linear.parameters(), *embedding.parameters()])
@@ -716,6 +743,7 @@ def test_several_dtypes_in_one_optimizer():
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.usefixtures("finding")
 def test_gradients_of_another_dtype(kind):
     """Where PyTorch allows it: `grad_dtype`; mixed ones are converted."""
     if not hasattr(torch.Tensor, "grad_dtype"):

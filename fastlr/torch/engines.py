@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter, itemgetter
 from typing import Any
@@ -12,6 +13,8 @@ import numpy as np
 import torch
 
 from ..gradients import Located
+from ..kernels import exchange
+from ..kernels.formats import FORMATS
 from ..kernels.layout import T
 from ..optimizer import Optimizer as Native
 from ..rows import Counts
@@ -87,12 +90,21 @@ class Engine:
         self._addresses = list(map(_address, self.params))
         self._strides = [p.stride() for p in self.params]
         self._sizes, self._in_rows = sizes, all(map(_is_contiguous, self.params))
+        self._singles = [p for p in self.params if p.numel() == 1]
         self._given: dict[int, tuple[Any, ...]] = {}
         self._own: torch.dtype = getattr(torch, self.native._params.dtype.name)
         self._readable = {self._own, *tensors.HALVES}
         self._kind: torch.dtype | None = None
         self._located = Located([], "")
-        self.found: list[torch.Tensor | None] = []
+        self._usual: Located | None = None  # if the gradients of the step before were all there, as they should be
+        self.found: Any = ()
+        self._exchange = _exchange()
+        if self._exchange is not None:
+            self._things = _objects(self.params)
+            self._described = self._exchange.describe(self._things)
+            self._at = np.zeros(len(self.params), np.int64)
+            self._found_kind = np.zeros(1, np.int64)
+            self._kinds = {exchange.kind_of(name): name for name in (self.native._params.dtype.name, *FORMATS)}
 
     # What subclasses do otherwise
 
@@ -180,8 +192,7 @@ class Engine:
         self._scalars = torch.zeros((len(rule.scalars), len(self.params)), dtype=torch.float64)
         self._shown = self._steps.numpy(), self._scalars.numpy()
         self._show_counts()
-        bumped = [*(self.ema_out or ()), *map(self._as_tensor, native._columns._flat.values())]
-        self._written = [t for t in bumped if not t.is_inference()]
+        self._written = [*self.params, *(self.ema_out or ()), *map(self._as_tensor, native._columns._flat.values())]
         return {
             p: {
                 "step": self._steps[k],
@@ -217,10 +228,6 @@ class Engine:
 
     # A step
 
-    def stands(self) -> bool:
-        """Whether the parameters are where they were."""
-        return list(map(_address, self.params)) == self._addresses
-
     def _plain(self, group: Mapping[str, Any]) -> list[tuple[str, Any]]:
         return [(name, tensors.number(name, group[name])) for name in self._names]
 
@@ -243,34 +250,69 @@ class Engine:
             if not any(map(holds_tensors, given)):  # a tensor can change and stay the same object
                 self._given[g] = given
 
-    def find(self) -> None:
+    def find(self) -> bool:
         """Find the gradients of all parameters and check them.
+
+        Returns:
+            False if a parameter is no longer where it was: then an engine has to be made anew.
 
         Raises:
             TypeError: if one is sparse or of a dtype that cannot be read.
             ValueError: if one has another shape than its parameter or is elsewhere.
         """
+        if self._exchange is None:
+            return self._find_one_by_one()
+        self.found = grads = _objects(map(_gradient, self.params), len(self.params))
+        params, gradients = (things.__array_interface__["data"][0] for things in (self._things, grads))
+        seen = self._exchange.compare(params, gradients, self._described, self._at, self._found_kind)
+        if seen == exchange.MOVED:
+            return False
+        if seen < 0 and not any(p.grad.is_neg() for p in self._singles):  # no others can be, in order as they are
+            if seen == exchange.SAME and self._usual is not None:
+                self._located = self._usual
+                return True
+            name = self._kinds.get(self._found_kind.item())
+            if name is not None and self._may_read(self._at, name):
+                self._located = self._usual = Located(self._at.copy(), name)
+                return True
+        self._usual = None
+        self._find_each(grads)
+        return True
+
+    def _may_read(self, at: Any, name: str) -> bool:
+        """Whether gradients at these addresses are apart from what the step writes."""
+        return not self.native._gradients.any_overlaps(at, getattr(torch, name).itemsize)
+
+    def _find_one_by_one(self) -> bool:
+        """As `find`, without DLPack's exchange API: a call for each property of each tensor."""
+        if list(map(_address, self.params)) != self._addresses:
+            return False
         self.found = grads = list(map(_gradient, self.params))
-        try:  # the usual case, fast: all there, of one dtype, in order
+        try:
             at, kinds = list(map(_address, grads)), set(map(_dtype, grads))
             usual = len(kinds) == 1 and list(map(_count, grads)) == self._sizes
             if usual and self._in_rows:
                 usual = all(map(_is_contiguous, grads))
             elif usual:
                 usual = [g.stride() for g in grads] == self._strides
+            usual = usual and not any(p.grad.is_neg() for p in self._singles)
         except (AttributeError, TypeError, RuntimeError):  # one is None, or has no memory
             usual = False
         if usual:
             (kind,) = kinds
-            if kind is self._kind and at == self._located.addresses:
-                return
-            if kind in self._readable and not self.native._gradients.any_overlaps(at, kind.itemsize):
-                self._kind, self._located = kind, Located(at, tensors.name_of(kind))
-                return
-        self._kind = None
+            if self._usual is not None and kind is self._kind and at == self._usual.addresses:
+                self._located = self._usual
+                return True
+            name = tensors.name_of(kind)
+            if kind in self._readable and self._may_read(at, name):
+                self._kind, self._located = kind, Located(at, name)
+                self._usual = self._located
+                return True
+        self._usual = None
         self._find_each(grads)
+        return True
 
-    def _find_each(self, grads: list[torch.Tensor | None]) -> None:
+    def _find_each(self, grads: Iterable[torch.Tensor | None]) -> None:
         """Find gradients that are not all there, or not all where they can be read as they are."""
         for leaf, grad in zip(self.leaves, grads, strict=True):
             if grad is not None:
@@ -295,22 +337,37 @@ class Engine:
         Args:
             scale: what to divide them by.
         """
-        active = self._located.active
-        params = self.params if active is None else list(itertools.compress(self.params, active))
-        if not params:
-            return self.nothing()
+        active, written = self._located.active, self._written
+        if active is not None:
+            if not any(active):
+                return self.nothing()
+            written = [*itertools.compress(self.params, active), *written[len(self.params) :]]
         # Autograd has to know what is written behind its back: a backward that needs the old values must fail.
-        torch.autograd.graph.increment_version(params + self._written)
+        torch.autograd.graph.increment_version(written)
         try:
             info = self.native.step(self._located, grad_scale=None if scale == 1.0 else scale)
         finally:
-            self.found = []
+            self.found = ()
         self._show_counts()
         return info
 
     def nothing(self) -> StepInfo:
         """What is reported when nothing is updated."""
         return StepInfo(self.native.steps, {"": self.native.lr})
+
+
+@functools.cache
+def _exchange() -> exchange.Exchange | None:
+    """What describes many tensors in one call; PyTorch has it from 2.10 on."""
+    try:
+        return exchange.Exchange(torch.Tensor)
+    except LookupError:
+        return None
+
+
+def _objects(things: Iterable[Any], count: int = -1) -> np.ndarray:
+    """Python objects in an array, as they are: NumPy looks for no numbers in them."""
+    return np.fromiter(things, object, count)
 
 
 def as_arguments(hyper: dict[str, Any]) -> dict[str, Any]:

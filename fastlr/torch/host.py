@@ -213,12 +213,14 @@ class HostEngine(Engine):
             changed = master.to(self._weights) != weights
             master.copy_(torch.where(changed, weights.to(master.dtype), master))
 
-    def find(self) -> None:
+    def find(self) -> bool:
         """As `Engine.find`; and take over weights that somebody has written since the step before."""
-        super().find()
+        if not super().find():
+            return False
         versions = self._versions_now()
         if versions != self._versions:
             self.take_params(k for k, (a, b) in enumerate(zip(versions, self._versions, strict=True)) if a != b)
+        return True
 
     def _versions_now(self) -> list[int]:
         """What autograd counts of the writes to each parameter; it counts none to inference tensors."""
@@ -266,7 +268,7 @@ class HostEngine(Engine):
                             self.params[k].copy_(weights[k], non_blocking=True)
         if self._up is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._up)
-        self.found = []
+        self.found = ()
         self._show_counts()
 
     def _fetch(self, chunk: range, stage: Sequence[torch.Tensor]) -> Any:

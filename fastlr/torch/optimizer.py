@@ -206,9 +206,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
             same = len(here) == len(self._known) and all(map(operator.is_, here, self._known))
         else:
             same = False
-        if engines is None or not same or not all(engine.stands() for engine in engines):
-            engines = self._build()
-        return engines
+        return self._build() if engines is None or not same else engines
 
     def _build(self) -> list[Engine]:
         """New engines, which go on from the state as it is; on an error everything is as it was."""
@@ -287,8 +285,11 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
             with torch.enable_grad():
                 loss = closure()
         engines = self._current()
+        if not all(engine.find() for engine in engines):  # a parameter is elsewhere
+            engines = self._build()
+            for engine in engines:
+                engine.find()
         for engine in engines:
-            engine.find()
             engine.take_settings()
         scale, coefficient, norm, finite = 1.0, 1.0, None, True
         if "found_inf" in self.__dict__:  # set by GradScaler for the time of the step
@@ -559,7 +560,7 @@ def _signature(native: type[Native], theirs: type | None) -> inspect.Signature:
             parameters.setdefault(p.name, p)
     for n, default in {**_IMPLEMENTATIONS, "ema_out": None}.items():
         parameters.setdefault(n, inspect.Parameter(n, keyword, default=default))
-    probe = native(np.zeros(1, np.float32))
+    probe = native(np.zeros(1, np.float32))  # type: ignore[call-arg]
     for n in probe._hyper.names:
         if n in parameters:
             parameters[n] = parameters[n].replace(default=getattr(probe, n))

@@ -1,0 +1,192 @@
+"""Tensors as memory, many in one call, by the C exchange API of DLPack.
+
+A library that offers it has a C function that describes a tensor, given the Python object: address, dtype, device,
+shape, strides (https://dmlc.github.io/dlpack, `DLPackExchangeAPI`, version 1). From Python the same takes a call for
+each of these, and for thousands of small tensors that is longer than the step itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from .caching import KernelCache
+from .memory import row
+
+__all__ = ["ADDRESS", "DEVICE", "FIELDS", "GRADIENT_IS_NEW", "KIND", "LAYOUT", "MOVED", "SAME", "Exchange", "kind_of"]
+
+# What is known of a tensor: its address, its dtype, its device, and its shape and strides as one number.
+FIELDS = 4
+ADDRESS, KIND, DEVICE, LAYOUT = range(FIELDS)
+
+# What `Exchange.compare` finds, beside the place of a gradient that needs a closer look.
+SAME, GRADIENT_IS_NEW, MOVED = -1, -2, -3
+
+_CODES = {"float": 2, "bfloat": 4}  # of DLPack's DLDataTypeCode
+_MIX = 0x100000001B3  # the prime of the hash FNV-1a, 64 bits
+_OBJECT, _BOX = 0, 1
+
+
+def kind_of(name: str) -> int:
+    """A dtype by its name, as the exchange API has it in one number."""
+    letters = name.rstrip("0123456789")
+    return _CODES[letters] | int(name[len(letters) :]) << 8 | 1 << 16
+
+
+@intrinsic
+def _describe(typing_context: Any, function: Any, thing: Any, box: Any) -> Any:
+    """Have the library write what it knows of a Python object to a DLTensor at an address; 0 if it could."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        word = ir.IntType(64)
+        pointer = builder.inttoptr(args[0], ir.FunctionType(ir.IntType(32), [word, word]).as_pointer())
+        return builder.sext(builder.call(pointer, args[1:]), word)
+
+    return types.int64(types.int64, types.int64, types.int64), generate
+
+
+_clear_error = types.ExternalFunction("PyErr_Clear", types.void())
+_word, _tensor, _half_words = row("int64", 1), row("int64", 6), 0xFFFFFFFF
+
+
+def _look(function, thing, box, out, k):
+    """Enter a tensor into a row of the table; 0 if it has no memory."""
+    if _describe(function, thing, box) != 0:
+        _clear_error()
+        return 0
+    data, device, described, shape, strides, offset = _tensor(box)
+    layout = described & _half_words  # the number of dimensions
+    for d in range(described & _half_words):
+        size = _word(shape + 8 * d)[0]
+        layout = (layout ^ size) * _MIX
+        if size != 1:  # the stride of a single element means nothing
+            layout = (layout ^ _word(strides + 8 * d)[0]) * _MIX
+    out[k, ADDRESS], out[k, KIND], out[k, DEVICE] = data + offset, described >> 32, device
+    out[k, LAYOUT] = layout
+    return 1
+
+
+def _describe_all(function, things, box, out):
+    """Describe tensors; how many could be described before one that could not."""
+    for k in range(len(out)):
+        if look(function, _word(things + 8 * k)[0], box, out, k) == 0:
+            return k
+    return len(out)
+
+
+def _compare(function, params, gradients, none, box, known, at, kind, found):
+    """Compare parameters and gradients with what is known; see `Exchange.compare`."""
+    news = SAME
+    for k in range(len(known)):
+        if look(function, _word(params + 8 * k)[0], box, found, 0) == 0:
+            return MOVED
+        for field in range(FIELDS):
+            if found[0, field] != known[k, field]:
+                return MOVED
+    for k in range(len(known)):
+        thing = _word(gradients + 8 * k)[0]
+        if thing == none or look(function, thing, box, found, 0) == 0:
+            return k
+        if k == 0 and found[0, KIND] != kind[0]:
+            kind[0] = found[0, KIND]
+            news = GRADIENT_IS_NEW
+        if found[0, KIND] != kind[0] or found[0, DEVICE] != known[k, DEVICE] or found[0, LAYOUT] != known[k, LAYOUT]:
+            return k
+        if at[k] != found[0, ADDRESS]:
+            at[k] = found[0, ADDRESS]
+            news = GRADIENT_IS_NEW
+    return news
+
+
+look = numba.njit(error_model="numpy")(_look)  # keeps the GIL: it hands Python objects to their library
+
+
+@functools.cache
+def _compiled(name: str) -> Any:
+    table, line, word = types.Array(types.int64, 2, "C"), types.Array(types.int64, 1, "C"), types.int64
+    functions = {
+        "describe_all": (_describe_all, [word, word, word, table]),
+        "compare": (_compare, [word, word, word, word, word, table, line, line, table]),
+    }
+    function, arguments = functions[name]
+    run = numba.njit(error_model="numpy")(function)
+    run._cache = KernelCache("exchange", name, numba.config.DISABLE_JIT)
+    run.compile(word(*arguments))
+    run.disable_compile()
+    return run
+
+
+def _function(capsule: Any) -> int | None:
+    """The address of the function that describes a tensor, in an exchange API of a version that is known."""
+    get = ctypes.pythonapi.PyCapsule_GetPointer
+    get.restype, get.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    api = get(capsule, b"dlpack_exchange_api")
+    while api:
+        major = ctypes.c_uint32.from_address(api).value
+        if major == 1:
+            return ctypes.c_void_p.from_address(api + 16 + 3 * 8).value
+        api = ctypes.c_void_p.from_address(api + 8).value  # an older version, for older readers
+    return None
+
+
+class Exchange:
+    """Describes the tensors of a library.
+
+    Args:
+        tensor: the class of its tensors.
+
+    Raises:
+        LookupError: if the library does not offer this.
+    """
+
+    def __init__(self, tensor: type) -> None:
+        capsule = getattr(tensor, "__dlpack_c_exchange_api__", None)
+        function = None if capsule is None else _function(capsule)
+        if function is None:
+            raise LookupError(f"{tensor.__name__} has no C exchange API of DLPack 1.")
+        self._at = function
+        self._box, self._found = np.zeros(8, np.int64), np.zeros((1, FIELDS), np.int64)
+        self._address_of_box = self._box.ctypes.data
+        self._none = id(None)
+
+    def describe(self, things: np.ndarray) -> np.ndarray:
+        """What is known of tensors.
+
+        Args:
+            things: an array of them, of dtype object.
+
+        Returns:
+            A row of `FIELDS` numbers for each.
+
+        Raises:
+            TypeError: if one has no memory to describe.
+        """
+        out = np.zeros((len(things), FIELDS), np.int64)
+        good = _compiled("describe_all")(self._at, things.__array_interface__["data"][0], self._address_of_box, out)
+        if good < len(out):
+            raise TypeError(f"{things[good]!r} has no memory.")
+        return out
+
+    def compare(self, params: int, gradients: int, known: np.ndarray, at: np.ndarray, kind: np.ndarray) -> int:
+        """Compare parameters and gradients with what was known.
+
+        Args:
+            params: the address of an array of the parameters, of dtype object.
+            gradients: of their gradients.
+            known: of the parameters, from `describe`. Gradients are to have the same shape, strides and device.
+            at: the addresses of the gradients, brought up to date, shape `(n,)`.
+            kind: the dtype of the gradients, brought up to date, shape `(1,)`.
+
+        Returns:
+            `SAME`; `GRADIENT_IS_NEW` if an address or the dtype is another; `MOVED` if a parameter is not as known; or
+            the place of a gradient that is None or otherwise as it should be: then addresses may be out of date.
+        """
+        run = _compiled("compare")
+        return int(run(self._at, params, gradients, self._none, self._address_of_box, known, at, kind, self._found))
