@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 import fastlr
+import fastlr.torch
 from fastlr import places
 from fastlr.bench.steps import DECAY, EMA, FULL, LIMIT, LR
 from fastlr.device_kernels import StepKernels
@@ -194,12 +195,14 @@ def fastlr_graph(
     return graph.replay, lambda: torch.cat([p.reshape(-1) for p in own])
 
 
-def torch_adam(lab: Lab, params: list[Any], grads: list[Any], **how: Any) -> tuple[Step, Callable[[], Any]]:
-    """PyTorch's Adam."""
+def torch_adam(
+    lab: Lab, params: list[Any], grads: list[Any], make: Any = None, **how: Any
+) -> tuple[Step, Callable[[], Any]]:
+    """PyTorch's Adam, or another optimizer of its kind."""
     own = [p.clone().requires_grad_() for p in params]
     for p, g in zip(own, grads, strict=True):
         p.grad = g.clone()
-    opt = lab.torch.optim.Adam(own, lr=LR, **how)
+    opt = (make or lab.torch.optim.Adam)(own, lr=LR, **how)
     return opt.step, lambda: lab.torch.cat([p.detach().reshape(-1) for p in own])
 
 
@@ -345,6 +348,7 @@ def model(lab: Lab, name: str, shapes: list[tuple[int, ...]]) -> None:
     made = {
         "fastlr": fastlr_step(lab, params, grads, fastlr.Adam),
         "fastlr_flat": fastlr_flat(lab, params, grads, fastlr.Adam),
+        "fastlr_torch": torch_adam(lab, params, grads, fastlr.torch.Adam),
         "torch_fused": torch_adam(lab, params, grads, fused=True),
         "torch_foreach": torch_adam(lab, params, grads, foreach=True),
         "optax": optax_adam(lab, params, grads),

@@ -68,15 +68,15 @@ def checked(steps: dict[str, tuple[Step, list[torch.Tensor]]], tolerance: float)
     return {name: step for name, (step, _) in steps.items()}
 
 
-def measure(case: str, shapes: Shapes, steps: dict[str, Step], seconds: float) -> list[dict[str, Any]]:
-    """Rows for candidates measured in turn."""
+def measure(case: str, what: str, shapes: Shapes, steps: dict[str, Step], seconds: float) -> list[dict[str, Any]]:
+    """Rows for candidates measured in turn; `what` says what a step does."""
     gc.collect()
     rounds = measuring._alternate({name: Candidate(step) for name, step in steps.items()}, seconds)
     elements, rows = sum(int(np.prod(s)) for s in shapes), []
     for name, times in rounds.items():
         p10, p50, p90 = (float(x) for x in np.percentile(np.concatenate(times), [10, 50, 90]))
-        row = {"case": case, "impl": name, "n": elements, "tensors": len(shapes), "p10_s": p10, "p50_s": p50}
-        rows.append({**row, "p90_s": p90, **measuring._beside(rounds, name)})
+        row = {"case": case, "step": what, "impl": name, "n": elements, "tensors": len(shapes)}
+        rows.append({**row, "p10_s": p10, "p50_s": p50, "p90_s": p90, **measuring._beside(rounds, name)})
         print(f"{case:24} {name:16} {p50 * 1e3:10.4f} ms  {rows[-1]['relative']:8.2f}x", flush=True)
     return rows
 
@@ -94,7 +94,7 @@ def plain(case: str, shapes: Shapes, seconds: float, foreach: bool) -> list[dict
     grads = [p.grad.numpy() for p in parameters(shapes)]
     native = fastlr.AdamW(arrays, **settings)
     steps["fastlr_native"] = lambda: native.step(grads), [torch.from_numpy(a) for a in arrays]
-    return measure(case, shapes, checked(steps, 1e-6), seconds)
+    return measure(case, "AdamW", shapes, checked(steps, 1e-6), seconds)
 
 
 def whole(case: str, name: str, shapes: Shapes, seconds: float) -> list[dict[str, Any]]:
@@ -123,7 +123,7 @@ def whole(case: str, name: str, shapes: Shapes, seconds: float) -> list[dict[str
     steps["fastlr_native"] = lambda: native.step(grads), [torch.from_numpy(a) for a in (*arrays[:4], *natives[:4])]
     ready = checked(steps, 1e-6)
     ready["torch_calls"] = calls
-    return measure(case, shapes, ready, seconds)
+    return measure(case, f"clip, {name}, average", shapes, ready, seconds)
 
 
 def deepspeed_steps(shapes: Shapes) -> tuple[Step, list[torch.Tensor]] | None:
@@ -193,7 +193,8 @@ def host(case: str, shapes: Shapes, seconds: float) -> list[dict[str, Any]]:
     for a, b in zip(masters[:8], steps["torch_fused"][1][:8], strict=True):
         if not torch.allclose(a, b.detach(), rtol=0, atol=1e-6):
             raise RuntimeError(f"fastlr and torch_fused do not agree: by {(a - b).abs().max():.3g}")
-    return measure(case, shapes, {"fastlr": step, **ready}, seconds)
+    what = "AdamW on float32 masters, bfloat16 in and out"
+    return measure(case, what, shapes, {"fastlr": step, **ready}, seconds)
 
 
 def scaling(sizes: list[float], seconds: float) -> list[dict[str, Any]]:
@@ -242,11 +243,11 @@ def main(argv: list[str] | None = None) -> int:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     extra = {"deepspeed": importlib.metadata.version("deepspeed")} if importlib.util.find_spec("deepspeed") else {}
     system = {"date": date, "commit": commit, "cpu": cpu_name(), "threads": fastlr.get_num_threads()}
-    rows = plain("many small", many, seconds, foreach=True)
-    rows += plain("RL network, plain", NETWORK, seconds, foreach=False)
-    rows += whole("RL network", "Adam", NETWORK, seconds)
+    rows = plain("many small tensors", many, seconds, foreach=True)
+    rows += plain("RL network", NETWORK, seconds, foreach=False)
+    rows += whole("RL network, whole step", "Adam", NETWORK, seconds)
     rows += plain("GPT-2", large, seconds, foreach=False)
-    rows += whole("GPT-2, clip and average", "AdamW", large, seconds)
+    rows += whole("GPT-2, whole step", "AdamW", large, seconds)
     rows += host("GPT-2 on the host", large, seconds)
     if not args.dry_run:
         rows += scaling([0.1, 0.3, 1.0] if args.billion else [0.1, 0.3], seconds / 2)

@@ -142,7 +142,12 @@ def gpu(file: Path | None) -> str:
         )
     found = json.loads(file.read_text())
     rows, system = found["rows"], found["system"]
-    names = {"fastlr": "fastlr", "fastlr_flat": "one flat buffer", "fastlr_graph": "replayed graph"}
+    names = {
+        "fastlr": "fastlr",
+        "fastlr_flat": "one flat buffer",
+        "fastlr_torch": "fastlr.torch",
+        "fastlr_graph": "replayed graph",
+    }
     names |= {"torch_fused": "PyTorch fused", "torch_foreach": "foreach", "torch_calls": "PyTorch's calls"}
     names |= {"cupy": "CuPy", "optax": "Optax"}
     lines = [
@@ -180,6 +185,42 @@ def gpu(file: Path | None) -> str:
     return "\n".join(lines)
 
 
+def torch_optimizers() -> str:
+    """`fastlr.torch` beside PyTorch's and DeepSpeed's optimizers."""
+    found = json.loads(sorted((ROOT / "bench" / "results").glob("torch-*.json"))[-1].read_text())
+    rows, system = found["rows"], found["system"]
+    names = {"torch_fused": "PyTorch `fused=True`", "torch_foreach": "`foreach=True`", "torch_calls": "PyTorch's calls"}
+    names |= {"deepspeed": "DeepSpeed CPUAdam"}
+    lines = [f"| step | tensors | parameters | fastlr.torch | {' | '.join(names.values())} |", "|---" * 8 + "|"]
+    for case in dict.fromkeys(r["case"] for r in rows if "step" in r):
+        by = {r["impl"]: r for r in rows if r["case"] == case}
+        own = by["fastlr"]
+        cells = [f"{report._time(by[k]['p50_s'])} ({by[k]['relative']:.2f}x)" if k in by else "" for k in names]
+        size = f"{own['tensors']:,} | {own['n']:,}"
+        lines.append(f"| {case}: {own['step']} | {size} | {report._time(own['p50_s'])} | {' | '.join(cells)} |")
+    added = ", ".join(
+        f"{-r['added_s'] * 1e6:.0f} us over {r['tensors']} tensors"
+        for r in rows
+        if r["impl"] == "fastlr_native" and r["n"] < 10**6
+    )
+    large = ", ".join(
+        f"{r['n'] / 1e9:.1f} B in {report._time(r['p50_s'])} ({r['p50_s'] / r['n'] * 1e9:.2f} ns each, "
+        f"{r['bytes'] / 1e9:.1f} GB)"
+        for r in rows
+        if r["case"] == "host, larger models"
+    )
+    versions = ", ".join(f"{k} {v}" for k, v in system["versions"].items() if k in ("torch", "deepspeed"))
+    lines += [
+        "",
+        f"{system['cpu']}, {system['threads']} threads, {system['date'][:10]}; {versions}; `python -m bench.pytorch`. "
+        "In brackets: how many times as long as fastlr, compared round by round. PyTorch's calls: `clip_grad_norm_`, "
+        "`fused=True` and `torch._foreach_lerp_`; on masters PyTorch and DeepSpeed convert gradients and weights by "
+        f"copies. The native step over the same arrays takes less by {added}: what a `torch.optim.Optimizer` costs. "
+        f"`HostOptimizer` by the size of the model: {large}.",
+    ]
+    return "\n".join(lines)
+
+
 def newest_gpu() -> Path | None:
     """The file of the newest day: gpu-<date>-<name>.json."""
     files = sorted((ROOT / "bench" / "results").glob("gpu-*.json"))
@@ -190,7 +231,7 @@ def generated(text: str) -> str:
     """The README with its generated parts written anew."""
     rows = newest()
     parts = {"optimizers": optimizers(), "headline": headline(rows), "measured": measured(rows), "whole": whole(rows)}
-    parts["gpu"] = gpu(newest_gpu())
+    parts["gpu"], parts["torch"] = gpu(newest_gpu()), torch_optimizers()
     for name, content in parts.items():
         pattern = rf"(<!-- {name}: bench/readme.py -->\n).*?(<!-- end -->)"
         text, count = re.subn(pattern, lambda m, c=content: f"{m[1]}{c}\n{m[2]}", text, flags=re.S)

@@ -24,6 +24,8 @@ if devices.problem() is not None or not torch.cuda.is_available():
 
 from test_device import OPTIONS, SHAPES, SIZES, STEPS, assert_same, assert_same_info, here_and_there  # noqa: E402
 
+import fastlr.torch  # noqa: E402
+
 
 def on_gpu(array, offset: int = 0):
     """A tensor on the GPU, `offset` elements after an address that kernels like best."""
@@ -220,3 +222,81 @@ def test_the_memory_checker_finds_nothing(tool):
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SMALL]
     done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def weights(dtype, device):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(33, 65), (7,), (), (BLOCK + 3,)]
+    return [torch.nn.Parameter(torch.randn(s, generator=generator).to(device, dtype)) for s in shapes]
+
+
+def set_gradients(*groups, seed):
+    for params in groups:
+        generator = torch.Generator().manual_seed(seed)
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator).to(p.device, p.dtype)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "LAMB"])
+def test_an_optimizer_of_pytorch(name):
+    """The CPU's bits through `fastlr.torch`, with everything in the step; and parameters of both in one optimizer."""
+    options = {"lr": 0.01, "clip_norm": 0.5, "ema": 0.9, "skip_nonfinite": True, "shadow": "bfloat16"}
+    make = getattr(fastlr.torch, name)
+    ours, theirs = weights(torch.float32, "cpu"), weights(torch.float32, "cuda")
+    here, there = make(ours, **options), make(theirs, **options)
+    for k in range(6):
+        set_gradients(ours, theirs, seed=k)
+        if k == 3:
+            ours[1].grad[2] = theirs[1].grad[2] = float("nan")
+        if k == 4:
+            ours[0].grad = theirs[0].grad = None
+        here.step()
+        there.step()
+        assert here.info.skipped == there.info.skipped == (k == 3)
+    for a, b in zip((*ours, *here.ema, *here.shadow), (*theirs, *there.ema, *there.shadow), strict=True):
+        assert torch.equal(a.detach(), b.detach().cpu())
+    state = there.state_dict()
+    assert [int(entry["step"]) for entry in state["state"].values()] == [4, 5, 5, 5]
+    moved = weights(torch.float32, "cpu")
+    with torch.no_grad():
+        for p, q in zip(moved, theirs, strict=True):
+            p.copy_(q)
+    again = make(moved, **options)
+    again.load_state_dict(state)
+    mixed = make([*ours, *theirs], lr=0.01, clip_norm=0.5, skip_nonfinite=True)
+    set_gradients(ours, theirs, moved, seed=9)
+    again.step()
+    mixed.step()
+    assert mixed.info.clip_coef < 1 and not mixed.info.skipped
+    theirs[0].grad[0, 0] = float("inf")
+    before = [p.detach().cpu() for p in (*ours, *theirs)]
+    mixed.step()
+    assert mixed.info.skipped
+    for p, old in zip((*ours, *theirs), before, strict=True):
+        assert torch.equal(p.detach().cpu(), old)
+
+
+def test_masters_on_the_host_of_weights_here():
+    for chunk in (None, 5_000):
+        ours, theirs = weights(torch.bfloat16, "cpu"), weights(torch.bfloat16, "cuda")
+        here = fastlr.torch.HostOptimizer(ours, lr=0.01)
+        there = fastlr.torch.HostOptimizer(theirs, lr=0.01, chunk=chunk)
+        for k in range(5):
+            set_gradients(ours, theirs, seed=k)
+            if k == 2:
+                ours[1].grad = theirs[1].grad = None
+            here.step()
+            there.step()
+            there.zero_grad()
+        torch.cuda.synchronize()
+        for p, q in zip(ours, theirs, strict=True):
+            assert torch.equal(p.detach(), q.detach().cpu())
+            assert torch.equal(here.state[p]["master"], there.state[q]["master"])
+    set_gradients(theirs, seed=9)
+    clipped = fastlr.torch.HostOptimizer(theirs, lr=0.01, clip_norm=0.1, skip_nonfinite=True)
+    clipped.step()
+    assert clipped.info.clip_coef < 1
+    theirs[0].grad[0, 0] = float("nan")
+    before = [p.detach().clone() for p in theirs]
+    clipped.step()
+    assert clipped.info.skipped and all(map(torch.equal, before, (p.detach() for p in theirs)))

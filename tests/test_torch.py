@@ -17,6 +17,7 @@ from fastlr.schedules import Cosine, Linear
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 import fastlr.torch  # noqa: E402
+from fastlr.kernels import exchange  # noqa: E402
 from fastlr.torch import engines, tensors  # noqa: E402
 
 COUNTERPARTS = [name for name in fastlr.optimizers.__all__ if hasattr(torch.optim, name)]
@@ -673,6 +674,29 @@ def test_closures_and_hooks():
     assert seen[:2] == [("before", None), ("after", 1)] and opt.state_dict()["mark"] == 1
 
 
+def test_a_compiled_trainer():
+    """`torch.compile` leaves the step alone, and what is around it goes on as it would without."""
+    x, y = data(dtype=torch.float32)
+    losses = []
+    for compiled in (False, True):
+        model = network(dtype=torch.float32)
+        opt = fastlr.torch.AdamW(model.parameters(), lr=0.1, clip_norm=1.0)
+
+        def train(model=model, opt=opt):
+            opt.zero_grad()
+            loss = (model(x) - y).square().mean()
+            loss.backward()
+            opt.step()
+            return loss
+
+        step = torch.compile(train, backend="eager") if compiled else train
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the compiler's own
+            losses.append([step().item() for _ in range(6)])
+        assert opt.info.step == 6
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
 # Beyond torch.optim
 
 
@@ -728,6 +752,7 @@ def test_several_dtypes_in_one_optimizer():
         assert opt.info.grad_norm == pytest.approx(norm.item(), rel=1e-6) and opt.info.clip_coef < 1
     assert_close(ours, theirs, 2e-6)
     assert [e.dtype for e in opt.ema] == [p.dtype for p in ours] and opt.info.step == 10
+    assert opt.info.asdict()["lr/1:*"] == 0.1 and opt.info.lr == 0.01
     before = [p.detach().clone() for p in ours]
     ours[0].grad[0, 0] = float("nan")
     opt.step()
@@ -740,6 +765,28 @@ def test_several_dtypes_in_one_optimizer():
     with pytest.raises(ValueError, match="scope='group' needs all parameters to be of one dtype"):
         fastlr.torch.AdamW(ours, clip_norm=1.0, scope="group").step()
     assert_same(ours, before)
+
+
+def test_several_dtypes_follow_a_schedule():
+    params = [*parameters(torch.float32), *parameters(torch.float64, 1)]
+    opt = fastlr.torch.AdamW(params, lr=Cosine(0.1, steps=20))
+    for k in range(4):
+        set_gradients(params, seed=k)
+        opt.step()
+        assert opt.info.lr == pytest.approx(Cosine(0.1, steps=20)(k)) and opt.info.step == k + 1
+    for p in params:
+        p.grad = None
+    opt.step()
+    assert opt.info.step == 4
+
+
+def test_names_need_not_be_unique():
+    params = parameters()
+    opt = fastlr.torch.SGD([("w", p) for p in params], lr=1.0)
+    before = [p.detach().clone() for p in params]
+    set_gradients(params, seed=0)
+    opt.step()
+    assert_same(params, [old - p.grad for old, p in zip(before, params, strict=True)])
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float64])
@@ -912,3 +959,22 @@ def test_host_optimizer_places_its_memory(tmp_path):
 def test_shapes_of_memory():
     assert tensors.is_dense(torch.ones(2, 3, 4).permute(2, 0, 1)) and tensors.is_dense(torch.ones(2, 1, 3)[:, :, :])
     assert not tensors.is_dense(torch.ones(4)[::2]) and not tensors.is_dense(torch.ones(2, 3)[:, :2])
+
+
+def test_exchange_api():
+    """What the library says of its tensors, in one call, is what it says one by one."""
+    if engines._exchange() is None:
+        pytest.skip("this PyTorch does not offer DLPack's C exchange API")
+    kinds = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+    given = [torch.ones(3, 4, dtype=kind).t() for kind in kinds] + [torch.ones(4, 3), torch.ones(()), torch.ones(0)]
+    found = engines._exchange().describe(engines._objects(given))
+    assert found[:, exchange.ADDRESS].tolist() == [t.data_ptr() for t in given]
+    assert found[:, exchange.KIND].tolist() == [exchange.kind_of(tensors.name_of(t.dtype)) for t in given]
+    layouts = found[:, exchange.LAYOUT].tolist()
+    assert len(set(layouts[:4])) == 1 and len(set(layouts)) == 4  # the same shape, in another order: another number
+    single = engines._exchange().describe(engines._objects([torch.ones(2, 3)[:1], torch.ones(1, 3)]))
+    assert single[0, exchange.LAYOUT] == single[1, exchange.LAYOUT]
+    with pytest.raises(TypeError, match="has no memory"):
+        engines._exchange().describe(engines._objects([torch.ones(2), torch.eye(2).to_sparse()]))
+    with pytest.raises(LookupError, match="int has no C exchange API of DLPack 1"):
+        exchange.Exchange(int)

@@ -76,6 +76,8 @@ class Engine:
         self._members = sorted({leaf.group for leaf in leaves})
         several = len(groups) > 1
         paths = [f"{leaf.group}:{leaf.name}" if several else leaf.name for leaf in leaves]
+        if len(set(paths)) < len(paths):  # names need not be unique
+            paths = [f"{path}#{k}" for k, path in enumerate(paths)]
         self._taken = {g: self._plain(groups[g]) for g in self._members}
         hyper = {f"{g}:*": dict(self._taken[g]) for g in self._members}
         self.ema_out = ema_out
@@ -331,19 +333,22 @@ class Engine:
         at = [0 if grad is None else grad.data_ptr() for grad in found]
         self._located = Located(at, tensors.name_of(kind), None if all(active) else active)
 
-    def run(self, scale: float) -> StepInfo:
+    def run(self, scale: float) -> StepInfo | None:
         """Make the step with the gradients found.
 
         Args:
             scale: what to divide them by.
+
+        Returns:
+            What was done; None if there are no gradients, or it is to be told by somebody else.
         """
         active, written = self._located.active, self._written
         if active is not None:
             if not any(active):
-                return self.nothing()
+                return None
             written = [*itertools.compress(self.params, active), *written[len(self.params) :]]
         # Autograd has to know what is written behind its back: a backward that needs the old values must fail.
-        torch.autograd.graph.increment_version(written)
+        _increment_versions(written)
         try:
             info = self.native.step(self._located, grad_scale=None if scale == 1.0 else scale)
         finally:
@@ -351,9 +356,13 @@ class Engine:
         self._show_counts()
         return info
 
-    def nothing(self) -> StepInfo:
-        """What is reported when nothing is updated."""
-        return StepInfo(self.native.steps, {"": self.native.lr})
+
+def _increment_versions(tensors: list[torch.Tensor]) -> None:
+    try:
+        torch.autograd.graph.increment_version(tensors)
+    except TypeError:  # an older PyTorch, which takes one
+        for tensor in tensors:
+            torch.autograd.graph.increment_version(tensor)
 
 
 @functools.cache

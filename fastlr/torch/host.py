@@ -226,11 +226,11 @@ class HostEngine(Engine):
         """What autograd counts of the writes to each parameter; it counts none to inference tensors."""
         return [0 if p.is_inference() else p._version for p in self.params]
 
-    def run(self, scale: float) -> StepInfo:
+    def run(self, scale: float) -> StepInfo | None:
         """As `Engine.run`."""
         if self._staged:
             self._run_staged(scale)
-            info = self.nothing()
+            info = None
         else:
             info = super().run(scale)
         self._versions = self._versions_now()

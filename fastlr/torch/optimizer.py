@@ -38,7 +38,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
     `add_param_group`, closures, hooks, learning-rate schedulers, `GradScaler`, `copy.deepcopy` and pickle, and
     `state_dict` goes over to the counterpart in `torch.optim` and back. A parameter that has moved or was exchanged, a
     gradient in another place, a hyperparameter set in a group: the next step sees it. A parameter whose gradient is
-    None is not updated.
+    None is not updated. On a GPU the step counts in `opt.state` are brought up to date when the state is saved.
 
     A step tells autograd what it writes, so that a backward pass that needs the old values fails instead of being
     wrong. Several dtypes and devices in one optimizer are fine; clipping and skipping are about all of them together.
@@ -280,6 +280,9 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
             TypeError: if a parameter or a gradient is of the wrong kind, or a hyperparameter in a group.
             ValueError: if one does not fit or is out of range; then nothing was written.
         """
+        return _never_compiled()(self, closure)
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -302,10 +305,11 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
             coefficient = self._coefficient(norm)
         if not finite:
             self._skipped += 1
-            self.info = _report(engines, norm, np.nan, False)
+            self.info = self._report(norm, np.nan, False)
         else:
             infos = [engine.run(scale / coefficient) for engine in engines]
-            self.info = infos[0] if not self._outside else _report(engines, norm, coefficient, True)
+            alone = None if self._outside else infos[0]
+            self.info = alone or self._report(norm, coefficient, True)
         return loss
 
     def _coefficient(self, norm: float) -> float:
@@ -323,6 +327,17 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
             )
         (limit,) = limits
         return 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
+
+    def _report(self, norm: float | None, coefficient: float, finite: bool) -> StepInfo:
+        """What is told of a step that the native optimizers did not tell of: of all parameters together."""
+        steps = max((engine.native.steps for engine in self._engines or ()), default=0)
+        rates = [_at(tensors.number("lr", g["lr"]), max(0, steps - finite)) for g in self.param_groups]
+        lrs = {"": rates[0], **({f"{g}:*": rate for g, rate in enumerate(rates)} if len(rates) > 1 else {})}
+        names = ["finite"] if norm is None else ["finite", "grad_norm", "clip_coef"]
+        one = np.zeros((1, 1), np.int64)
+        layout = Layout(("",), None, one, one, tuple(names), {})
+        values = np.array([[float(finite), np.nan if norm is None else norm, coefficient][: len(names)]])
+        return StepInfo(steps, lrs, layout, values, np.zeros((1, 0)))
 
     # What stands beside the parameters
 
@@ -490,6 +505,15 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
             self.__dict__.setdefault(name, start)
 
 
+@functools.cache
+def _never_compiled() -> Callable[..., Any]:
+    """The step as `torch.compile` leaves it alone: traced, addresses would become part of a graph.
+
+    Made late: `torch.compiler.disable` imports the compiler, which PyTorch does when the first optimizer is built.
+    """
+    return torch.compiler.disable(Optimizer._step)
+
+
 def _follows(value: Any) -> bool:
     """Whether a hyperparameter follows a schedule, or a part of it does."""
     return isinstance(value, Schedule) or (isinstance(value, tuple | list) and any(map(_follows, value)))
@@ -512,16 +536,6 @@ def _starts_with_state(name: str) -> bool:
     """Whether PyTorch's optimizer of this name makes its state when it is built, and not at the first update."""
     theirs = getattr(torch.optim, name, None)
     return theirs is not None and len(theirs([torch.zeros(1)]).state) > 0
-
-
-def _report(engines: Sequence[Engine], norm: float | None, coefficient: float, finite: bool) -> StepInfo:
-    """What is told of a step of several engines: of all parameters together."""
-    one = np.zeros((1, 1), np.int64)
-    names = ["finite"] if norm is None else ["finite", "grad_norm", "clip_coef"]
-    layout = Layout(("",), None, one, one, tuple(names), {})
-    values = np.array([[float(finite), np.nan if norm is None else norm, coefficient][: len(names)]])
-    first = engines[0].nothing()
-    return StepInfo(max(e.native.steps for e in engines), first.lrs, layout, values, np.zeros((1, 0)))
 
 
 def counterpart(native: type[Native]) -> type[Optimizer]:
