@@ -185,9 +185,9 @@ def gpu(file: Path | None) -> str:
     return "\n".join(lines)
 
 
-def torch_optimizers() -> str:
+def torch_optimizers(file: Path) -> str:
     """`fastlr.torch` beside PyTorch's and DeepSpeed's optimizers."""
-    found = json.loads(sorted((ROOT / "bench" / "results").glob("torch-*.json"))[-1].read_text())
+    found = json.loads(file.read_text())
     rows, system = found["rows"], found["system"]
     names = {"torch_fused": "PyTorch `fused=True`", "torch_foreach": "`foreach=True`", "torch_calls": "PyTorch's calls"}
     names |= {"deepspeed": "DeepSpeed CPUAdam"}
@@ -221,9 +221,9 @@ def torch_optimizers() -> str:
     return "\n".join(lines)
 
 
-def newest_gpu() -> Path | None:
-    """The file of the newest day: gpu-<date>-<name>.json."""
-    files = sorted((ROOT / "bench" / "results").glob("gpu-*.json"))
+def newest_file(kind: str) -> Path | None:
+    """The file of the newest day, such as gpu-<date>-<name>.json."""
+    files = sorted((ROOT / "bench" / "results").glob(f"{kind}-*.json"))
     return files[-1] if files else None
 
 
@@ -231,7 +231,10 @@ def generated(text: str) -> str:
     """The README with its generated parts written anew."""
     rows = newest()
     parts = {"optimizers": optimizers(), "headline": headline(rows), "measured": measured(rows), "whole": whole(rows)}
-    parts["gpu"], parts["torch"] = gpu(newest_gpu()), torch_optimizers()
+    parts["gpu"] = gpu(newest_file("gpu"))
+    beside_torch = newest_file("torch")
+    assert beside_torch is not None, "run python -m bench.pytorch"
+    parts["torch"] = torch_optimizers(beside_torch)
     for name, content in parts.items():
         pattern = rf"(<!-- {name}: bench/readme.py -->\n).*?(<!-- end -->)"
         text, count = re.subn(pattern, lambda m, c=content: f"{m[1]}{c}\n{m[2]}", text, flags=re.S)

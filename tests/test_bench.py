@@ -182,3 +182,20 @@ def test_the_command_for_a_gpu_goes_through(tmp_path):
     table = readme["gpu"](file)
     assert "| adam GPT-2 |" in table and "none: emulated, driver" in table
     assert "not yet run or timed on a GPU" in readme["gpu"](None)
+
+
+@pytest.mark.skipif(find_spec("torch") is None, reason="PyTorch is not installed")
+@pytest.mark.skipif(not (ROOT / "bench" / "pytorch.py").exists(), reason="the benchmark is not beside the tests")
+def test_the_benchmark_beside_pytorch_goes_through(tmp_path):
+    """Tiny: candidates are checked against each other, and the README's table can be made of it."""
+    command = [sys.executable, "-m", "bench.pytorch", "--dry-run", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (file,) = tmp_path.glob("torch-*.json")
+    rows = json.loads(file.read_text())["rows"]
+    by_case: dict[str, set[str]] = {}
+    for row in rows:
+        by_case.setdefault(row["case"], set()).add(row["impl"])
+    assert len(by_case) == 6 and all("fastlr" in found and len(found) > 1 for found in by_case.values())
+    readme = runpy.run_path(str(ROOT / "bench" / "readme.py"), run_name="readme")
+    assert readme["torch_optimizers"](file).count("| many small tensors: AdamW |") == 1

@@ -382,6 +382,21 @@ def test_memory_that_moves_is_noticed():
         assert_close(ours, theirs)
 
 
+@pytest.mark.usefixtures("finding")
+def test_a_gradient_that_moves_while_another_is_missing():
+    """What was found out about gradients in a step that was not made of all of them is not taken for known."""
+    ours, theirs = ([torch.nn.Parameter(torch.ones(3)) for _ in range(2)] for _ in range(2))
+    opt, reference = fastlr.torch.SGD(ours, lr=1.0), torch.optim.SGD(theirs, lr=1.0)
+    first, second, other = (torch.full((3,), x) for x in (1.0, 10.0, 100.0))
+    for grads in ((first, second), (other, None), (other, second), (other, second), (first, second)):
+        for params in (ours, theirs):
+            for p, grad in zip(params, grads, strict=True):
+                p.grad = grad
+        opt.step()
+        reference.step()
+        assert_same(ours, theirs)
+
+
 def test_two_optimizers_over_a_shared_encoder():
     def run(module):
         torch.manual_seed(0)
@@ -452,13 +467,13 @@ def test_a_gradient_that_is_to_be_negated():
 
 @pytest.mark.usefixtures("finding")
 def test_a_gradient_that_is_the_parameter_itself():
-    p = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
-    q = torch.nn.Parameter(torch.ones(3))
-    opt = fastlr.torch.SGD([p, q], lr=0.5, momentum=0.9)
+    first, second = (torch.nn.Parameter(torch.tensor(x)) for x in ([1.0, -2.0], [0.0, 0.0]))
+    opt = fastlr.torch.SGD([first, second], lr=0.5, momentum=0.9)
     for _ in range(2):
-        p.grad, q.grad = p.detach(), q.detach()[:].clone()
+        first.grad = second.grad = first.detach()  # the second needs the first as it was before the step
         opt.step()
-    torch.testing.assert_close(p.detach(), torch.tensor([1.0, -2.0]) * (0.5 - 0.5 * (0.9 + 0.5)))
+    torch.testing.assert_close(first.detach(), torch.tensor([1.0, -2.0]) * (0.5 - 0.5 * (0.9 + 0.5)))
+    torch.testing.assert_close(second.detach(), torch.tensor([-1.0, 2.0]) * (0.5 + 0.5 * (0.9 + 0.5)))
 
 
 BAD_PARAMETERS = {

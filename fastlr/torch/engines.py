@@ -178,7 +178,6 @@ class Engine:
             entries = saved.get(param) or {}
             t = entries.get("step", any(entries.get(n) is not None for n in columns))
             counts.t[k] = counts.clock[k] = int(t)
-            counts.clock[k] = int(entries.get("clock", int(t)))
             counts.skipped[k] = int(entries.get("skipped", 0))
             for j, name in enumerate(rule.scalars):
                 if name in entries:
@@ -217,16 +216,12 @@ class Engine:
         if len(scalars):
             scalars[:] = rows.scalars[rows.index[:, 0]].T
 
-    def counted(self) -> list[dict[str, Any]]:
-        """For each parameter what its state does not show: its clock and skipped steps, where they are not trivial."""
+    def skipped(self) -> list[int]:
+        """For each parameter the steps that were skipped; the counts in the state are brought up to date as well."""
         counts = self.native._rows.counts()
         steps, scalars = self._shown
         steps[:], scalars[:] = counts.t[:, 0], counts.scalars[:, 0].T
-        out = []
-        for t, clock, skipped in zip(counts.t[:, 0], counts.clock[:, 0], counts.skipped[:, 0], strict=True):
-            more = {"clock": int(clock)} if clock != t else {}
-            out.append({**more, "skipped": int(skipped)} if skipped else more)
-        return out
+        return [int(n) for n in counts.skipped[:, 0]]
 
     # A step
 

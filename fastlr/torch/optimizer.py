@@ -258,12 +258,9 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
     def _save_counts(self) -> None:
         """Put into the state what engines count beside it."""
         for engine in self._engines or ():
-            for param, counted in zip(engine.params, engine.counted(), strict=True):
-                if param in self.state:
-                    entries = self.state[param]
-                    for name in ("clock", "skipped"):
-                        entries.pop(name, None)
-                    entries.update(counted)
+            for param, skipped in zip(engine.params, engine.skipped(), strict=True):
+                if skipped and param in self.state:
+                    self.state[param]["skipped"] = skipped
 
     # A step
 
