@@ -773,6 +773,8 @@ def test_several_dtypes_in_one_optimizer():
     opt.step()
     assert_same(ours, before)
     assert opt.info.skipped and opt.skipped_steps == 1 and np.isnan(opt.info.grad_norm)
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    assert opt.skipped_steps == 1
     opt.param_groups[0]["clip_norm"] = 2.0
     set_gradients(ours, seed=0)
     with pytest.raises(ValueError, match="groups with different clip_norm need all parameters to be of one dtype"):
@@ -782,12 +784,41 @@ def test_several_dtypes_in_one_optimizer():
     assert_same(ours, before)
 
 
+def test_several_dtypes_are_unscaled_before_they_are_clipped():
+    """As GradScaler asks for it: by attributes that are there for the time of a step."""
+    ours, theirs = ([*parameters(torch.float32), *parameters(torch.float64, 1)] for _ in range(2))
+    scaled, plain = (fastlr.torch.SGD(params, lr=0.1, clip_norm=1.0) for params in (ours, theirs))
+    set_gradients(ours, theirs, seed=0)
+    for p in ours:
+        p.grad *= 4.0
+    scaled.grad_scale, scaled.found_inf = torch.tensor(4.0), torch.tensor(0.0)
+    scaled.step()
+    plain.step()
+    assert_same(ours, theirs)
+    assert scaled.info.grad_norm == plain.info.grad_norm > 1
+
+
+def test_an_infinite_norm_of_several_dtypes():
+    """Without skipping, clipping does as PyTorch's: to 0, and the element to NaN."""
+    ours, theirs = ([*parameters(torch.float32), *parameters(torch.float64, 1)] for _ in range(2))
+    opt, reference = fastlr.torch.SGD(ours, lr=0.1, clip_norm=1.0), torch.optim.SGD(theirs, lr=0.1)
+    set_gradients(ours, theirs, seed=0)
+    ours[0].grad[0, 0] = theirs[0].grad[0, 0] = float("inf")
+    torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+    opt.step()
+    reference.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.detach(), b.detach(), equal_nan=True)
+    assert ours[0][0, 0].isnan() and opt.info.grad_norm == float("inf")
+
+
 def test_several_dtypes_follow_a_schedule():
     params = [*parameters(torch.float32), *parameters(torch.float64, 1)]
-    opt = fastlr.torch.AdamW(params, lr=Cosine(0.1, steps=20))
+    opt = fastlr.torch.AdamW(params, lr=Cosine(0.1, steps=20), clip_norm=Linear(1.0, 0.5, steps=4))
     for k in range(4):
         set_gradients(params, seed=k)
         opt.step()
+        assert opt.info.clip_coef == pytest.approx((1 - k / 8) / opt.info.grad_norm, rel=1e-4)
         assert opt.info.lr == pytest.approx(Cosine(0.1, steps=20)(k)) and opt.info.step == k + 1
     for p in params:
         p.grad = None

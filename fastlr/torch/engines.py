@@ -344,10 +344,7 @@ class Engine:
             written = [*itertools.compress(self.params, active), *written[len(self.params) :]]
         # Autograd has to know what is written behind its back: a backward that needs the old values must fail.
         _increment_versions(written)
-        try:
-            info = self.native.step(self._located, grad_scale=None if scale == 1.0 else scale)
-        finally:
-            self.found = ()
+        info = self.native.step(self._located, grad_scale=None if scale == 1.0 else scale)
         self._show_counts()
         return info
 

@@ -268,7 +268,6 @@ class HostEngine(Engine):
                             self.params[k].copy_(weights[k], non_blocking=True)
         if self._up is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._up)
-        self.found = ()
         self._show_counts()
 
     def _fetch(self, chunk: range, stage: Sequence[torch.Tensor]) -> Any:

@@ -25,8 +25,12 @@ __all__ = ["Optimizer", "counterpart"]
 
 # Arguments of torch.optim that choose between its implementations: taken, kept in the groups, without effect here.
 _IMPLEMENTATIONS = {"foreach": None, "capturable": False, "differentiable": False, "fused": None}
+# In place of 0, what clipping makes of an infinite norm: gradients are divided, and as float32 this leaves 0 or NaN.
+_LEAST = 1e-100
 # Options whose part PyTorch or this module plays.
 _ELSEWHERE = {"loss_scale", "ema_out", "shadow_out", "zero_grads", "lr_scale", "grad_dtype", "groups", "backend"}
+# What a saved group holds beside what a group does.
+_SAVED_ALONG = ("params", "schedules", "skipped_steps")
 _OFFERED = [name for name in StepOptions.__annotations__ if name not in _ELSEWHERE | {"capturable"}]
 
 
@@ -289,6 +293,15 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
             engines = self._build()
             for engine in engines:
                 engine.find()
+        try:
+            self._update(engines)
+        finally:
+            for engine in engines:  # gradients are not kept alive
+                engine.found = ()
+        return loss
+
+    def _update(self, engines: Sequence[Engine]) -> None:
+        """Make the step with the gradients found; `info` tells of it."""
         for engine in engines:
             engine.take_settings()
         scale, coefficient, norm, finite = 1.0, 1.0, None, True
@@ -307,7 +320,6 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
             infos = [engine.run(scale / coefficient) for engine in engines]
             alone = None if self._outside else infos[0]
             self.info = alone or self._report(norm, coefficient, True)
-        return loss
 
     def _coefficient(self, norm: float) -> float:
         """What to multiply all gradients by to clip them."""
@@ -316,14 +328,17 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
                 f"scope={self._settings['scope']!r} needs all parameters to be of one dtype on one device. Use one "
                 "optimizer for each, or scope='all'."
             )
-        limits = {group["clip_norm"] for group in self.param_groups}
+        step = max(engine.native.steps for engine in self._engines or ())
+        limits = {_at(tensors.number("clip_norm", group["clip_norm"]), step) for group in self.param_groups}
         if len(limits) != 1:
             raise ValueError(
                 "groups with different clip_norm need all parameters to be of one dtype on one device. Give all "
                 "groups the same, or use one optimizer for each."
             )
         (limit,) = limits
-        return 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
+        if limit is None:
+            return 1.0
+        return max(min(1.0, limit / (norm + 1e-6)), _LEAST)
 
     def _report(self, norm: float | None, coefficient: float, finite: bool) -> StepInfo:
         """What is told of a step that the native optimizers did not tell of: of all parameters together."""
@@ -385,6 +400,8 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
             for name, value in schedules.items():
                 clock = now[g].native.steps if g in now else 0
                 group[name] = _at(value, clock)
+            if g == 0 and self._skipped:
+                group["skipped_steps"] = self._skipped
             if schedules:
                 group["schedules"] = {name: groups.plain(value) for name, value in schedules.items()}
         return out
@@ -414,7 +431,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
 
     def _group_from(self, saved: Mapping[str, Any], present: Mapping[str, Any]) -> dict[str, Any]:
         """A group as it will be when a saved one is loaded."""
-        group = {**present, **{k: v for k, v in saved.items() if k not in ("params", "schedules")}}
+        group = {**present, **{k: v for k, v in saved.items() if k not in _SAVED_ALONG}}
         schedules = saved.get("schedules")
         if schedules is not None:
             group.update(checkpoints.as_given(schedules, present))
@@ -493,6 +510,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
                 self._group_from(group, present)
                 for group, present in zip(saved["param_groups"], self.param_groups, strict=True)
             ]
+            self._skipped = int(saved["param_groups"][0].get("skipped_steps", 0))
             state["param_groups"] = [
                 {**group, "params": present["params"]} for group, present in zip(new, self.param_groups, strict=True)
             ]
