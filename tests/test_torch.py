@@ -750,6 +750,10 @@ def test_the_whole_step(name):
     opt.step()
     assert opt.info.skipped and opt.skipped_steps == 1
     assert_same([*ours, *target], before)
+    ours[0].data = ours[0].data.clone()
+    set_gradients(ours, seed=0)
+    opt.step()
+    assert opt.skipped_steps == 1 and opt.info.step == 21
 
 
 def test_several_dtypes_in_one_optimizer():
@@ -943,15 +947,19 @@ def test_masters_follow_weights_that_are_written(chunk):
     master = opt.state[ours[0]]["master"].clone()
     with torch.no_grad():
         ours[0][0] = 3.0  # one row; the others keep their low bits
-    ours[1].data.fill_(2.0)
-    opt.take_params()
     for p in ours:
         p.grad.zero_()
+    ours[3].grad = None
+    version = ours[3]._version
     opt.param_groups[0]["lr"] = 0.0
     opt.step()
     now = opt.state[ours[0]]["master"]
-    assert (now[0] == 3.0).all() and torch.equal(now[1:], master[1:]) and (opt.state[ours[1]]["master"] == 2.0).all()
-    assert (ours[0][0] == 3.0).all() and (ours[1] == 2.0).all()
+    assert (now[0] == 3.0).all() and torch.equal(now[1:], master[1:]) and (ours[0][0] == 3.0).all()
+    assert ours[3]._version == version
+    ours[1].data.fill_(2.0)  # nobody can see this
+    opt.take_params()
+    opt.step()
+    assert (opt.state[ours[1]]["master"] == 2.0).all() and (ours[1] == 2.0).all()
 
 
 @pytest.mark.parametrize("chunk", [None, 40], ids=["in place", "staged"])
