@@ -397,6 +397,36 @@ def test_a_gradient_that_moves_while_another_is_missing():
         assert_same(ours, theirs)
 
 
+def test_groups_that_differ_in_flags():
+    ours, theirs = parameters(), parameters()
+    runs = []
+    for module, params in ((fastlr.torch, ours), (torch.optim, theirs)):
+        groups = [{"params": params[:2], "maximize": True}, {"params": params[2:], "betas": (0.5, 0.9), "eps": 1e-3}]
+        runs.append(module.Adam(groups, lr=0.01, weight_decay=0.1))
+    for k in range(10):
+        set_gradients(ours, theirs, seed=k)
+        for opt in runs:
+            opt.step()
+            if k == 5:
+                opt.param_groups[1]["maximize"] = True
+    assert_close(ours, theirs)
+
+
+def test_a_group_brings_its_averages_along():
+    params, target = parameters(), parameters(seed=1)
+    opt = fastlr.torch.SGD(params[:2], lr=0.1, ema=0.5, ema_out=target[:2])
+    set_gradients(params, seed=0)
+    opt.step()
+    with pytest.raises(ValueError, match="ema_out has 2 tensors for 5 parameters"):
+        opt.add_param_group({"params": params[2:]})
+    opt.add_param_group({"params": params[2:], "ema_out": target[2:]})
+    before = [t.detach().clone() for t in target]
+    opt.step()
+    for p, t, old in zip(params, target, before, strict=True):
+        torch.testing.assert_close(t.detach(), old + 0.5 * (p.detach() - old))
+    assert all(map(lambda a, b: a is b, opt.ema, target))
+
+
 def test_two_optimizers_over_a_shared_encoder():
     def run(module):
         torch.manual_seed(0)
@@ -936,6 +966,30 @@ def test_host_optimizer_clips(chunk):
         opt.step()
         assert opt.info.grad_norm == pytest.approx(norm.item(), rel=1e-5)
     assert_close([opt.state[p]["master"] for p in ours], masters, 1e-6)
+
+
+@pytest.mark.parametrize("chunk", [None, 40], ids=["in place", "staged"])
+def test_host_optimizer_of_several_dtypes(chunk):
+    """Matrices in bfloat16 and norms in float32, as models have them."""
+    ours = [*parameters(torch.bfloat16), *parameters(torch.float32, 1)]
+    masters = [torch.nn.Parameter(p.detach().float()) for p in ours]
+    groups = [{"params": ours[:3], "weight_decay": 0.5}, {"params": ours[3:]}]
+    opt = fastlr.torch.HostOptimizer(groups, lr=0.01, clip_norm=0.5, skip_nonfinite=True, chunk=chunk)
+    reference = torch.optim.AdamW([{"params": masters[:3], "weight_decay": 0.5}, {"params": masters[3:]}], lr=0.01)
+    for k in range(6):
+        set_gradients(ours, seed=k)
+        for m, p in zip(masters, ours, strict=True):
+            m.grad = p.grad.float().clone()
+        norm = torch.nn.utils.clip_grad_norm_(masters, 0.5)
+        reference.step()
+        opt.step()
+        assert opt.info.grad_norm == pytest.approx(norm.item(), rel=1e-5)
+    assert_close([opt.state[p].get("master", p) for p in ours], masters, 1e-6)
+    ours[6].grad[0] = float("nan")
+    before = [p.detach().clone() for p in ours]
+    opt.step()
+    assert opt.info.skipped
+    assert_same(ours, before)
 
 
 @pytest.mark.parametrize("chunk", [None, 40], ids=["in place", "staged"])

@@ -8,6 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+try:
+    import torch as _torch  # noqa: F401
+except ImportError:
+    raise ImportError("fastlr.torch needs PyTorch: pip install torch, or see pytorch.org for your system.") from None
+
 from .. import optimizers as _optimizers
 from .host import HostOptimizer
 from .optimizer import Optimizer, counterpart

@@ -483,12 +483,8 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
     @property
     def _own_names(self) -> list[str]:
         """The numbers among the rule's own hyperparameters, which every state of this optimizer has."""
-        group = self.param_groups[0]
-        return [
-            n
-            for n in self._names
-            if n not in (*StepOptions.__annotations__, "ema_decay") and group[n] not in (True, False)
-        ]
+        others = (*StepOptions.__annotations__, "ema_decay")
+        return [n for n in self._names if n not in others and not isinstance(self.param_groups[0][n], bool)]
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles take along; engines are made anew."""
