@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -45,8 +46,9 @@ class HostOptimizer(Optimizer):
         rule: an optimizer of fastlr, such as `fastlr.AdamW` (default), or a rule made by `fastlr.rule`.
         alloc: `alloc(nbytes)` returns the memory for masters, state and what is on its way: a memory-mapped file,
             shared memory. Default: for weights on a GPU pinned memory, else plain.
-        chunk: elements that travel together, a whole number. Default: 16 Mi for weights on a GPU; weights on the CPU
-            need no copies, and are staged as if they were on a GPU only if a chunk is given.
+        chunk: elements that travel together, a whole number; a tensor is never cut. Default: 16 Mi for weights on a
+            GPU, or a 128th of the model if that is more; weights on the CPU need no copies, and are staged as if they
+            were on a GPU only if a chunk is given.
         settings: as for `Optimizer`; `shadow` is what the weights are here.
 
     Raises:
@@ -126,7 +128,7 @@ class HostEngine(Engine):
             are, and their weights written where they are.
     """
 
-    _DEFAULT_CHUNK = 1 << 24
+    _LEAST_CHUNK, _MOST_CHUNKS = 1 << 24, 128  # a step of each chunk has a plan of its own, which are kept
 
     def __init__(
         self,
@@ -148,7 +150,8 @@ class HostEngine(Engine):
         self._stage: torch.Tensor | None = None
         self._versions = self._versions_now()
         if self._staged:
-            self._chunks = self._cut(chunk or self._DEFAULT_CHUNK)
+            self._chunks = self._cut(chunk or max(self._LEAST_CHUNK, sum(self._sizes) // self._MOST_CHUNKS))
+            self._seen = [tuple(k in part for k in range(len(leaves))) for part in self._chunks]
             self._down, self._up = (torch.cuda.Stream(first.device) if first.is_cuda else None for _ in range(2))
 
     def _cut(self, chunk: int) -> list[range]:
@@ -246,21 +249,21 @@ class HostEngine(Engine):
         if self._stage is None or self._stage.dtype is not kind:
             nbytes = sum(self._sizes) * kind.itemsize
             self._stage = torch.from_numpy(HOST.allocate(nbytes, np.uint8, 1, self._alloc)).view(kind)
-        stage = [tensors.like(p, self._stage, start) for p, start in zip(self.params, self._starts, strict=True)]
-        at = [place.data_ptr() for place in stage]
+            starts = zip(self.params, self._starts, strict=True)
+            self._staged_gradients = [tensors.like(p, self._stage, start) for p, start in starts]
+            self._staged_at = [gradient.data_ptr() for gradient in self._staged_gradients]
         weights = self._masters if self._weights not in tensors.HALVES else self.views("shadow")
         if self._up is not None and self._down is not None:
             self._up.synchronize()  # the weights of the step before are on the GPU, their memory can be written
             self._down.wait_stream(torch.cuda.current_stream(self._device))
             self._up.wait_stream(torch.cuda.current_stream(self._device))
-        arrived = [self._fetch(chunk, stage) for chunk in self._chunks]
-        for chunk, event in zip(self._chunks, arrived, strict=True):
+        arrived = [self._fetch(chunk) for chunk in self._chunks]
+        for chunk, seen, event in zip(self._chunks, self._seen, arrived, strict=True):
             if event is not None:
                 event.synchronize()
-            seen = tuple(k in chunk for k in range(len(there)))
-            active = tuple(a and b for a, b in zip(there, seen, strict=True))
+            active = seen if all(there) else tuple(map(operator.and_, there, seen))
             if any(active):
-                located = Located(at, tensors.name_of(kind), active, seen)
+                located = Located(self._staged_at, tensors.name_of(kind), active, seen)
                 self.native.step(located, grad_scale=None if scale == 1.0 else scale)
                 with self._on(self._up), torch.no_grad():
                     for k in chunk:
@@ -270,13 +273,13 @@ class HostEngine(Engine):
             torch.cuda.current_stream(self._device).wait_stream(self._up)
         self._show_counts()
 
-    def _fetch(self, chunk: range, stage: Sequence[torch.Tensor]) -> Any:
+    def _fetch(self, chunk: range) -> Any:
         """Have the gradients of a chunk copied to the host; the event of their arrival, on the CPU None."""
         with self._on(self._down):
             for k in chunk:
                 grad = self.found[k]
                 if grad is not None:
-                    stage[k].copy_(grad.detach(), non_blocking=True)
+                    self._staged_gradients[k].copy_(grad.detach(), non_blocking=True)
                     if self._down is not None:
                         grad.record_stream(self._down)
             return None if self._down is None else self._down.record_event()
