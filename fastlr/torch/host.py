@@ -123,24 +123,15 @@ class HostEngine(Engine):
     """An engine whose native optimizer updates masters on the host.
 
     Args:
-        args: as for `Engine`.
+        make, leaves, others: as for `Engine`.
         chunk: elements that are copied together, or None: the gradients of parameters on the CPU are read where they
             are, and their weights written where they are.
     """
 
     _LEAST_CHUNK, _MOST_CHUNKS = 1 << 24, 128  # a step of each chunk has a plan of its own, which are kept
 
-    def __init__(
-        self,
-        make: Callable[..., Native],
-        leaves: Sequence[Leaf],
-        groups: Sequence[dict[str, Any]],
-        names: Sequence[str],
-        settings: Mapping[str, Any],
-        ema_out: Sequence[torch.Tensor] | None,
-        *,
-        chunk: int | None,
-    ) -> None:
+    def __init__(self, make: Callable[..., Native], leaves: Sequence[Leaf], *others: Any, chunk: int | None) -> None:
+        groups, names, settings, ema_out = others
         first = leaves[0].param
         self._device, self._weights = first.device, first.dtype
         self._staged = chunk is not None or first.is_cuda
