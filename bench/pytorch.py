@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import datetime
 import gc
+import importlib.metadata
 import importlib.util
 import io
 import json
@@ -172,29 +173,18 @@ def host(case: str, shapes: Shapes, seconds: float) -> list[dict[str, Any]]:
     weights = parameters(shapes, torch.bfloat16)
     opt = fastlr.torch.HostOptimizer(weights, lr=LR, weight_decay=DECAY)
     opt.step()
-    fresh = parameters(shapes, torch.bfloat16)
-    with torch.no_grad():  # the masters are there only after a step: begin again
-        torch._foreach_copy_(weights, fresh)
-    del fresh
-    opt = fastlr.torch.HostOptimizer(weights, lr=LR, weight_decay=DECAY)
-    state = opt.state
-
-    def step() -> None:
-        opt.step()
-
-    step()
-    masters = [state[p]["master"] for p in weights]
+    masters = [opt.state[p]["master"] for p in weights]
     steps: dict[str, tuple[Step, list[torch.Tensor]]] = {"torch_fused": torch_masters(shapes)}
     found = deepspeed_steps(shapes)
     if found is not None:
         steps["deepspeed"] = found
     ready = checked(steps, 1e-6)
-    step()
+    opt.step()
     for a, b in zip(masters[:8], steps["torch_fused"][1][:8], strict=True):
         if not torch.allclose(a, b.detach(), rtol=0, atol=1e-6):
             raise RuntimeError(f"fastlr and torch_fused do not agree: by {(a - b).abs().max():.3g}")
     what = "AdamW on float32 masters, bfloat16 in and out"
-    return measure(case, what, shapes, {"fastlr": step, **ready}, seconds)
+    return measure(case, what, shapes, {"fastlr": opt.step, **ready}, seconds)
 
 
 def scaling(sizes: list[float], seconds: float) -> list[dict[str, Any]]:

@@ -212,10 +212,11 @@ def torch_optimizers(file: Path) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in system["versions"].items() if k in ("torch", "deepspeed"))
     lines += [
         "",
-        f"{system['cpu']}, {system['threads']} threads, {system['date'][:10]}; {versions}; `python -m bench.pytorch`. "
-        "In brackets: how many times as long as fastlr, compared round by round. PyTorch's calls: `clip_grad_norm_`, "
-        "`fused=True` and `torch._foreach_lerp_`; on masters PyTorch and DeepSpeed convert gradients and weights by "
-        f"copies. The native step over the same arrays takes less by {added}: what a `torch.optim.Optimizer` costs. "
+        f"{system['cpu']}, {system['threads']} threads, {system['date'][:10]}; {versions}; "
+        "`python -m bench.pytorch --billion`. In brackets: how many times as long as fastlr, compared round by round. "
+        "PyTorch's calls: `clip_grad_norm_`, `fused=True` and `torch._foreach_lerp_`; on masters PyTorch and DeepSpeed "
+        f"convert gradients and weights by copies. The native step over the same arrays takes less by {added}: what a "
+        "`torch.optim.Optimizer` costs. "
         f"`HostOptimizer` by the size of the model: {large}.",
     ]
     return "\n".join(lines)

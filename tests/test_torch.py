@@ -421,6 +421,23 @@ def test_groups_that_differ_in_flags():
     assert_close(ours, theirs)
 
 
+def test_groups_that_are_put_together_otherwise():
+    """Parameters that go over to another group, and groups that are exchanged, are noticed like other tensors."""
+    ours, theirs = parameters(), parameters()
+    runs = []
+    for module, params in ((fastlr.torch, ours), (torch.optim, theirs)):
+        runs.append(module.Adam([{"params": params[:2], "lr": 0.1}, {"params": params[2:], "lr": 0.01}]))
+    for k in range(9):
+        set_gradients(ours, theirs, seed=k)
+        for opt in runs:
+            if k == 3:
+                opt.param_groups[1]["params"].insert(0, opt.param_groups[0]["params"].pop())
+            if k == 6:
+                opt.param_groups = [{**group, "lr": 0.5} for group in opt.param_groups]
+            opt.step()
+    assert_close(ours, theirs)
+
+
 def test_a_group_brings_its_averages_along():
     params, target = parameters(), parameters(seed=1)
     opt = fastlr.torch.SGD(params[:2], lr=0.1, ema=0.5, ema_out=target[:2])
@@ -462,6 +479,10 @@ def test_tied_weights_are_updated_once():
         embedding.weight.grad = torch.ones_like(embedding.weight)
         one.step()
         assert torch.equal(embedding.weight.detach(), before - 1)
+        engines = one._engines
+        one.step()
+        assert one._engines is engines  # not made anew for a parameter that is there twice
+        embedding.weight.data += 1
     other = torch.nn.Parameter(embedding.weight.data)
     other.grad = torch.ones_like(other)
     with pytest.raises(ValueError, match="share memory, so both cannot be updated"):

@@ -71,7 +71,7 @@ class Engine:
         ema_out: Sequence[torch.Tensor] | None,
     ) -> None:
         self.leaves, self.params = tuple(leaves), [leaf.param for leaf in leaves]
-        self._groups, self._names = groups, tuple(names)
+        self._names = tuple(names)
         self._values_of = itemgetter(*names)
         self._members = sorted({leaf.group for leaf in leaves})
         several = len(groups) > 1
@@ -228,18 +228,18 @@ class Engine:
     def _plain(self, group: Mapping[str, Any]) -> list[tuple[str, Any]]:
         return [(name, tensors.number(name, group[name])) for name in self._names]
 
-    def take_settings(self) -> None:
-        """Take over what has changed in the groups.
+    def take_settings(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Take over what has changed in the groups of the PyTorch optimizer.
 
         Raises:
             TypeError: if a value is of the wrong kind.
             ValueError: if one is out of range.
         """
         for g in self._members:
-            given = self._values_of(self._groups[g])
+            given = self._values_of(groups[g])
             if given == self._given.get(g):
                 continue
-            plain = self._plain(self._groups[g])
+            plain = self._plain(groups[g])
             for (name, value), (_, before) in zip(plain, self._taken[g], strict=True):
                 if value is not before and (isinstance(value, Schedule) or value != before):
                     setattr(self._group_of[g], name, value)

@@ -124,7 +124,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         self._settings = {n: v for n, v in settings.items() if n not in {*self._names, "ema"}}
         self._ema_out = None if ema_out is None else list(ema_out)
         self._engines: list[Engine] | None = None
-        self._known: list[torch.Tensor] = []
+        self._known: list[list[torch.Tensor]] = []  # the parameters of each group that the engines are made for
         self._loaded: Mapping[str, Any] | None = None
         self._skipped = 0
         self.info: StepInfo | None = None
@@ -201,16 +201,11 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
 
     def _current(self) -> list[Engine]:
         """The engines, made anew if parameters or groups are others than before."""
-        engines = self._engines
-        if engines is not None and len(engines) == 1 and len(self.param_groups) == 1:
-            here, there = self.param_groups[0]["params"], engines[0].params
-            same = len(here) == len(there) and all(map(operator.is_, here, there))
-        elif engines is not None:
-            here = [p for group in self.param_groups for p in group["params"]]
-            same = len(here) == len(self._known) and all(map(operator.is_, here, self._known))
-        else:
-            same = False
-        return self._build() if engines is None or not same else engines
+        here = [group["params"] for group in self.param_groups]
+        same = list(map(len, here)) == list(map(len, self._known)) and all(
+            all(map(operator.is_, now, before)) for now, before in zip(here, self._known, strict=True)
+        )
+        return self._engines if self._engines is not None and same else self._build()
 
     def _build(self) -> list[Engine]:
         """New engines, which go on from the state as it is; on an error everything is as it was."""
@@ -244,9 +239,9 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
             engines.append(engine)
         here = {id(leaf.param) for leaf in leaves}
         self.state.clear()
-        self.state.update({p: entries for p, entries in state.items() if id(p) in here or not entries})
+        self.state.update({p: entries for p, entries in state.items() if id(p) in here})
         self._engines, self._outside = engines, outside
-        self._known = [p for group in self.param_groups for p in group["params"]]
+        self._known = [list(group["params"]) for group in self.param_groups]
         return engines
 
     def _measures_outside(self, leaves: Sequence[Leaf]) -> bool:
@@ -303,7 +298,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
     def _update(self, engines: Sequence[Engine]) -> None:
         """Make the step with the gradients found; `info` tells of it."""
         for engine in engines:
-            engine.take_settings()
+            engine.take_settings(self.param_groups)
         scale, coefficient, norm, finite = 1.0, 1.0, None, True
         if "found_inf" in self.__dict__:  # set by GradScaler for the time of the step
             finite = not float(self.found_inf)
