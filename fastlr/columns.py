@@ -36,6 +36,7 @@ class Parameters:
         size: number of elements.
         dtype: of every leaf.
         everyone: True for each leaf.
+        one_by_one: a partition in which each leaf is alone, see `Rows`.
         is_array, is_flat: whether they are one array; one array or a buffer.
 
     Raises:
@@ -61,6 +62,7 @@ class Parameters:
         self.size = sum(self.sizes)
         self.starts = np.cumsum([0, *self.sizes])[:-1]
         self.everyone = (True,) * len(self.leaves)
+        self.one_by_one = np.arange(len(self.leaves))
         self.is_array = not isinstance(source, FlatBuffer) and not is_container(source)
         self.is_flat = self.is_array or isinstance(source, FlatBuffer)
 

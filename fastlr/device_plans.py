@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from . import places
 from .device_arrays import DevicePlace
 from .device_kernels import StepKernels
 from .device_results import DeviceStepInfo, Results
 from .device_rows import DeviceRows
 from .device_tables import Tables
 from .devices import Launch
+from .gradients import DeviceGradients, Gradients
 from .kernels import grid
 from .kernels.layout import CLOCK, COUNT, COUNTERS, FIRST_ADDRESS, LEAF, ROW, STEPS, TICKS, T
 from .kernels.primitives import power, real_power, sqrt
@@ -65,9 +65,9 @@ class DevicePlan(Plan):
         self._place, self._device, self._capturable = place, place.device, capturable
         self._launches: dict[StepKernels, _Launches] = {}
         self._last: _Launches | None = None
-        self._known: tuple[list[Any], list[int], Callable[[Any], int]] | None = None
+        self._expected: tuple[DeviceGradients, list[bool], bool] | None = None
         self._version = 0  # of the leaves: grows when the gradients are elsewhere
-        self._partial = partial
+        self._partial, self._made = partial, 0
         super().__init__(*args, **more)
 
     def _make_sums(self, rows: Rows, staged: Staged, starts: np.ndarray, per: np.ndarray, models: int) -> None:
@@ -128,39 +128,32 @@ class DevicePlan(Plan):
             "tiles": self._with_rows(self.tiles),
         }
 
-    def points_at(self, arrays: list[Any]) -> bool:
-        """Whether the gradients in the plan are these very arrays, with their memory where it was."""
-        if self._known is None or len(self._known[0]) != len(arrays):
-            return False
-        references, addresses, address_of = self._known
-        same = all(reference() is array for reference, array in zip(references, arrays, strict=True))
-        return same and list(map(address_of, arrays)) == addresses
-
-    def point_gradients(self, addresses: Any, arrays: list[Any] | None) -> None:
+    def point_gradients(self, addresses: Any, flat: bool) -> None:
         """As `Plan.point_gradients`."""
-        self._point(np.asarray(addresses, np.int64)[self._leaf] + self._inside)
-        self._remember_each(addresses, arrays)
-
-    def point_flat_gradient(self, address: int, arrays: list[Any] | None) -> None:
-        """As `Plan.point_flat_gradient`."""
-        self._point(address + self._flat_offsets)
-        self._remember_each([address], arrays)
-
-    def _remember_each(self, addresses: list[int], arrays: list[Any] | None) -> None:
-        """Remember gradients that are read where they are; their memory can still change."""
-        if arrays is None or len(set(map(type, arrays))) != 1:
-            return
-        try:
-            self._known = list(map(weakref.ref, arrays)), addresses, places.of(arrays[0]).address
-        except TypeError:  # arrays of a kind that cannot be remembered
-            self._known = None
-
-    def _point(self, column: np.ndarray) -> None:
-        self._known = self._located = None
+        self._located = None
+        column = addresses + self._flat_offsets if flat else np.asarray(addresses, np.int64)[self._leaf] + self._inside
         mine = self.leaves[: len(self._leaf), FIRST_ADDRESS + 1]
         if not np.array_equal(mine, column):
-            mine[:] = column
             self._version += 1
+            mine[:] = column
+
+    def expect(self, gradients: Gradients, given: list[Any], flat: bool) -> None:
+        """As `Plan.expect`."""
+        assert isinstance(gradients, DeviceGradients)
+        self._expected = gradients, [array is not None for array in given], flat
+
+    def find(self, given: list[Any]) -> bool:
+        """As `Plan.find`."""
+        if self._expected is None:
+            return False
+        gradients, there, flat = self._expected
+        if [array is not None for array in given] != there:
+            return False
+        addresses = gradients.look(given, flat, self.kind)
+        if addresses is None:
+            return False
+        self.point_gradients(addresses[0] if flat else addresses, flat)
+        return True
 
     # A step
 
@@ -252,6 +245,8 @@ class DevicePlan(Plan):
             RuntimeError: if the stream is being captured and the optimizer is not capturable.
         """
         rows = self.rows
+        generation = self.next_generation
+        self.next_generation = generation + 1
         stream = self._place.stream() if stream is None else stream
         self._device.enter()
         capturing = self._device.capturing(stream)
@@ -282,8 +277,10 @@ class DevicePlan(Plan):
         self._last = made
         if rows.decided_by_host:
             self._run_few(made, stream)
+            self._made = generation
             return
         made.start(self._device, stream)
+        self._made = generation
         if capturing:
             made.read_leaves(made.block)
         if self._capturable:
@@ -292,6 +289,10 @@ class DevicePlan(Plan):
             rows.advanced(self._counted())
         else:
             rows.host_knows = False
+
+    def has_made(self, generation: int) -> bool:
+        """As `Plan.has_made`."""
+        return self._made == generation
 
     def count_part(self, rows: Rows) -> None:
         """Nothing: a kernel finds out whether the step of a part is a new step."""

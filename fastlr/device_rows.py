@@ -112,7 +112,7 @@ class DeviceRows(Rows):
         """Take over the counts of other rows, if the same leaves share them; whether it was possible."""
         fits = all(
             np.array_equal(getattr(self, name), getattr(new, name))
-            for name in ("index", "configuration", "model", "frozen", "by_leaf")
+            for name in ("index", "configuration", "model", "frozen")
         )
         if fits:
             self.counters[:], self.scalars[:] = new.counters, new.scalars

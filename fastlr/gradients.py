@@ -11,8 +11,9 @@ import numpy as np
 
 from . import checks, places
 from .device_arrays import DevicePlace
+from .kernels import arrays
 from .kernels.formats import FORMATS
-from .places import Alloc, Place
+from .places import Alloc, Memory, Place
 
 _IN_ORDER = 0x101  # NumPy's flags C_CONTIGUOUS and ALIGNED
 
@@ -45,6 +46,9 @@ class Gradients:
         place: where they are.
         alloc: where memory for gradients comes from.
         bits: the format that arrays of uint16 hold, or None.
+        given: the arrays of the caller's that a step uses beside the gradients: what messages call it, the array, and
+            whether it is written. A step makes sure that they are as they are now.
+        quick: whether arrays may be looked at in compiled code.
 
     Attributes:
         own: memory for gradients in one array, allocated by `allocate_own`; None before.
@@ -59,6 +63,8 @@ class Gradients:
         place: Place,
         alloc: Alloc | None,
         bits: str | None,
+        given: Sequence[tuple[str, Any, bool]],
+        quick: bool,
     ) -> None:
         self._at = place
         self._paths, self._shapes, self._dtype, self._alloc = paths, shapes, dtype, alloc
@@ -70,6 +76,8 @@ class Gradients:
         self._formats = {dtype.name: dtype.name, **{name: name for name in FORMATS}}
         if bits is not None:
             self._formats["uint16"] = bits
+        self._given, self._given_memory = given, [place.memory(called, a) for called, a, _ in given]
+        self._quick = quick
         memory = [place.memory("", a) for a in written]
         spans = sorted((m.address, m.address + m.nbytes) for m in memory if m.nbytes)
         self._starts, self._ends = [a for a, _ in spans], [b for _, b in spans]
@@ -84,8 +92,45 @@ class Gradients:
             self.own = self._at.allocate(self._size, self._dtype, 1, self._alloc)
         return self.own
 
-    def flat(self, grads: Any) -> tuple[int, np.ndarray, str]:
-        """The address of all gradients in one array, the array there, which must live as long as the step, its format.
+    def check_given(self) -> None:
+        """Check that parameters, and what else of the caller's a step uses, are what and where they were.
+
+        Raises:
+            RuntimeError: if one is not.
+        """
+        for (called, array, _), before in zip(self._given, self._given_memory, strict=True):
+            now = self._at.memory(called, array)
+            if now != before:
+                raise RuntimeError(
+                    f"{called} is not as it was: {_difference(before, now)}. Arrays that an optimizer updates keep "
+                    "their memory, shape and dtype; go on with others by opt.rebuild(...)."
+                )
+
+    def finder(
+        self, found: list[Any], flat: bool, source: np.ndarray, inside: np.ndarray, column: np.ndarray
+    ) -> arrays.Finder | None:
+        """What finds gradients like some that were found, quickly; None if there is no quick way.
+
+        Args:
+            found: those gradients, each read where it is; None where a leaf has none.
+            flat: whether they are one array that holds all in order.
+            source: for each entry of a plan, which gradient.
+            inside: and how many bytes after its begin.
+            column: the column of the plan that takes the addresses.
+        """
+        dtype = next((array.dtype for array in found if array is not None), None)
+        if dtype is None or not self._quick or not arrays.is_available():
+            return None
+        shapes: list[tuple[tuple[int, ...], ...]] = [(shape,) for shape in self._shapes]
+        if flat:
+            shapes = [((self._size,), (self._size,) if self._only_shape is None else self._only_shape)]
+        there = [array is not None for array in found]
+        spans = self._all_starts, self._all_ends[:-1]
+        fixed, writeable = [array for _, array, _ in self._given], [written for *_, written in self._given]
+        return arrays.Finder(shapes, there, dtype, spans, source, inside, column, fixed, writeable)
+
+    def flat(self, grads: Any) -> tuple[int, list[Any], str]:
+        """The address of all gradients in one array, that array, which must live as long as the step, and its format.
 
         Raises:
             TypeError: if it is no array or has another dtype.
@@ -100,8 +145,8 @@ class Gradients:
         if address is None:
             gathered = self._gather(kind)
             gathered.reshape(array.shape)[...] = array.view(gathered.dtype) if kind in FORMATS else array
-            return checks.address(gathered), gathered, kind
-        return address, array, kind
+            return checks.address(gathered), [gathered], kind
+        return address, [array], kind
 
     def leaves(self, leaves: list[Any]) -> tuple[list[int], list[Any], str]:
         """The address of each leaf's gradient, 0 where it is None, the arrays there, and their format.
@@ -119,6 +164,8 @@ class Gradients:
                 if leaf is None:
                     addresses.append(0)
                     continue
+                if type(leaf) is not np.ndarray:  # a scalar of NumPy has an address as well, of a temporary
+                    break
                 if first is None:
                     first = leaf.dtype
                 if leaf.dtype is not first or leaf.shape != shape or leaf.flags.num & _IN_ORDER != _IN_ORDER:
@@ -136,8 +183,8 @@ class Gradients:
         ]
         kinds = {kind for _, kind in filter(None, found)}
         common = kinds.pop() if len(kinds) == 1 else self._name
-        arrays = [None if one is None else self._settled(k, *one, common) for k, one in enumerate(found)]
-        return [0 if a is None else checks.address(a) for a in arrays], arrays, common
+        settled = [None if one is None else self._settled(k, *one, common) for k, one in enumerate(found)]
+        return [0 if a is None else checks.address(a) for a in settled], settled, common
 
     def _settled(self, k: int, array: np.ndarray, kind: str, common: str) -> np.ndarray:
         """A leaf's gradient where it can be read in the common format: where it is, or gathered."""
@@ -180,6 +227,16 @@ class Gradients:
         return self._scratch[storage]
 
 
+def _difference(before: Memory, now: Memory) -> str:
+    """The first difference between what an array was and what it is."""
+    for name in ("shape", "kind", "address", "contiguous", "aligned", "writeable"):
+        was, is_now = getattr(before, name), getattr(now, name)
+        if was != is_now:
+            label = {"kind": "dtype"}.get(name, name)
+            return f"its {label} is {is_now}, it was {was}"
+    return "it has changed"
+
+
 class DeviceGradients(Gradients):
     """The same for gradients on a GPU, of whatever library; arguments as for `Gradients`."""
 
@@ -219,9 +276,39 @@ class DeviceGradients(Gradients):
             )
         return memory.address, leaf, self._formats[memory.kind]
 
-    def flat(self, grads: Any) -> tuple[int, Any, str]:
+    def look(self, found: list[Any], flat: bool, wanted: str) -> list[int] | None:
+        """The addresses of gradients that are certainly of a format, in order and apart from what a step writes.
+
+        Args:
+            found: the gradients, None where a leaf has none.
+            flat: whether they are one array that holds all in order.
+            wanted: the format.
+
+        Returns:
+            An address for each, 0 where there is none; None if one needs a closer look, or an array of the caller's is
+            not where it was.
+        """
+        if [self._at.address(array) for _, array, _ in self._given] != [m.address for m in self._given_memory]:
+            return None
+        quick = self._at.quick_address
+        shapes: Sequence[Any] = [found[0].shape] if flat else self._shapes
+        if flat and shapes[0] not in ((self._size,), self._only_shape):
+            return None
+        for kind in (name for name, known in self._formats.items() if known == wanted):
+            addresses = [
+                0 if leaf is None else quick(leaf, shape, kind) for leaf, shape in zip(found, shapes, strict=True)
+            ]
+            known = [address for address in addresses if address is not None]
+            if len(known) == len(addresses):
+                nbytes = 2 if wanted in FORMATS else self._dtype.itemsize
+                apart = not (self.overlaps(known[0], self._size * nbytes) if flat else self.any_overlaps(known, nbytes))
+                return known if apart else None
+        return None
+
+    def flat(self, grads: Any) -> tuple[int, list[Any], str]:
         """As `Gradients.flat`."""
-        return self._found("", grads, ((self._size,), self._only_shape))
+        address, leaf, kind = self._found("", grads, ((self._size,), self._only_shape))
+        return address, [leaf], kind
 
     def leaves(self, leaves: list[Any]) -> tuple[list[int], list[Any], str]:
         """As `Gradients.leaves`.
@@ -230,18 +317,6 @@ class DeviceGradients(Gradients):
             TypeError: as `_found`, or if dtypes are mixed.
             ValueError: as `_found`.
         """
-        quick = self._at.quick_address
-        for kind in dict.fromkeys([self._name, *self._formats]):  # the usual case, fast: all of one dtype, in order
-            addresses = [
-                0 if leaf is None else quick(leaf, shape, kind)
-                for leaf, shape in zip(leaves, self._shapes, strict=True)
-            ]
-            if None not in addresses and any(addresses):
-                known = [a for a in addresses if a is not None]
-                if not self.any_overlaps(known, 2 if self._formats[kind] in FORMATS else self._dtype.itemsize):
-                    return known, leaves, self._formats[kind]
-            if any(address is not None for address in addresses):
-                break
         found = [
             None if leaf is None else self._found(path, leaf, (tuple(shape),))
             for path, leaf, shape in zip(self._paths, leaves, self._shapes, strict=True)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from . import checks
+from .exclusive import Users, enter
 from .schedules import Function, Schedule
 
 __all__ = ["Group", "Groups", "hyperparameter", "plain"]
@@ -117,6 +118,7 @@ class Groups(Mapping[str, Group]):
         names: the hyperparameters that exist.
         changed: those that were set since somebody last emptied it.
         listener: called after one was set.
+        users: those of the optimizer, who keep others out.
         configuration: for each leaf, the index of its configuration: leaves that match the same patterns share one.
 
     Raises:
@@ -135,6 +137,7 @@ class Groups(Mapping[str, Group]):
         self._population = population
         self._spelling = spelling
         self.changed: set[str] = set()
+        self.users: Users = {}
         self.listener: Callable[[], None] | None = None
         self.names = (*values, "frozen")
         self.defaults = Group(self, "", paths)
@@ -175,10 +178,15 @@ class Groups(Mapping[str, Group]):
         checks.choices(f"{where}hyperparameter", [name], self.names)
         like = self.defaults._values[name]
         checked = "ema" if name == "ema_decay" else name
-        group._values[name] = hyperparameter(checked, value, like, self._population, where)
-        self.changed.add(name)
-        if self.listener is not None:
-            self.listener()
+        value = hyperparameter(checked, value, like, self._population, where)
+        token = enter(self.users)  # noqa: F841  (a frame that holds it is what shows that the call is in)
+        try:
+            self.changed.add(name)  # first: an interrupt in between must not leave a value that nobody takes over
+            group._values[name] = value
+            if self.listener is not None:
+                self.listener()
+        finally:
+            self.users.clear()
 
     def _resolved(self, configuration: tuple[str, ...]) -> dict[str, Any]:
         values = dict(self.defaults._values)

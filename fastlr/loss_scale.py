@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import checks
 from .kernels import loss_scaling
+from .kernels.atomic import commit
 
 if TYPE_CHECKING:
     from .device_arrays import DevicePlace
@@ -25,7 +27,8 @@ class LossScale:
     Multiply the loss by `scale`; an optimizer built with `loss_scale=` divides the gradients by it, skips a step whose
     gradient is not finite, and calls `update`. After `interval` steps in a row that were not skipped the scale is
     multiplied by `growth`, unless float32 could not hold it; after a skipped one at once by `backoff`. These are the
-    semantics of PyTorch's `torch.amp.GradScaler`. In a population each model has a scale of its own.
+    semantics of PyTorch's `torch.amp.GradScaler`. In a population each model has a scale of its own. A loss scale
+    belongs to one optimizer: a scale that changed between the steps of two would be wrong for the second.
 
     Args:
         init: the first scale, > 0. Default 65,536.
@@ -60,6 +63,7 @@ class LossScale:
         self.interval = checks.count("interval", interval)
         self._scale = np.asarray(init)
         self._good = np.asarray(0, np.int64)
+        self._owner: weakref.WeakMethod[Callable[[], None]] | None = None
         self._place: DevicePlace | None = None
         self._memory: Any = None
         self.stream: int | None = None  # in which the step made last has changed it, if it is on a GPU
@@ -79,9 +83,14 @@ class LossScale:
         Args:
             skipped: whether it was skipped, for each model of a population if there is one.
         """
+        self._catch_up()
+        commit(self.after(skipped))
+
+    def after(self, skipped: Any) -> list[tuple[Any, Any, Any]]:
+        """What to write to take account of a step, see `atomic.commit`."""
         skipped = np.asarray(skipped, bool)
-        self._scale, good = _rescale(self._scale, self._good, skipped, self.growth, self.backoff, self.interval)
-        self._good = good.astype(np.int64)
+        scale, good = _rescale(self._scale, self._good, skipped, self.growth, self.backoff, self.interval)
+        return [(self.__dict__, "_scale", scale), (self.__dict__, "_good", good.astype(np.int64))]
 
     def state_dict(self) -> dict[str, Any]:
         """The scale and the good steps so far, as plain numbers and lists."""
@@ -100,7 +109,8 @@ class LossScale:
             raise ValueError(f"this is not the state of a LossScale: {state!r}.") from None
         if not (np.isfinite(scale) & (scale > 0)).all() or scale.ndim > 1:
             raise ValueError(f"this is not the state of a LossScale: its scale is {state['scale']!r}.")
-        self._scale, self._good = scale, good
+        self._catch_up()
+        self.__dict__.update(_scale=scale, _good=good)
         self._put()
 
     def copy(self) -> LossScale:
@@ -124,19 +134,27 @@ class LossScale:
             raise ValueError("this loss scale is of no optimizer on a GPU; use .scale.")
         return self._memory[: len(self._memory) // 3]
 
-    def attach(self, place: DevicePlace, models: int) -> None:
-        """Keep the state on a GPU from now on: scale, good steps and the scale of the last step, for each model.
+    def attach(self, catch_up: Callable[[], None], place: DevicePlace | None, models: int) -> None:
+        """Belong to an optimizer from now on, and keep the state where its parameters are.
+
+        Args:
+            catch_up: a method of the optimizer that lets this know of a step that was interrupted after its kernel.
+            place: a GPU, where scale, good steps and the scale of the last step are kept for each model; None: the CPU.
+            models: how many there are.
 
         Raises:
-            ValueError: if it is on a GPU already, for another optimizer.
+            ValueError: if it belongs to another optimizer.
         """
-        if self._place is not None:
+        owner = self._owner() if self._owner is not None else None
+        if self._place is not None or (owner is not None and owner != catch_up):
             raise ValueError(
-                "this loss scale belongs to another optimizer already; on a GPU each has one of its own. "
+                "this loss scale belongs to another optimizer already, and each has one of its own. "
                 "Pass loss_scale.copy()."
             )
-        self._place, self._memory = place, place.allocate(3 * models, "float64")
-        self._put()
+        self._owner = weakref.WeakMethod(catch_up)  # type: ignore[arg-type]
+        if place is not None:
+            self._place, self._memory = place, place.allocate(3 * models, "float64")
+            self._put()
 
     @property
     def address(self) -> int:
@@ -151,8 +169,15 @@ class LossScale:
             state = [np.broadcast_to(x, models).astype(np.float64) for x in (self._scale, self._good, self._scale)]
             self._place.copy(self._memory, np.concatenate(state))
 
+    def _catch_up(self) -> None:
+        """Let the optimizer tell of a step that was interrupted after its kernel."""
+        catch_up = self._owner() if self._owner is not None else None
+        if catch_up is not None:
+            catch_up()
+
     def _learn(self) -> None:
-        """Learn from the GPU how it stands; waits for it."""
+        """Learn how it stands, from the optimizer or the GPU; waits for it."""
+        self._catch_up()
         if self._place is not None:
             state = self._place.to_host(self._memory, self.stream).reshape(3, -1)
             one = self._scale.ndim == 0 and state.shape[1] == 1

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import operator
 import os
-import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from threading import get_ident
 from typing import Any, ClassVar, TypedDict
 
 import numpy as np
@@ -20,9 +22,11 @@ from .device_kernels import StepKernels
 from .device_plans import DevicePlan
 from .device_rows import DeviceRows
 from .devices import stream_handle
+from .exclusive import enter, exclusive, take_over
 from .gradients import DeviceGradients, Gradients, Located
 from .groups import Groups, hyperparameter, matching
 from .kernels import cpu, reference, rules
+from .kernels.atomic import commit
 from .kernels.cpu import Kernel
 from .kernels.formats import FORMATS
 from .kernels.layout import CLOCK
@@ -229,7 +233,7 @@ class Optimizer:
         switches["capturable"] = capturable
         for name, given in switches.items():
             checks.hyperparameter(name, given, False, None)
-        self._put(_source=rule, _backend=backend, _threads=threads, _alloc=alloc, _lock=threading.RLock())
+        self._put(_source=rule, _backend=backend, _threads=threads, _alloc=alloc, _users={}, _unsettled=None)
         self._put(_scope=scope, _tests=skip_nonfinite or loss_scale is not None, _statistics=statistics)
         self._put(loss_scale=loss_scale, _shadow=shadow, _clears=zero_grads, _grad_bits=grad_dtype)
         self._put(_params=Parameters(params), _masks={}, _capturable=capturable)
@@ -265,17 +269,18 @@ class Optimizer:
         flags = {n for n, v in values.items() if isinstance(v, bool)}
         tested = {spelled.get(n, n) for n in rule.switches | _BEFORE.switches}
         self._put(_structural={*flags, *tested, *checks.OPTIONAL}, _epoch=_threads.epoch)
-        self._put(_unscaled=loss_scale is not None, _grad_scale=1.0, _by_leaf=False)
+        self._put(_unscaled=loss_scale is not None, _grad_scale=1.0, _partition=None)
         self._put(_accumulated=None, _adding={}, _observed={})
         own = {"ema": ema_out, "lr_scale": lr_scale, "shadow": shadow_out}
         external = {name: tree for name, tree in own.items() if tree is not None}
         self._put(_per_element=lr_scale is not None)
-        self._allocate(self._stage().states, external)
+        self._allocate(self._stage(self._unscaled).states, external)
         starts = [self._initial_scalar(name) for name in rule.scalars]
         counts = Counts.zero(len(self._params.leaves), self._params.models, starts)
         self._put(**self._rows_for(counts))
-        if loss_scale is not None and not self._on_host:
-            loss_scale.attach(self._params.place, self._params.models)
+        if loss_scale is not None:
+            self._attach(loss_scale, self._params)
+        self._hyper.users = self._users
 
     @property
     def _on_host(self) -> bool:
@@ -302,7 +307,21 @@ class Optimizer:
         written = [*parameters.leaves, *columns.written]
         place, dtype = parameters.place, parameters.dtype
         make = Gradients if self._on_host else DeviceGradients
-        gradients = make(parameters.paths, parameters.shapes, dtype, written, place, self._alloc, self._grad_bits)
+        given = [(checks.called(p), leaf, True) for p, leaf in zip(parameters.paths, parameters.leaves, strict=True)]
+        for name in external:
+            leaves = zip(parameters.paths, columns.arrays[name], strict=True)
+            given += [(checks.called(p, CALLED[name]), leaf, name not in columns.inputs) for p, leaf in leaves]
+        gradients = make(
+            parameters.paths,
+            parameters.shapes,
+            dtype,
+            written,
+            place,
+            self._alloc,
+            self._grad_bits,
+            given,
+            quick=self._backend == "numba",
+        )
         addressed = [
             Column.of(arrays, place, 2 if name == "shadow" else dtype.itemsize)
             for name, arrays in (("", parameters.leaves), *columns.arrays.items())
@@ -312,8 +331,17 @@ class Optimizer:
     def _check_settings(self, uniforms: list[dict[str, Any]]) -> None:
         """What one hyperparameter demands of another, in each configuration; for subclasses."""
 
-    def _stage(self) -> Staged:
-        """Stage the rule for the present settings: what is the same in all groups is static."""
+    def _attach(self, loss_scale: LossScale, parameters: Parameters) -> None:
+        """Make a loss scale this optimizer's own."""
+        place: Any = parameters.place
+        loss_scale.attach(self._catch_up, None if place is HOST else place, parameters.models)
+
+    def _stage(self, unscaled: bool) -> Staged:
+        """Stage the rule for the present settings: what is the same in all groups is static.
+
+        Args:
+            unscaled: whether gradients are divided by a scale.
+        """
         uniforms = self._hyper.uniforms()
         self._check_settings(uniforms)
         switches = self._source.switches | _BEFORE.switches
@@ -323,7 +351,7 @@ class Optimizer:
         )
         static: dict[str, Any] = {
             "scope": self._scope,
-            "unscaled": self._unscaled,
+            "unscaled": unscaled,
             "tested": self._tests,
             "norm_clipped": norm_clipped,
             "value_clipped": value_clipped,
@@ -346,14 +374,18 @@ class Optimizer:
 
     # Rows, tables and plans
 
-    def _make_rows(self, counts: Counts) -> Rows:
+    def _make_rows(self, counts: Counts, partition: np.ndarray | None) -> Rows:
         models = counts.t.shape[1]
         frozen = np.array([np.broadcast_to(u["frozen"], models) for u in self._hyper.uniforms()], bool)
         make = Rows if self._on_host else DeviceRows
-        return make(self._hyper.configuration, frozen, counts, self._by_leaf)
+        return make(self._hyper.configuration, frozen, counts, partition)
 
-    def _rows_for(self, counts: Counts) -> dict[str, Any]:
+    def _rows_for(self, counts: Counts, partition: np.ndarray | None = None) -> dict[str, Any]:
         """Rows for given counts.
+
+        Args:
+            counts: of each leaf and model.
+            partition: as for `Rows`; None: as it is.
 
         Returns:
             The attributes to set; plans made before no longer hold.
@@ -366,66 +398,85 @@ class Optimizer:
                 RuntimeWarning,
                 stacklevel=4,
             )
-        return {"_rows": self._make_rows(counts), "_staged": None, "_plans": {}, "_recent": {}, "_kernels": {}}
+        partition = self._partition if partition is None else partition
+        rows = self._make_rows(counts, partition)
+        made = {"_rows": rows, "_partition": partition, "_staged": None}
+        return {**made, "_plans": {}, "_recent": {}, "_kernels": {}}
 
     def _take_counts(self, counts: Counts) -> None:
         """Go on from other counts; where graphs have been captured, in the memory that they know."""
         rows = self._rows
-        if isinstance(rows, DeviceRows) and rows.captured and self._stage() is self._staged:
-            new = self._make_rows(counts)
+        if isinstance(rows, DeviceRows) and rows.captured and self._stage(self._unscaled) is self._staged:
+            new = self._make_rows(counts, self._partition)
             if rows.replace(new):
                 uniforms = self._hyper.uniforms()
-                self._put(_scheduled=self._follow(uniforms, self._staged, rows))
-                self._put(_follows=bool(self._scheduled.entries))
-                self._fill_table(uniforms, self._staged, rows, self._table)
-                self._put(_lrs=self._scheduled.parts(self._hyper.lr))
+                scheduled = self._follow(uniforms, self._staged, rows)
+                self._fill_table(uniforms, self._staged, rows, self._table, scheduled)
+                self._put(**self._following(scheduled))
                 self._hyper.listener = self._push_settings
                 rows.push()
                 return
         self._put(**self._rows_for(counts))
 
-    def _refresh(self) -> None:
-        """Take over what has changed: hyperparameters, frozen leaves, how rows are shared, a fork."""
+    def _refresh(self, unscaled: bool | None = None, partition: np.ndarray | None = None) -> None:
+        """Take over what has changed: hyperparameters, frozen leaves, how rows are shared, a fork.
+
+        Everything is made first and put in place at once, so that an error or an interrupt changes nothing.
+
+        Args:
+            unscaled: whether gradients are divided by a scale from now on; None: as it is.
+            partition: how leaves are told apart from now on, see `Rows`; None: as it is.
+        """
         hyper = self._hyper
         hyper.listener = self._push_settings if self._capturable else None
+        unscaled = self._unscaled if unscaled is None else unscaled
         staged = self._staged
-        if staged is None or not hyper.changed.isdisjoint(self._structural):
-            staged = self._stage()
+        if staged is None or unscaled != self._unscaled or not hyper.changed.isdisjoint(self._structural):
+            staged = self._stage(unscaled)
         if staged.states != self._columns.letters:
             names = ", ".join(sorted(self._states.get(s, s) for s in set(staged.states) ^ set(self._columns.letters)))
             raise ValueError(
                 f"the hyperparameters as they are now need other states than those that exist ({names}). "
                 "Choose at the start whether a state is there: build a new optimizer."
             )
-        self._put(_by_leaf=self._by_leaf or any(scope == "leaf" for _, scope in staged.sums))
-        same = staged is self._staged and self._by_leaf == self._rows.by_leaf and _threads.epoch == self._epoch
+        if any(scope == "leaf" for _, scope in staged.sums):
+            partition = self._params.one_by_one
+        elif partition is None:
+            partition = self._partition
         uniforms = hyper.uniforms()
-        if same and "frozen" not in hyper.changed:
+        kept = staged is self._staged and partition is self._partition and self._epoch == _threads.epoch
+        if kept and "frozen" not in hyper.changed:
             scheduled = self._follow(uniforms, staged, self._rows)
             if self._on_host or scheduled.formulas() == self._scheduled.formulas():
-                self._put(_scheduled=scheduled, _follows=bool(scheduled.entries))
-                self._fill_table(uniforms, staged, self._rows, self._table)
-                self._put(_lrs=scheduled.parts(hyper.lr))
+                following = self._following(scheduled)
+                self._fill_table(uniforms, staged, self._rows, self._table, scheduled)
+                self._put(**following)
                 hyper.changed.clear()
                 return
-        new = self._rows_for(self._rows.counts())
+        new = self._rows_for(self._rows.counts(), partition)
         rows = new["_rows"]
-        self._put(_scheduled=self._follow(uniforms, staged, rows))
-        self._put(_follows=bool(self._scheduled.entries))
-        formulas = () if self._on_host else self._scheduled.formulas()
+        scheduled = self._follow(uniforms, staged, rows)
+        formulas = () if self._on_host else scheduled.formulas()
         table = np.zeros((len(rows), max(1, len(staged.uniforms)) + sum(f.count for f in formulas)))
-        self._fill_table(uniforms, staged, rows, table)
+        self._fill_table(uniforms, staged, rows, table, scheduled)
         h = np.zeros((len(rows), staged.slots), self._params.dtype)
         if isinstance(rows, DeviceRows):
             models, capturable = self._params.models, self._capturable
             rows.install(self._params.place, staged, table, h, models, self.loss_scale, capturable)
             formulas = () if rows.decided_by_host else formulas
-        self._put(_formulas=formulas, _finds_rate="rate" in staged.scalars)
-        self._put(**{**new, "_staged": staged}, _table=table, _h=h, _epoch=_threads.epoch)
-        self._put(_lrs=self._scheduled.parts(hyper.lr))
+        more = {"_formulas": formulas, "_finds_rate": "rate" in staged.scalars, "_unscaled": unscaled}
+        made = {"_staged": staged, "_table": table, "_h": h, "_epoch": _threads.epoch}
+        self._put(**{**new, **self._following(scheduled), **more, **made})
         hyper.changed.clear()
 
-    def _fill_table(self, uniforms: list[dict[str, Any]], staged: Staged, rows: Rows, table: np.ndarray) -> None:
+    def _following(self, scheduled: Scheduled) -> dict[str, Any]:
+        """The attributes to set for hyperparameters that follow schedules."""
+        follows = bool(scheduled.entries)
+        return {"_scheduled": scheduled, "_follows": follows, "_lrs": scheduled.parts(self._hyper.lr)}
+
+    def _fill_table(
+        self, uniforms: list[dict[str, Any]], staged: Staged, rows: Rows, table: np.ndarray, scheduled: Scheduled
+    ) -> None:
         """The hyperparameters of each row, in the order in which `decide` takes them."""
         for c, values in enumerate(uniforms):
             which = np.flatnonzero(rows.configuration == c)
@@ -433,8 +484,8 @@ class Optimizer:
                 value = self._grad_scale if name == "grad_scale" else values[name]
                 if not isinstance(value, Schedule):
                     table[which, column] = value[rows.model[which]] if isinstance(value, np.ndarray) else value
-        if self._scheduled.entries and not self._on_host:
-            table[:, len(staged.uniforms) :] = self._scheduled.numbers(rows)
+        if scheduled.entries and not self._on_host:
+            table[:, len(staged.uniforms) :] = scheduled.numbers(rows)
         rows.settings_known = False
 
     def _follow(self, uniforms: list[dict[str, Any]], staged: Staged, rows: Rows) -> Scheduled:
@@ -457,6 +508,7 @@ class Optimizer:
         rates: Mapping[str, Any] = self._lrs
         return rates
 
+    @exclusive
     def observe(self, metric: Any) -> None:
         """Tell every `schedules.Plateau` among the hyperparameters how the training goes.
 
@@ -478,23 +530,25 @@ class Optimizer:
             if self._capturable:
                 self._rows.push()
 
-    def _take_scale(self, grad_scale: Any) -> None:
-        """What the gradients of this step are to be divided by."""
+    def _scale_of(self, grad_scale: Any) -> Any:
+        """What the gradients of a step are to be divided by; 1.0 if by nothing."""
         scale: Any = 1.0 if grad_scale is None else checks.scale("grad_scale", grad_scale, self._params.population)
         if self.loss_scale is not None and self._on_host:  # a GPU has the loss scale where it divides by it
             scale = checks.scale(
                 "grad_scale times the loss scale", scale * self.loss_scale.scale, self._params.population
             )
-        if not self._unscaled:
-            if isinstance(scale, float) and scale == 1.0:
-                return
-            self._put(_unscaled=True, _staged=None)  # from now on: another kernel
-        if scale is not self._grad_scale and not np.array_equal(scale, self._grad_scale):
+        return scale
+
+    def _enter_scale(self, scale: Any) -> None:
+        """Let the next step divide the gradients by a scale."""
+        rows, before = self._rows, self._grad_scale
+        if "grad_scale" in self._staged.uniforms:
+            if scale is not before and not np.array_equal(scale, before):
+                rows.settings_known = False
+            column = self._staged.uniforms.index("grad_scale")
+            self._table[:, column] = scale[rows.model] if isinstance(scale, np.ndarray) else scale
+        if scale is not before:
             self._put(_grad_scale=scale)
-            if self._staged is not None and "grad_scale" in self._staged.uniforms:
-                column = self._staged.uniforms.index("grad_scale")
-                self._table[:, column] = scale[self._rows.model] if isinstance(scale, np.ndarray) else scale
-                self._rows.settings_known = False
 
     def _mask(self, only: Any) -> tuple[bool, ...]:
         """Which leaves a partial step is about."""
@@ -508,7 +562,9 @@ class Optimizer:
         found: tuple[bool, ...] = self._masks[key]
         return found
 
-    def _plan_for(self, active: tuple[bool, ...], seen: tuple[bool, ...], flat: bool, kind: str) -> Plan:
+    def _plan_for(
+        self, active: tuple[bool, ...], seen: tuple[bool, ...], flat: bool, kind: str, unscaled: bool
+    ) -> Plan:
         """The plan for leaves that have gradients, in one array or in an array for each leaf.
 
         Args:
@@ -516,41 +572,48 @@ class Optimizer:
             seen: the leaves that are part of the step.
             flat: whether the gradients are one array.
             kind: the format of the gradients.
+            unscaled: whether they are divided by a scale.
         """
-        if active is not self._params.everyone and not self._by_leaf:
-            self._put(_by_leaf=True)
-            self._refresh()
         everyone = self._params.everyone  # stands for itself: a tuple of thousands would be hashed at each step
         key = (None if active is everyone else active, None if seen is everyone else seen, flat, kind)
-        if key not in self._plans:
+        plan: Plan | None = self._plans.get(key) if unscaled == self._unscaled else None
+        if plan is None:
+            partition = self._rows.split(active, seen) if active is not everyone else None
+            if partition is not None or unscaled != self._unscaled:
+                self._refresh(unscaled, partition)
             if len(self._plans) >= _MAX_PLANS:
                 self._put(_plans={}, _recent={})
-            rows: Rows = self._rows
-            params, *others = self._addressed
-            columns = [params, Column(None, 2 if kind in FORMATS else params.itemsize), *others]
-            taking_part = np.array(active, bool)
-            make: Any = Plan
-            if not self._on_host:
-                where = {"place": self._params.place, "capturable": self._capturable, "partial": seen != everyone}
-                make = functools.partial(DevicePlan, **where)
-            plan = make(
-                [size // self._params.models for size in self._params.sizes],
-                columns,
-                rows,
-                taking_part[:, None] & ~rows.frozen[rows.index],
-                rows.advance(taking_part, np.array(seen, bool)),
-                self._staged,
-                self._table,
-                self._h,
-                merge=flat and self._params.is_flat and not self._columns.external,
-            )
-            if seen != self._params.everyone:  # what a partial step does not see is not left out, it comes later
-                leaf = np.searchsorted(self._params.starts, [first for first, _ in plan.left_out], side="right") - 1
-                plan.left_out = [span for span, k in zip(plan.left_out, leaf, strict=True) if seen[k]]
-            plan.layout = self._layout(plan)
-            self._plans[key] = plan
-        made: Plan = self._plans[key]
-        return made
+            plan = self._plans[key] = self._new_plan(active, seen, flat, kind)
+        return plan
+
+    def _new_plan(self, active: tuple[bool, ...], seen: tuple[bool, ...], flat: bool, kind: str) -> Plan:
+        """A plan, arguments as for `_plan_for`."""
+        rows: Rows = self._rows
+        params, *others = self._addressed
+        columns = [params, Column(None, 2 if kind in FORMATS else params.itemsize), *others]
+        taking_part = np.array(active, bool)
+        make: Any = Plan
+        if not self._on_host:
+            partial = seen is not self._params.everyone
+            where = {"place": self._params.place, "capturable": self._capturable, "partial": partial}
+            make = functools.partial(DevicePlan, **where)
+        plan: Plan = make(
+            [size // self._params.models for size in self._params.sizes],
+            columns,
+            rows,
+            taking_part[:, None] & ~rows.frozen[rows.index],
+            rows.advance(taking_part, np.array(seen, bool)),
+            self._staged,
+            self._table,
+            self._h,
+            kind=kind,
+            merge=flat and self._params.is_flat and not self._columns.external,
+        )
+        if seen is not self._params.everyone:  # what a partial step does not see is not left out, it comes later
+            leaf = np.searchsorted(self._params.starts, [first for first, _ in plan.left_out], side="right") - 1
+            plan.left_out = [span for span, k in zip(plan.left_out, leaf, strict=True) if seen[k]]
+        plan.layout = self._layout(plan)
+        return plan
 
     def _layout(self, plan: Plan) -> Layout | None:
         """How to read what a step of this plan reported."""
@@ -587,54 +650,58 @@ class Optimizer:
         """The kernel for gradients of the parameters' dtype."""
         return self._kernel_for(self._params.dtype.name, False)
 
-    def _bind(self, grads: Any, only: Any) -> tuple[Plan, str, Any]:
-        """The plan for a step, with the addresses of the gradients in it, their format, and what must be kept alive."""
-        if type(grads) is Located:
-            everyone = self._params.everyone
-            active, seen = grads.active or everyone, grads.seen or everyone
-            plan = self._plan_for(active, seen, flat=False, kind=grads.kind)
-            plan.locate_gradients(grads.addresses)
-            return plan, grads.kind, None
-        active = seen = self._params.everyone if only is None else self._mask(only)
-        if grads is None:
-            grads = self._gradients.own
+    def _bind(self, grads: Any, only: Any, unscaled: bool) -> tuple[Plan, Any]:
+        """The plan for a step, with the addresses of the gradients in it, and what must be kept alive meanwhile."""
+        everyone = self._params.everyone
+        active = seen = everyone if only is None else self._mask(only)
+        flat = type(grads) is np.ndarray
+        if not flat:
+            if type(grads) is Located:
+                active, seen = grads.active or everyone, grads.seen or everyone
+                plan = self._plan_for(active, seen, False, grads.kind, unscaled)
+                plan.locate_gradients(grads.addresses)
+                return plan, grads
             if grads is None:
-                raise RuntimeError(
-                    "step() without gradients uses opt.grads, which nobody has used yet. "
-                    "Pass them, step(grads), or write them into opt.grads first."
-                )
-            if self._accumulated is not None:
-                active = tuple(a and b for a, b in zip(active, self._accumulated, strict=True))
-                active = self._params.everyone if all(active) else active
-        elif isinstance(grads, FlatBuffer):
-            if grads._structure.paths != self._params.paths or grads._shapes != tuple(self._params.shapes):
-                raise ValueError("grads is a buffer of other leaves than params. Make it from the same structure.")
-            grads = grads.data
-        part = None if active is self._params.everyone else (active, seen)
-        if isinstance(grads, np.ndarray) or not is_container(grads):
-            recent = self._recent.get((True, part))
-            if recent is not None and recent[0].points_at([grads]):
-                return *recent, None
-            address, array, kind = self._gradients.flat(grads)
-            plan = self._plan_for(active, seen, flat=True, kind=kind)
-            plan.point_flat_gradient(address, [grads] if array is grads else None)
-            if recent is None or recent[0] is not plan:
-                self._recent[True, part] = plan, kind
-            return plan, kind, array
-        leaves = self._params.structure.leaves(grads)
-        if only is not None:
-            leaves = [leaf if there else None for leaf, there in zip(leaves, seen, strict=True)]
-        recent = self._recent.get((False, part))
-        if recent is not None and recent[0].points_at(leaves):
-            return *recent, None
-        addresses, arrays, kind = self._gradients.leaves(leaves)
-        complete = 0 not in addresses
-        if not complete:
-            active = tuple(a is not None for a in arrays)
-        plan = self._plan_for(self._params.everyone if complete else active, seen, flat=False, kind=kind)
-        plan.point_gradients(addresses, leaves if complete and arrays is leaves else None)
-        self._recent[False, part] = plan, kind
-        return plan, kind, arrays
+                grads, active = self._own_gradients(active)
+            elif isinstance(grads, FlatBuffer):
+                if grads._structure.paths != self._params.paths or grads._shapes != tuple(self._params.shapes):
+                    raise ValueError("grads is a buffer of other leaves than params. Make it from the same structure.")
+                grads = grads.data
+            flat = not is_container(grads)
+        things = [grads] if flat else self._params.structure.leaves(grads)
+        if only is not None and not flat:
+            things = [thing if there else None for thing, there in zip(things, seen, strict=True)]
+        part = None if active is everyone else (active, seen)
+        if unscaled == self._unscaled:
+            recent: Plan | None = self._recent.get((flat, part))
+            if recent is not None and recent.find(things):
+                return recent, things
+        self._gradients.check_given()
+        if flat:
+            addresses, arrays, kind = self._gradients.flat(grads)
+        else:
+            addresses, arrays, kind = self._gradients.leaves(things)
+            complete = 0 not in addresses
+            active = everyone if complete else tuple(a is not None for a in arrays)
+        plan = self._plan_for(active, seen, flat, kind, unscaled)
+        plan.point_gradients(addresses, flat)
+        if all(map(operator.is_, arrays, things)):  # they may be so again in the next step
+            plan.expect(self._gradients, arrays, flat)
+            self._recent[flat, part] = plan
+        return plan, (things, arrays)
+
+    def _own_gradients(self, active: tuple[bool, ...]) -> tuple[Any, tuple[bool, ...]]:
+        """`opt.grads`, and the leaves that are updated by them."""
+        own = self._gradients.own
+        if own is None:
+            raise RuntimeError(
+                "step() without gradients uses opt.grads, which nobody has used yet. "
+                "Pass them, step(grads), or write them into opt.grads first."
+            )
+        if self._accumulated is None:
+            return own, active
+        there = tuple(a and b for a, b in zip(active, self._accumulated, strict=True))
+        return own, self._params.everyone if all(there) else there
 
     # The public step
 
@@ -670,54 +737,103 @@ class Optimizer:
                 being captured and the optimizer is not capturable.
             DeviceError: if a kernel cannot be loaded.
         """
-        if not self._lock.acquire(blocking=False):
-            raise RuntimeError(
-                "this optimizer is in a step in another thread. Use one optimizer per thread, or a lock."
-            )
+        token = [get_ident()]
+        if self._users.setdefault(True, token) is not token:
+            take_over(self._users, token)
         try:
-            if stream is not None:
-                if self._on_host:
-                    raise ValueError("stream= is for parameters on a GPU; these are on the CPU.")
-                stream = stream_handle(stream, self._params.place.device)
-            if grad_scale is not None or self._unscaled:
-                self._take_scale(grad_scale)
-            if self._hyper.changed or self._staged is None or self._epoch != _threads.epoch:
-                self._refresh()
-            clear = self._clears and grads is None
-            plan, kind, kept = self._bind(grads, only)
-            lrs: Any = self._current_rates if self._capturable else self._lrs
-            if self._follows:
-                rows: Any = self._rows
-                if not self._formulas:
-                    self._scheduled.fill(rows.counters, self._table)
-                if type(rows) is Rows or (rows.host_knows and not self._capturable):
-                    lrs = Rates(lrs, rows.counters.item(-1, CLOCK))
-            if only is not None or (type(grads) is Located and grads.seen is not None):
-                plan.count_part(self._rows)
-            kernel = self._kernels.get((kind, clear)) or self._kernel_for(kind, clear)
-            plan.run(kernel, self._threads or _threads.get_num_threads(), stream)
-            del kept
-            if grads is None:
-                self._after_own(plan, clear, only)
-            if self._finds_rate:
-                lrs = self._rates_found() if self._on_host else self._rates_found
-            info = plan.info(self._rows, lrs, self._grad_scale)
-            if self.loss_scale is not None and self._on_host:
-                self.loss_scale.update(info.skipped)
-            return info
+            return self._run(*self._prepare(grads, grad_scale, only, stream))
         finally:
-            self._lock.release()
+            self._users.clear()
 
-    def _after_own(self, plan: Plan, clear: bool, only: Any) -> None:
-        """After a step from `opt.grads`: the next accumulation starts anew; clear what the pass has not."""
+    def _prepare(self, grads: Any, grad_scale: Any = None, only: Any = None, stream: Any = None) -> tuple[Any, ...]:
+        """Find what a step needs, and whatever is wrong, before anything is written; arguments as for `step`.
+
+        Returns:
+            What `_run` takes. It holds on to everything that the step reads.
+        """
+        if self._unsettled is not None:
+            self._settle()
+        if stream is not None:
+            if self._on_host:
+                raise ValueError("stream= is for parameters on a GPU; these are on the CPU.")
+            stream = stream_handle(stream, self._params.place.device)
+        scale, unscaled = 1.0, self._unscaled
+        if grad_scale is not None or unscaled:
+            scale = self._scale_of(grad_scale)
+            unscaled = unscaled or not np.all(scale == 1.0)
+        if self._hyper.changed or self._staged is None or self._epoch != _threads.epoch:
+            self._refresh()
+        if self._follows:
+            self._enter_scheduled()
+        table = self._table
+        plan, kept = self._bind(grads, only, unscaled)
+        if self._follows and self._table is not table:
+            self._enter_scheduled()
+        if unscaled:
+            self._enter_scale(scale)
+        clear = self._clears and grads is None
+        kernel = self._kernels.get((plan.kind, clear)) or self._kernel_for(plan.kind, clear)
+        part = only is not None or (type(grads) is Located and grads.seen is not None)
+        done = self._after_own(plan, clear, only) if grads is None else None
+        return plan, kernel, kept, part, done, scale, stream
+
+    def _enter_scheduled(self) -> None:
+        """Enter the values that scheduled hyperparameters have in the next step."""
+        if not self._formulas:
+            self._scheduled.fill(self._rows.counters, self._table)
+
+    def _run(
+        self, plan: Plan, kernel: Any, kept: Any, part: bool, done: Any, scale: Any, stream: int | None
+    ) -> StepInfo:
+        """Make a step that has been prepared."""
+        rows: Any = self._rows
+        lrs: Any = self._current_rates if self._capturable else self._lrs
+        if self._follows and (type(rows) is Rows or (rows.host_knows and not self._capturable)):
+            lrs = Rates(lrs, rows.counters.item(-1, CLOCK))
+        if part:
+            plan.count_part(rows)
+        if done is not None or (self.loss_scale is not None and self._on_host):
+            self._put(_unsettled=(plan, plan.next_generation, done or ()))
+        plan.run(kernel, self._threads or _threads.get_num_threads(), stream)
+        del kept
+        if self._unsettled is not None:
+            self._settle()
+        if self._finds_rate:
+            lrs = self._rates_found() if self._on_host else self._rates_found
+        return plan.info(rows, lrs, scale)
+
+    def _settle(self) -> None:
+        """After a kernel, do what remains to be done for its step; at the latest when the next call begins."""
+        plan, generation, writes = self._unsettled
+        done: list[tuple[Any, Any, Any]] = [(self.__dict__, "_unsettled", None)]
+        if plan.has_made(generation):
+            done += writes
+            if self.loss_scale is not None and self._on_host:
+                done += self.loss_scale.after(plan.info(self._rows, {}, 1.0).skipped)
+        commit(done)
+
+    def _catch_up(self) -> None:
+        """Settle what an interrupted call has left, unless one is under way."""
+        if self._unsettled is not None:
+            with contextlib.suppress(RuntimeError):
+                token = enter(self._users)  # noqa: F841
+                try:
+                    self._settle()
+                finally:
+                    self._users.clear()
+
+    def _after_own(self, plan: Plan, clear: bool, only: Any) -> list[tuple[Any, Any, Any]]:
+        """What to write after a step from `opt.grads`: accumulation starts anew; what the pass has not is cleared."""
+        writes: list[tuple[Any, Any, Any]] = []
         if self._accumulated is not None:
-            done = self._params.everyone if only is None else self._mask(only)
-            left = tuple(a and not b for a, b in zip(self._accumulated, done, strict=True))
-            self._put(_accumulated=left if any(left) else None)
+            stepped = self._params.everyone if only is None else self._mask(only)
+            left = tuple(a and not b for a, b in zip(self._accumulated, stepped, strict=True))
+            writes.append((self.__dict__, "_accumulated", left if any(left) else None))
         if clear:
-            for first, last in plan.left_out:
-                self._params.place.fill(self._gradients.own[first:last], 0)
+            writes += [(self._gradients.own, slice(*span), 0) for span in plan.left_out]
+        return writes
 
+    @exclusive
     def accumulate(self, grads: Any) -> None:
         """Add gradients to `opt.grads`; the first after a step take the place of what stood there.
 
@@ -742,15 +858,17 @@ class Optimizer:
         there = self._params.everyone if whole else tuple(g is not None for g in self._params.structure.leaves(grads))
         before = (False,) * len(there) if before is None else before
         adding = self._adding[first]
-        if adding._staged is None:
-            adding._refresh()
-        adding._bind(grads, None)  # what is wrong with them shows before anything is written
+        prepared = adding._prepare(grads)  # what is wrong with them shows before anything is written
+        plan = prepared[0]
+        after = tuple(a or b for a, b in zip(there, before, strict=True))
+        self._put(_unsettled=(plan, plan.next_generation, [(self.__dict__, "_accumulated", after)]))
         for leaf, given, held in zip(self._params.cut(self._gradients.own), there, before, strict=True):
             if not held and given == (not first):  # not written by the first, or added to although it is the first
                 self._params.place.fill(leaf, 0)
-        adding.step(grads)
-        self._put(_accumulated=tuple(a or b for a, b in zip(there, before, strict=True)))
+        adding._run(*prepared)
+        self._settle()
 
+    @exclusive
     def warmup(self) -> float:
         """Compile what the next step needs, or load it from the cache; the seconds that took."""
         self._refresh()
@@ -800,7 +918,7 @@ class Optimizer:
     @property
     def rule(self) -> Staged:
         """The rule as staged for the present settings; `opt.rule.show()` prints its code."""
-        return self._stage()
+        return self._stage(self._unscaled)
 
     @property
     def steps(self) -> int:
@@ -838,11 +956,16 @@ class Optimizer:
         """
         return self._params.tree(self._gradients.allocate_own())
 
+    @exclusive
     def zero_grad(self) -> None:
         """Set `opt.grads` to zero, if it has been used."""
-        self._put(_accumulated=None)
-        if self._gradients.own is not None:
-            self._params.place.fill(self._gradients.own, 0)
+        own = self._gradients.own
+        writes: list[tuple[Any, Any, Any]] = [(self.__dict__, "_accumulated", None)]
+        if own is not None and self._on_host:
+            writes.append((own, ..., 0))
+        elif own is not None:
+            self._params.place.fill(own, 0)
+        commit(writes)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -886,6 +1009,7 @@ class Optimizer:
 
     # Saving
 
+    @exclusive
     def state_dict(self, *, params: bool = False) -> dict[str, np.ndarray]:
         """Everything the optimizer knows, as copies in a flat dict of arrays.
 
@@ -899,6 +1023,7 @@ class Optimizer:
         """
         return checkpoints.collect(self, params)
 
+    @exclusive
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
         """Take over what `state_dict` returned, hyperparameters and groups included.
 
@@ -911,6 +1036,7 @@ class Optimizer:
         """
         checkpoints.apply(self, state)
 
+    @exclusive
     def save(self, path: str | os.PathLike[str], *, params: bool = True) -> None:
         """Write the optimizer to a file; a crash at any moment leaves the old file or the new one, whole.
 
@@ -924,6 +1050,7 @@ class Optimizer:
         """
         checkpoints.write(checkpoints.collect(self, params), path)
 
+    @exclusive
     def load(self, path: str | os.PathLike[str]) -> None:
         """Read what `save` wrote; continuing equals never having stopped, bit for bit.
 
@@ -933,14 +1060,17 @@ class Optimizer:
         """
         checkpoints.apply(self, checkpoints.read(path))
 
+    @exclusive
     def snapshot(self) -> dict[str, np.ndarray]:
         """A copy of parameters, states, counters and hyperparameters in memory, for `restore`."""
         return checkpoints.collect(self, True)
 
+    @exclusive
     def restore(self, snapshot: Mapping[str, np.ndarray]) -> None:
         """Go back to a snapshot: parameters, states, counters and hyperparameters, bit for bit."""
         checkpoints.apply(self, snapshot)
 
+    @exclusive
     def to(self, device: str) -> Optimizer:
         """An optimizer that goes on with copies of the parameters somewhere else, with the same bits.
 
@@ -974,7 +1104,7 @@ class Optimizer:
         new.__dict__.update(self.__dict__)
         capturable = self._capturable and place is not HOST
         backend = self._backend if self._on_host and place is HOST else "numba"
-        new._put(_lock=threading.RLock(), _capturable=capturable, _backend=backend)
+        new._put(_users={}, _capturable=capturable, _backend=backend)
         dtypes = {} if self._shadow is None else {"shadow": FORMATS[self._shadow].storage}
         external = {
             CALLED[n]: moved(self._columns.arrays[n], given, dtypes.get(n, ours.dtype))
@@ -983,11 +1113,11 @@ class Optimizer:
         new._put(_alloc=None if place is not HOST else self._alloc)
         if self.loss_scale is not None and place is ours.place:
             new._put(loss_scale=self.loss_scale.copy())
-            if place is not HOST:
-                new.loss_scale.attach(place, ours.models)
+            new._attach(new.loss_scale, ours)
         new.rebuild(moved(ours.leaves, ours.source), **external)
         return new
 
+    @exclusive
     def rebuild(
         self, params: Any, *, ema_out: Any = None, lr_scale: Any = None, shadow_out: Any = None
     ) -> tuple[str, ...]:
@@ -1023,7 +1153,7 @@ class Optimizer:
         given = {p: checkpoints.as_given(override, present[p]) for p, override in overrides}
         hyper = Groups(values, given, new._params.paths, new._params.population, self._spelling)
         hyper.defaults.frozen = self._hyper.defaults.frozen
-        new._put(_hyper=hyper, _by_leaf=False, _accumulated=None, _adding={}, _observed=dict(self._observed))
+        new._put(_hyper=hyper, _partition=None, _accumulated=None, _adding={}, _observed=dict(self._observed))
         if new._capturable and new._on_host:
             raise ValueError("this optimizer is capturable, but the new parameters are on the CPU. Build a new one.")
         external = {"ema": ema_out, "lr_scale": lr_scale, "shadow": shadow_out}
@@ -1057,8 +1187,8 @@ class Optimizer:
         new._put(**new._rows_for(counts))
         if new.loss_scale is not None and new._params.place is not self._params.place:
             new._put(loss_scale=new.loss_scale.copy())
-            if not new._on_host:
-                new.loss_scale.attach(new._params.place, new._params.models)
+            self._attach(new.loss_scale, new._params)
+        hyper.users = self._users
         self.__dict__.update(new.__dict__)
         return tuple(fresh)
 

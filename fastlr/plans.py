@@ -7,18 +7,15 @@ here and nowhere else, from arrays that the optimizer has checked and keeps aliv
 
 from __future__ import annotations
 
-import itertools
-import operator
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import checks
-from .kernels import cpu
-from .kernels.cpu import CHUNK, LINE, NEXT, SHARES, WAITING, Kernel
+from .kernels import arrays, cpu
+from .kernels.cpu import CHUNK, CLOSED, LINE, NEXT, SHARES, WAITING, Kernel
 from .kernels.layout import CLOCK, FIRST_ADDRESS, ROW, TICKS
 from .kernels.staging import Staged
 from .kernels.sums import BLOCK
@@ -27,10 +24,10 @@ from .rows import Rows
 from .step_info import Layout, StepInfo
 from .threads import ask_helpers
 
+if TYPE_CHECKING:
+    from .gradients import Gradients
+
 _GRADIENT = FIRST_ADDRESS + 1
-# Gradients that are the same arrays as in the step before need no new check. Up to this size they are simply kept;
-# keeping larger ones would cost the user memory, so they are remembered by weak references.
-_REMEMBERED_BYTES = 4 << 20
 
 # Below this many bytes one thread is done before another has been woken: that can take 70 us of the caller's time
 # (virtual machine, 2026-11), in which it moves some 3 MB.
@@ -71,6 +68,7 @@ class Plan:
         staged: the rule.
         table: hyperparameters per row, float64.
         h: scratch for what `decide` returns, per row.
+        kind: the format of the gradients.
         merge: leaves stand one after the other in every column, so that neighbours of one row can be one entry.
 
     Attributes:
@@ -95,8 +93,10 @@ class Plan:
         staged: Staged,
         table: np.ndarray,
         h: np.ndarray,
+        kind: str,
         merge: bool,
     ) -> None:
+        self.kind = kind
         models = kept.shape[1]
         lengths = np.repeat(np.asarray(sizes, np.int64), models)
         row = rows.index.reshape(-1)
@@ -117,7 +117,6 @@ class Plan:
         self._leaf = leaf
         self._inside = inside * itemsize
         self._flat_offsets = offsets[starts] * itemsize
-        self._first_offset = int(self._flat_offsets[0]) if len(starts) else 0
         self.leaves = np.zeros((len(starts), 1 + len(columns)), np.int64)
         self.leaves[:, ROW] = row[starts]
         for k, column in enumerate(columns):
@@ -135,10 +134,10 @@ class Plan:
             self.elements * c.itemsize for c in columns[: 2 * len(staged.measures)]
         )
         self._tables = (self.leaves, self.tiles, table, rows.counters, h)
-        self._generations = itertools.count(1, len(staged.measures) + 1)
-        self._itemsize = itemsize
-        self._pointed: list[Any] | tuple[Any, ...] | None = None
+        self.next_generation = 1
+        self._last_phase = len(staged.measures)
         self._located: Any = None
+        self._finder: arrays.Finder | None = None
         self._threads = 0
         average = self.elements / max(1, len(self.tiles))
         self._chunk = max(1, int(BLOCK // max(1.0, average)))
@@ -187,54 +186,56 @@ class Plan:
             self.entry = self.entry.reshape(rows.index.shape)
         self._more = more
 
-    def points_at(self, arrays: list[Any]) -> bool:
-        """Whether the gradients in the plan are these very arrays."""
-        last = self._pointed
-        if type(last) is tuple:
-            last = [reference() for reference in last]
-        return last is not None and len(last) == len(arrays) and all(map(operator.is_, last, arrays))
-
     def locate_gradients(self, addresses: Any) -> None:
         """Enter addresses that somebody else has found, unless it is the same object as in the step before."""
         if self._located is not addresses:
-            self.point_gradients(addresses, None)
+            self.point_gradients(addresses, flat=False)
             self._located = addresses
 
-    def point_gradients(self, addresses: Any, arrays: list[Any] | None) -> None:
-        """Enter the address of each leaf's gradient, in the order of the leaves.
+    def point_gradients(self, addresses: Any, flat: bool) -> None:
+        """Enter the addresses of gradients.
 
         Args:
-            addresses: one for each leaf.
-            arrays: those whose addresses they are, if the same arrays will have the same addresses again.
+            addresses: one for each leaf, in order; or if they are flat, that of the first element of all.
+            flat: whether they are one array that holds all in order.
         """
-        self._pointed = self._located = None  # an interrupt must not leave new addresses under an old name
-        self.leaves[: len(self._leaf), _GRADIENT] = np.asarray(addresses, np.int64)[self._leaf] + self._inside
-        self._remember(arrays)
+        self._located = None  # an interrupt must not leave new addresses under an old name
+        places = addresses + self._flat_offsets if flat else np.asarray(addresses, np.int64)[self._leaf] + self._inside
+        self.leaves[: len(self._leaf), _GRADIENT] = places
 
-    def point_flat_gradient(self, address: int, arrays: list[Any] | None) -> None:
-        """Enter the address of one array that holds all gradients in order; as `point_gradients`."""
-        self._pointed = self._located = None
-        if len(self._leaf) == 1:  # the usual case: one flat buffer
-            self.leaves[0, _GRADIENT] = address + self._first_offset
-        else:
-            self.leaves[: len(self._leaf), _GRADIENT] = address + self._flat_offsets
-        self._remember(arrays)
+    def expect(self, gradients: Gradients, given: list[Any], flat: bool) -> None:
+        """Find such gradients by `find` from now on.
 
-    def _remember(self, arrays: list[Any] | None) -> None:
-        if arrays is not None:
-            small = self.elements * self._itemsize <= _REMEMBERED_BYTES
-            self._pointed = arrays if small else tuple(map(weakref.ref, arrays))
+        Args:
+            gradients: knows what they must be.
+            given: those of this step, each read where it is, None where there is none.
+            flat: whether they are one array that holds all in order.
+        """
+        inside = self._flat_offsets if flat else self._inside
+        source = np.zeros_like(self._leaf) if flat else self._leaf
+        column = self.leaves[: len(self._leaf), _GRADIENT]
+        self._finder = gradients.finder(given, flat, source, inside, column)
+
+    def find(self, given: list[Any]) -> bool:
+        """Look at gradients, and enter their addresses if all are as those before; whether they are."""
+        finder, self._located = self._finder, None
+        return finder is not None and finder.look(finder.board, id(given)) == arrays.FOUND
 
     def run(self, kernel: Kernel, threads: int, stream: int | None = None) -> None:
         """Carry out the step."""
         if threads != self._threads:
             self._make_control(threads)
-        generation = next(self._generations)
+        generation = self.next_generation
+        self.next_generation = generation + self._last_phase + 1
         if threads > 1 and kernel.takes_helpers and self._work >= _WORTH_WAKING:
             missing = threads - 1 - int(self._control[WAITING])
             if missing > 0:
                 ask_helpers(missing, kernel.run, self.tables, generation)
         kernel.run(*self.tables, generation)
+
+    def has_made(self, generation: int) -> bool:
+        """Whether the step of a generation was carried out."""
+        return self._threads > 0 and int(self._control[CLOSED]) == generation + self._last_phase
 
     def count_part(self, rows: Rows) -> None:
         """Steps of all parts together are one step: does this one begin a new one?"""
@@ -244,7 +245,7 @@ class Plan:
 
     def info(self, rows: Rows, lrs: Any, grad_scale: Any) -> StepInfo:
         """What the step that was just made did."""
-        steps = int(rows.counters[-1, CLOCK])
+        steps: int = rows.counters.item(-1, CLOCK)
         if self.layout is None:
             return StepInfo(steps, lrs)
         return StepInfo(steps, lrs, self.layout, self.reports.copy(), self.leaf_sums.copy(), grad_scale)

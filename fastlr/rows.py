@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,7 +48,8 @@ class Rows:
         configuration: for each leaf, the index of its hyperparameters.
         frozen: for each configuration and model, whether it is frozen.
         counts: of each leaf and model.
-        by_leaf: give each leaf a row of its own, for sums over a leaf and for steps of some leaves only.
+        partition: for each leaf a number; leaves of different numbers share no row, since steps of some leaves only,
+            or sums over a leaf, tell them apart. None: none has to be told apart.
 
     Attributes:
         index: the row of each leaf and model.
@@ -58,18 +60,20 @@ class Rows:
 
     settings_known = True  # for rows on a GPU: whether it has the settings as they are now
 
-    def __init__(self, configuration: np.ndarray, frozen: np.ndarray, counts: Counts, by_leaf: bool) -> None:
+    def __init__(
+        self, configuration: np.ndarray, frozen: np.ndarray, counts: Counts, partition: np.ndarray | None
+    ) -> None:
         leaves, models = counts.t.shape
         fixed = np.empty((leaves, models, 6), np.int64)
         fixed[..., 0] = configuration[:, None]
         fixed[..., 1] = np.arange(models)
         fixed[..., 2], fixed[..., 3], fixed[..., 4] = counts.t, counts.clock, counts.skipped
-        fixed[..., 5] = np.arange(leaves)[:, None] if by_leaf else 0
+        fixed[..., 5] = 0 if partition is None else partition[:, None]
         bits = np.ascontiguousarray(counts.scalars).view(np.int64)
         key = np.concatenate([fixed, bits], axis=2).reshape(leaves * models, -1)
         _, first, index = np.unique(key, axis=0, return_index=True, return_inverse=True)
         unique = key[first]
-        self.by_leaf = by_leaf
+        self._partition = partition
         self.index = index.reshape(leaves, models)
         self.configuration, self.model = unique[:, 0], unique[:, 1]
         self.frozen = frozen[self.configuration, self.model]
@@ -92,6 +96,21 @@ class Rows:
         """What has been counted, for each leaf and model; copies."""
         t, clock, skipped = (self.counters[self.index, k] for k in (T, CLOCK, SKIPPED))
         return Counts(t, clock, skipped, self.scalars[self.index], self.steps)
+
+    def split(self, active: Sequence[bool], seen: Sequence[bool]) -> np.ndarray | None:
+        """A partition that tells leaves apart which a step treats differently; None if they share no row.
+
+        Args:
+            active: for each leaf, whether it is updated if it is not frozen.
+            seen: for each leaf, whether the step is one of it at all.
+        """
+        leaves, models = self.index.shape
+        part = np.array(active, np.int64) + 2 * np.array(seen, np.int64)
+        pairs = np.stack([self.index.reshape(-1), np.repeat(part, models)], axis=1)
+        if len(np.unique(pairs, axis=0)) == len(self):
+            return None
+        old = np.zeros(leaves, np.int64) if self._partition is None else self._partition
+        return np.unique(np.stack([old, part], axis=1), axis=0, return_inverse=True)[1].reshape(-1)
 
     def advance(self, active: np.ndarray, seen: np.ndarray) -> np.ndarray:
         """What a step adds to t and clock of each row, and of the optimizer.

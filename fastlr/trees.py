@@ -9,6 +9,9 @@ from typing import Any
 __all__ = ["Structure", "is_container", "leaves_with_paths"]
 
 
+_CONTAINERS = (dict, list, tuple)  # the usual ones; `dict | list` at each call would make a type each time
+
+
 def _children(node: Any) -> list[tuple[Any, Any]] | None:
     """Keys and children of a container, or None for a leaf."""
     if node is None:
@@ -26,7 +29,7 @@ def _children(node: Any) -> list[tuple[Any, Any]] | None:
 
 def is_container(node: Any) -> bool:
     """Whether something is part of a tree rather than a leaf."""
-    return isinstance(node, dict | list | tuple) or _children(node) is not None
+    return isinstance(node, _CONTAINERS) or _children(node) is not None
 
 
 def _join(prefix: str, key: Any) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from . import cpu, primitives, sums
+from .atomic import commit
 from .cpu import Kernel
 from .layout import CLOCK, COUNT, FIRST_ADDRESS, GO, LEAF, ROW, SKIPPED, START, T
 from .memory import view
@@ -136,7 +137,7 @@ def build(staged: Staged, storage: Storage) -> Kernel:
             go = np.ones(len(h), np.int64)
             if "finite" in staged.reports:
                 go = np.not_equal(tables.reports[:, staged.reports.index("finite")], 0.0).astype(np.int64)
-            counters[:-1, GO] = go
+            writes: list[tuple[Any, Any, Any]] = []  # as compiled steps, all or none
             for k, tile in enumerate(tiles):
                 leaf = leaves[tile[LEAF]]
                 stored, read = load(leaf, tile)
@@ -145,22 +146,26 @@ def build(staged: Staged, storage: Storage) -> Kernel:
                     emitted = results[1 + states :]
                     for q, x in enumerate(emitted, first):
                         tables.partials[k, q] = block(x, "norm", tile[COUNT])
-                    for column, result in zip((stored[0], *stored[2:]), results[: 1 + states], strict=False):
-                        column[...] = result
+                    written = zip((stored[0], *stored[2:]), results[: 1 + states], strict=False)
+                    writes += [(column, ..., np.array(result, column.dtype)) for column, result in written]
                     if storage.shadow:
                         narrow = convert.get("narrow", np.asarray)
-                        stored[-1][...] = convert["encode_shadow"](narrow(stored[0]))
+                        new = np.asarray(results[0], stored[0].dtype)
+                        writes.append((stored[-1], ..., convert["encode_shadow"](narrow(new))))
                 if storage.clear:
-                    stored[1][...] = 0
+                    writes.append((stored[1], ..., 0))
             if staged.emitted:
                 add_up(leaves, tables, range(first, first + len(staged.emitted)))
         stepping = tables.advance[:-1, 0] != 0
-        go = np.where(tables.advance[:-1, 1] != 0, go, 1)
-        tables.scalars[stepping & (go != 0)] = new_scalars[stepping & (go != 0)]
-        counters[:-1, T] += tables.advance[:-1, 0] * go
-        counters[:-1, CLOCK] += tables.advance[:-1, 1] * go
-        counters[:-1, SKIPPED] += stepping * (1 - go)
-        if not stepping.any() or (stepping & (go != 0)).any():
-            counters[-1, CLOCK] += tables.advance[-1, 1]
+        counted, going = counters.copy(), np.where(tables.advance[:-1, 1] != 0, go, 1)
+        counted[:-1, GO] = go
+        counted[:-1, T] += tables.advance[:-1, 0] * going
+        counted[:-1, CLOCK] += tables.advance[:-1, 1] * going
+        counted[:-1, SKIPPED] += stepping * (1 - going)
+        if not stepping.any() or (stepping & (going != 0)).any():
+            counted[-1, CLOCK] += tables.advance[-1, 1]
+        scalars_of = stepping & (going != 0)
+        writes += [(tables.scalars, scalars_of, new_scalars[scalars_of]), (counters, ..., counted)]
+        commit([*writes, (control, cpu.CLOSED, generation + len(measures))])
 
     return Kernel(run, time.perf_counter() - began, cached=False, takes_helpers=False)

@@ -1,0 +1,89 @@
+"""One call at a time: whoever writes or copies an optimizer keeps all others out until it returns.
+
+A lock would stay locked if an interrupt came between taking it and the `try`, and in a child that was forked while
+another thread held it. Here whoever is in leaves a token that names its thread, and a token counts only as long as
+that thread has a frame that holds it: otherwise its owner is gone, and the next caller takes its place.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, TypeVar
+
+__all__ = ["Users", "enter", "exclusive", "take_over"]
+
+# The token of the call that is in, under the key True. A token is a list of the thread's identity and, once its owner
+# is gone, of the token that took its place.
+Users = dict[bool, list[Any]]
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def enter(users: Users) -> list[Any]:
+    """Keep others out until `users` is cleared; the caller holds the token in a local variable until then.
+
+    Raises:
+        RuntimeError: if somebody else is in.
+    """
+    token: list[Any] = [threading.get_ident()]
+    if users.setdefault(True, token) is not token:
+        take_over(users, token)
+    return token
+
+
+def take_over(users: Users, token: list[Any]) -> None:
+    """Take the place of a call that is gone.
+
+    Raises:
+        RuntimeError: if it is not gone.
+    """
+    while True:  # each of these calls is atomic, so that of several threads one gets in
+        holder = users.setdefault(True, token)
+        if holder is token:
+            return
+        while len(holder) > 1:
+            holder = holder[1]
+        _check_gone(holder, sys._getframe(1))
+        holder.append(token)
+        if holder[1] is token:
+            users[True] = token
+            return
+
+
+def _check_gone(token: list[Any], caller: FrameType | None) -> None:
+    """Check that no frame of a token's thread holds it any more; of this thread, from the caller on."""
+    here = token[0] == threading.get_ident()
+    frame = caller if here else sys._current_frames().get(token[0])
+    while frame is not None:
+        if any(value is token for value in list(frame.f_locals.values())):
+            if here:
+                raise RuntimeError(
+                    "this optimizer is in a step, or is being saved, loaded or set: what is called meanwhile (a "
+                    "schedule's function, alloc=, a signal handler, __del__) must not write or copy it. Do so after "
+                    "that call has returned."
+                )
+            raise RuntimeError(
+                "this optimizer is in a step in another thread, or is being saved, loaded or set there. "
+                "Use one optimizer per thread, or a lock."
+            )
+        frame = frame.f_back
+
+
+def exclusive(method: _Method) -> _Method:
+    """A method of an optimizer that keeps others out of `self._users` while it runs."""
+
+    @functools.wraps(method)
+    def alone(self: Any, *args: Any, **more: Any) -> Any:
+        token = enter(self._users)  # noqa: F841  (a frame that holds it is what shows that the call is in)
+        try:
+            if self._unsettled is not None:
+                self._settle()
+            return method(self, *args, **more)
+        finally:
+            self._users.clear()
+
+    return alone  # type: ignore[return-value]
