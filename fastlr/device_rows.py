@@ -65,8 +65,7 @@ class DeviceRows(Rows):
             grid.MODELS_OF_ROWS: self.model.astype(np.int64),
         }
         if loss_scale is not None:
-            rule = loss_scale.growth, loss_scale.backoff, loss_scale.interval
-            self._tables[grid.LOSS_RULE] = np.array(rule, np.float64)
+            self._tables[grid.LOSS_RULE] = np.array(loss_scale.rule, np.float64)
 
     def settings(self) -> list[float]:
         """What `decide` takes of the first row."""

@@ -35,6 +35,8 @@ class LossScale:
         growth: factor after `interval` good steps, > 1. Default 2.
         backoff: factor after a skipped step, in (0, 1). Default 0.5.
         interval: good steps in a row before the scale grows, >= 1. Default 2000.
+        min_scale: the scale never shrinks below this, > 0 and <= `init`. Default: the smallest that float32 holds in
+            full precision, about 1.2e-38.
 
     Raises:
         TypeError: if an argument is of the wrong kind.
@@ -55,12 +57,21 @@ class LossScale:
     """
 
     def __init__(
-        self, init: float = 2.0**16, *, growth: float = 2.0, backoff: float = 0.5, interval: int = 2000
+        self,
+        init: float = 2.0**16,
+        *,
+        growth: float = 2.0,
+        backoff: float = 0.5,
+        interval: int = 2000,
+        min_scale: float = loss_scaling.SMALLEST,
     ) -> None:
         init = checks.number("init", init, 0.0, math.inf)
         self.growth = checks.number("growth", growth, 1.0, math.inf)
         self.backoff = checks.number("backoff", backoff, 0.0, 1.0)
         self.interval = checks.count("interval", interval)
+        self.min_scale = checks.number("min_scale", min_scale, 0.0, math.inf)
+        if self.min_scale > init:
+            raise ValueError(f"min_scale must be at most init, {init!r}, got {min_scale!r}.")
         self._scale = np.asarray(init)
         self._good = np.asarray(0, np.int64)
         self._owner: weakref.WeakMethod[Callable[[], None]] | None = None
@@ -86,10 +97,15 @@ class LossScale:
         self._catch_up()
         commit(self.after(skipped))
 
+    @property
+    def rule(self) -> tuple[float, float, int, float]:
+        """What the change of the scale depends on: growth, backoff, interval, min_scale."""
+        return self.growth, self.backoff, self.interval, self.min_scale
+
     def after(self, skipped: Any) -> list[tuple[Any, Any, Any]]:
         """What to write to take account of a step, see `atomic.commit`."""
         skipped = np.asarray(skipped, bool)
-        scale, good = _rescale(self._scale, self._good, skipped, self.growth, self.backoff, self.interval)
+        scale, good = _rescale(self._scale, self._good, skipped, *self.rule)
         return [(self.__dict__, "_scale", scale), (self.__dict__, "_good", good.astype(np.int64))]
 
     def state_dict(self) -> dict[str, Any]:
@@ -115,7 +131,8 @@ class LossScale:
 
     def copy(self) -> LossScale:
         """Another one in the same state."""
-        new = LossScale(1.0, growth=self.growth, backoff=self.backoff, interval=self.interval)
+        settings = {"growth": self.growth, "backoff": self.backoff, "interval": self.interval}
+        new = LossScale(max(1.0, self.min_scale), min_scale=self.min_scale, **settings)
         new.load_state_dict(self.state_dict())
         return new
 

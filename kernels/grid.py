@@ -50,7 +50,7 @@ from .tiles import ELEMENT, Storage, accessors, element_text, reading, zero_of
     ROWS,
     FLAGS,  # 3 int64, zero between steps: a row went, a row was to go, a row's clock was at the optimizer's
     LOSS,  # (3, models) float64: loss scale, good steps in a row, scale of the last step; 0 if there is no loss scale
-    LOSS_RULE,  # 3 float64: growth, backoff, interval
+    LOSS_RULE,  # 4 float64: growth, backoff, interval, smallest scale
     FIRST_ROWS,  # (models,) int64: a row of each model that is in the step, or -1
     MODELS_OF_ROWS,  # (rows,) int64
     MODELS,
@@ -641,10 +641,11 @@ def finish(target: Target, staged: Staged, storage: Storage, formulas: Sequence[
         loss = get(board, LOSS)
         if may_skip and loss != 0:
             rule, first_rows, models = get(board, LOSS_RULE), get(board, FIRST_ROWS), get(board, MODELS)
-            growth, backoff, interval = (
+            growth, backoff, interval, smallest = (
                 number_at(rule)[0],
                 number_at(rule + 8)[0],
                 number_at(rule + 16)[0],
+                number_at(rule + 24)[0],
             )
             m = thread
             while m < models:
@@ -654,7 +655,7 @@ def finish(target: Target, staged: Staged, storage: Storage, formulas: Sequence[
                     skipped = at(counts + (r * COUNTERS + GO) * 8)[0] == 0
                 scale, good = number_at(loss + m * 8)[0], number_at(loss + (models + m) * 8)[0]
                 put(loss + (2 * models + m) * 8, scale)
-                scale, good = rescale(scale, good, skipped, growth, backoff, interval)
+                scale, good = rescale(scale, good, skipped, growth, backoff, interval, smallest)
                 put(loss + m * 8, scale)
                 put(loss + (models + m) * 8, good)
                 m += threads

@@ -99,7 +99,9 @@ def here_and_there(option, flat, rng, put):
         here, there = fastlr.flatten(here), fastlr.flatten(there)
     mine, others = dict(OPTIONS[option]), dict(OPTIONS[option])
     if "loss_scale" in mine:
-        mine["loss_scale"], others["loss_scale"] = (fastlr.LossScale(4.0, interval=2, backoff=0.25) for _ in range(2))
+        mine["loss_scale"], others["loss_scale"] = (
+            fastlr.LossScale(4.0, interval=2, backoff=0.25, min_scale=3.0) for _ in range(2)
+        )
     if "lr_scale" in mine:
         mine["lr_scale"], others["lr_scale"] = factors, tree_map(put, factors)
     return fastlr.Adam(here, backend="numpy", **mine), fastlr.Adam(there, **others)

@@ -855,6 +855,31 @@ def test_the_loss_scale_is_saved_and_limited(tmp_path, rng):
     assert "LossScale(" in repr(opt.loss_scale)
 
 
+def test_a_loss_scale_of_a_shorter_interval_goes_on():
+    """More good steps than the interval has, from a run with a longer one, make the scale grow at once."""
+    scale = fastlr.LossScale(4.0, interval=100)
+    for _ in range(50):
+        scale.update(False)
+    shorter = fastlr.LossScale(interval=10)
+    shorter.load_state_dict(scale.state_dict())
+    shorter.update(False)
+    assert (shorter.scale, shorter.state_dict()["good"]) == (8.0, 0)
+
+
+def test_a_loss_scale_never_shrinks_below_its_limit():
+    scale = fastlr.LossScale(1.0, min_scale=0.3)
+    scales = []
+    for skipped in (True, True, True, False):
+        scale.update(skipped)
+        scales.append(scale.scale)
+    assert scales == [0.5, 0.3, 0.3, 0.3]
+    assert scale.copy().min_scale == 0.3
+    scale = fastlr.LossScale()
+    for _ in range(2000):
+        scale.update(True)
+    assert scale.scale == np.finfo(np.float32).tiny
+
+
 # What a step tells
 
 
@@ -1046,6 +1071,7 @@ def test_more_bad_input():
         ({"growth": 1.0}, "growth must be above 1 and finite, got 1.0."),
         ({"backoff": 1.0}, "backoff must be between 0 and 1, exclusive, got 1.0."),
         ({"interval": 0}, "interval must be at least 1, got 0."),
+        ({"init": 1.0, "min_scale": 2.0}, "min_scale must be at most init, 1.0, got 2.0."),
         ({"init": "much"}, "init must be a number, got 'much'."),
     ):
         with pytest.raises((ValueError, TypeError)) as raised:
