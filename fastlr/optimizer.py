@@ -733,8 +733,10 @@ class Optimizer:
             TypeError: if a gradient is no array or has another dtype, or `stream` is no stream.
             ValueError: if the structure or a shape differs, `grad_scale` is not positive and finite, `only` matches
                 nothing, or a stream is given for parameters on the CPU.
-            RuntimeError: if there are no gradients, another thread is in a step of this optimizer, or the stream is
-                being captured and the optimizer is not capturable.
+            RuntimeError: if there are no gradients; if a parameter, or another array that the optimizer was given, has
+                other memory, shape or dtype than it had; if another call of this optimizer is under way, in another
+                thread or in this one (from a schedule's function, say); or if the stream is being captured and the
+                optimizer is not capturable.
             DeviceError: if a kernel cannot be loaded.
         """
         token = [get_ident()]
