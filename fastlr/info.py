@@ -60,12 +60,17 @@ def _vector_width() -> str:
 
 
 def _cache() -> str:
-    folder = caching.folder()
-    kernels = list(folder.glob("*.kernel")) if folder.is_dir() else []
-    size = sum(k.stat().st_size for k in kernels)
-    existing = next((p for p in (folder, *folder.parents) if p.exists()), folder)
-    usable = "" if os.access(existing, os.W_OK) else ", cannot be written: kernels are compiled in each process"
-    return f"{folder} ({len(kernels)} kernels, {size / 1e6:.1f} MB{usable})"
+    problem = caching.problem()
+    unused = "" if problem is None else f"; not used, kernels are compiled in each process: {problem}"
+    try:
+        folder = caching.folder()
+    except caching.CacheError:
+        return f"none{unused}"
+    try:
+        sizes = [k.stat().st_size for k in folder.glob("*.kernel")]
+    except OSError:
+        sizes = []
+    return f"{folder} ({len(sizes)} kernels, {sum(sizes) / 1e6:.1f} MB){unused}"
 
 
 def _gpu() -> str:

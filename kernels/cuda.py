@@ -240,6 +240,14 @@ def _entry(code: bytes) -> str:
     return re.findall(rb"\.text\.(\w+)", code)[0].decode()
 
 
+def _image(kept: bytes) -> Image:
+    """What `image_of` has kept."""
+    kind, threads, code = kept.split(b"\n", 2)
+    if not code.startswith(b"\x7fELF"):
+        raise ValueError("not a cubin")
+    return Image(kind.decode(), code, _entry(code), int(threads))
+
+
 def image_of(make: Callable[[Target], Body], name: str, cc: tuple[int, int], content: Sequence[object]) -> Image:
     """The machine code of a kernel, from the cache or compiled.
 
@@ -250,10 +258,9 @@ def image_of(make: Callable[[Target], Body], name: str, cc: tuple[int, int], con
         content: whatever the code depends on beside what every kernel does.
     """
     entry = caching.Entry(name, "cuda", cc, surroundings(), _LINK, *content)
-    found = entry.read()
+    found = entry.load(_image)
     if found is not None:
-        kind, threads, code = found.split(b"\n", 2)
-        return Image(kind.decode(), code, _entry(code), int(threads))
+        return found
     image = compile_image(make(TARGET), cc)
     entry.write(b"\n".join([image.name.encode(), str(image.threads).encode(), image.code]))
     return image

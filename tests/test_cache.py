@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import pickle
 import subprocess
 import sys
 import textwrap
 
+import numba
 import numpy as np
 import pytest
 
 import fastlr
+from fastlr import info
 from fastlr.kernels import caching
-from fastlr.kernels.caching import KernelCache
+from fastlr.kernels.caching import Entry, KernelCache
+
+posix = pytest.mark.skipif(os.name != "posix", reason="files belong to users in another way there")
 
 STEP = """
 import numpy as np, fastlr
@@ -114,7 +120,7 @@ def test_kernels_of_several_processes_in_one(in_subprocess, tmp_path):
     in_subprocess("\n".join(lines), FASTLR_CACHE_DIR=str(tmp_path))
 
 
-@pytest.mark.skipif(os.name != "posix", reason="a path below a file is refused in another way there")
+@posix
 def test_a_folder_that_cannot_be_written(in_subprocess, tmp_path):
     (tmp_path / "file").write_text("")
     program = """
@@ -142,6 +148,137 @@ def test_a_damaged_file_is_compiled_again(damage, in_subprocess, tmp_path):
     file.write_bytes({"cut short": whole[:-100], "empty": b"", "changed": bytes(changed), "not ours": b"hello"}[damage])
     assert outcome(in_subprocess(STEP, FASTLR_CACHE_DIR=str(tmp_path))) == "compiled"
     assert outcome(in_subprocess(STEP, FASTLR_CACHE_DIR=str(tmp_path))) == "cached"
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", pickle.dumps((1, 2, 3), 0), pickle.dumps(None, 0)])
+def test_a_whole_file_that_nobody_understands_is_compiled_again(content, tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTLR_CACHE_DIR", str(tmp_path))
+    entry = Entry("adam", "x")
+    entry.write(content)
+    assert entry.load(bytes) == content
+    cache = KernelCache("adam", "x")
+    assert cache.load_overload(None, numba.core.registry.cpu_target.target_context) is None and not cache.hit
+    entry.write(b"good")
+    assert entry.load(bytes) == b"good"
+
+
+def planted(path, program="raise SystemExit(3)"):
+    """A file that runs a program where it is unpickled, of the right name and with the right digest."""
+
+    class Planted:
+        def __reduce__(self):
+            return exec, (program,)
+
+    body = pickle.dumps(Planted())
+    path.write_bytes(caching._MAGIC + hashlib.sha256(body).digest() + body)
+    path.chmod(0o600)
+
+
+def loaded(cache):
+    return cache.load_overload(None, numba.core.registry.cpu_target.target_context)
+
+
+def used_in_vain(*names):
+    for name in names:
+        cache = KernelCache(name, "x")
+        assert loaded(cache) is None and not cache.hit
+        cache._entry.write(b"hello")
+        assert cache._entry.load(bytes) is None
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache in a folder of this user's own, with something in it that says so when it is unpickled."""
+    folder = tmp_path / "cache"
+    folder.mkdir(mode=0o700)
+    monkeypatch.setenv("FASTLR_CACHE_DIR", str(folder))
+    caching._warn_once.cache_clear()
+    cache = KernelCache("adam", "x")
+    planted(cache._entry.file)
+    with pytest.raises(SystemExit):  # here it is run
+        loaded(cache)
+    return cache
+
+
+def not_used(cache, *words):
+    """Nothing is read from the folder and nothing written to it, and a warning says why, once."""
+    with pytest.warns(RuntimeWarning) as caught:
+        used_in_vain("adam", "sgd")
+    (message,) = {str(w.message) for w in caught}
+    assert len(caught) == 1 and all(word in message for word in words), message
+    assert "Set FASTLR_CACHE_DIR to a folder of your own" in message and cache.cache_path in message
+    assert "not used" in info._cache() and words[0] in info._cache()
+    assert len(os.listdir(cache.cache_path)) == 1
+
+
+@posix
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o707, 0o1777])
+def test_a_folder_that_others_can_write_to_is_not_used(mode, cache):
+    os.chmod(cache.cache_path, mode)
+    not_used(cache, "other users can write to it", f"mode {mode:04o}", "chmod go-w")
+
+
+@posix
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can give files away")
+def test_what_belongs_to_others_is_not_used(cache, monkeypatch):
+    file = cache._entry.file
+    os.chown(file, 12345, -1)
+    assert loaded(cache) is None
+    os.chown(file, 0, -1)
+    os.chown(cache.cache_path, 12345, -1)
+    not_used(cache, "it belongs to another user (uid 12345)")
+    os.chown(cache.cache_path, 0, -1)
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with pytest.raises(SystemExit):  # an administrator may fill a folder for everyone
+        loaded(cache)
+
+
+@posix
+def test_a_file_that_others_can_write_to_is_replaced(cache):
+    for mode in (0o660, 0o606):
+        cache._entry.file.chmod(mode)
+        assert loaded(cache) is None
+    cache._entry.write(b"ours")
+    assert cache._entry.load(bytes) == b"ours"
+    assert cache._entry.file.stat().st_mode & 0o777 == 0o600
+
+
+@posix
+def test_a_link_to_a_file_is_not_followed(cache, tmp_path):
+    os.rename(cache._entry.file, tmp_path / "elsewhere")
+    cache._entry.file.symlink_to(tmp_path / "elsewhere")
+    assert loaded(cache) is None
+    cache._entry.write(b"ours")
+    assert cache._entry.load(bytes) == b"ours" and not cache._entry.file.is_symlink()
+
+
+@posix
+def test_the_folder_is_made_for_this_user_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTLR_CACHE_DIR", str(tmp_path / "a" / "b"))
+    before = os.umask(0)
+    try:
+        Entry("adam", "x").write(b"hello")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a" / "b").stat().st_mode & 0o777 == 0o700
+    assert Entry("adam", "x").load(bytes) == b"hello"
+
+
+@posix
+def test_without_a_home_kernels_are_not_kept(monkeypatch):
+    for name in ("FASTLR_CACHE_DIR", "NUMBA_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def no_entry(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr("pwd.getpwuid", no_entry)
+    caching._warn_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match="no home directory. Set FASTLR_CACHE_DIR to a folder") as caught:
+        used_in_vain("adam", "sgd")
+    KernelCache("adam", "x").flush()
+    assert len(caught) == 1
+    assert "no home directory" in info._cache()
 
 
 def test_eight_processes_fill_a_cold_cache(tmp_path):
