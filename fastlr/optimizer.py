@@ -148,7 +148,8 @@ class Optimizer:
             bfloat16 and PyTorch tensors of either are understood as they are.
         groups: pattern to hyperparameters, such as `{"*.bias": {"weight_decay": 0.0}, "embed": {"frozen": True}}`.
             Patterns are `fnmatch` patterns on paths, case-sensitive; all that match apply in order, the later wins.
-        threads: how many threads a step may use; default `fastlr.get_num_threads()`.
+        threads: how many threads a step may use, >= 1; default `fastlr.get_num_threads()`. More than 256 count as 256,
+            and no more are used than there are tiles of up to 16,384 elements.
         alloc: `alloc(nbytes)` returns the memory for every buffer the optimizer makes.
         capturable: for parameters on a GPU: keep everything that changes from step to step there, so that a step can
             be captured into a CUDA graph and replayed. `info` and `opt.steps` then tell of the step made last, and

@@ -138,7 +138,7 @@ class Plan:
         self._last_phase = len(staged.measures)
         self._located: Any = None
         self._finder: arrays.Finder | None = None
-        self._threads = 0
+        self._threads = self._sharing = 0
         average = self.elements / max(1, len(self.tiles))
         self._chunk = max(1, int(BLOCK // max(1.0, average)))
         self.advance = advance
@@ -227,8 +227,8 @@ class Plan:
             self._make_control(threads)
         generation = self.next_generation
         self.next_generation = generation + self._last_phase + 1
-        if threads > 1 and kernel.takes_helpers and self._work >= _WORTH_WAKING:
-            missing = threads - 1 - int(self._control[WAITING])
+        if self._sharing > 1 and kernel.takes_helpers and self._work >= _WORTH_WAKING:
+            missing = self._sharing - 1 - int(self._control[WAITING])
             if missing > 0:
                 ask_helpers(missing, kernel.run, self.tables, generation)
         kernel.run(*self.tables, generation)
@@ -252,11 +252,12 @@ class Plan:
 
     def _make_control(self, threads: int) -> None:
         """A new control block; helpers that still know the old one will find nothing to do."""
-        size = NEXT + threads * LINE
+        self._sharing = max(1, min(threads, cpu.MOST_THREADS, len(self.tiles)))
+        size = NEXT + self._sharing * LINE
         control = np.zeros(size + LINE, np.int64)
         skip = -(control.ctypes.data // 8) % LINE
         self._control = control[skip : skip + size]
-        self._control[CHUNK], self._control[SHARES] = self._chunk, threads
+        self._control[CHUNK], self._control[SHARES] = self._chunk, self._sharing
         for place, array in self._more.items():
             self._control[place] = checks.address(array)
         self._control[cpu.CELL_COUNTS : cpu.CELL_COUNTS + 2] = self._cell_counts

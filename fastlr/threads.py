@@ -4,25 +4,31 @@ Numba's own threading layers do not fit a trainer: `workqueue` aborts the proces
 parallel code, `omp` kills a forked child, and spinning OpenMP threads fight with those of BLAS. Here the calling
 thread always carries the step; helpers are ordinary Python threads that are asked in and take tiles while there are
 any (`kernels.cpu`). Any number of Python threads can step different optimizers, beside anybody's parallel code, and
-a forked child starts its own helpers.
+a forked child starts its own helpers and can compile.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import os
 import queue
 import threading
+import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import llvmlite.binding.ffi
+from numba.core.compiler_lock import global_compiler_lock
 
 from . import checks
 
 __all__ = ["get_num_threads", "set_num_threads"]
 
-_MAX_HELPERS = 255
+_TRY_AGAIN = 10.0  # seconds after a thread could not be started
 _BACKLOG = 64  # requests that helpers have not yet got round to; more would only be late
 
 
@@ -70,24 +76,39 @@ class _Pool:
         self.requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.started = 0
         self.lock = threading.Lock()
+        self.not_before = 0.0  # when to try again to start a thread, on the monotonic clock
 
     def ask(self, helpers: int, run: Any, tables: Any, generation: int) -> None:
-        """Ask helpers in; they come when they can."""
-        if self.started < helpers:
+        """Ask helpers in; they come when they can. The step does not need them."""
+        if self.started < helpers and time.monotonic() >= self.not_before:
             self._start(helpers)
         if self.requests.qsize() < _BACKLOG:
             cpu = _current_cpu() if _current_cpu is not None else -1
-            for _ in range(helpers):
+            for _ in range(min(helpers, self.started)):
                 self.requests.put((run, tables, generation, cpu))
 
     def _start(self, helpers: int) -> None:
         with self.lock:
-            while self.started < min(helpers, _MAX_HELPERS):
+            while self.started < helpers:
                 thread = threading.Thread(
                     target=_help, args=(self.requests,), name=f"fastlr-{self.started}", daemon=True
                 )
-                thread.start()
+                try:
+                    thread.start()
+                except RuntimeError as error:  # too many in the process or for the user, or Python is shutting down
+                    self.not_before = time.monotonic() + _TRY_AGAIN
+                    _warn_once(str(error))
+                    return
                 self.started += 1
+
+
+@functools.cache
+def _warn_once(problem: str) -> None:
+    warnings.warn(
+        f"no helper thread can be started ({problem}): steps go on with fewer threads, with the same result.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def _help(requests: queue.SimpleQueue[Any]) -> None:
@@ -120,14 +141,45 @@ _threads: int | None = None
 epoch = 0
 
 
+# A fork waits until no other thread compiles. Else the child would find the compiler locked by a thread that it does not
+# have, for ever. In the order in which a compilation takes them; the locks of Numba and LLVM have no time limit of their
+# own. A compilation takes seconds; one that takes longer than this may be waiting for the thread that forks.
+_FORK_PATIENCE = 30.0
+_COMPILERS: list[Any] = [global_compiler_lock, llvmlite.binding.ffi.lib._lock]
+
+
+class _Held(threading.local):
+    locks: tuple[Any, ...] = ()
+
+
+_held = _Held()
+
+
+def _before_fork() -> None:
+    for compiler in _COMPILERS:
+        if not compiler._lock.acquire(timeout=_FORK_PATIENCE):
+            break
+        _held.locks = (*_held.locks, compiler._lock)
+
+
 def _after_fork() -> None:
+    locks, _held.locks = _held.locks, ()
+    for lock in reversed(locks):
+        lock.release()
+
+
+def _after_fork_in_child() -> None:
     global _pool, epoch
+    for compiler in _COMPILERS:
+        if compiler._lock not in _held.locks:
+            compiler._lock = threading.RLock()
+    _after_fork()
     _pool = _Pool()
     epoch += 1
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
 
 
 def set_num_threads(n: int) -> None:
@@ -136,7 +188,8 @@ def set_num_threads(n: int) -> None:
     The result of a step does not depend on it.
 
     Args:
-        n: number of threads, at least 1.
+        n: number of threads, >= 1. More than 256 count as 256, and no more are used than a step has tiles of up to
+            16,384 elements.
 
     Raises:
         TypeError: if it is no whole number.

@@ -84,7 +84,8 @@ def _surroundings() -> str:
     code = [f for f in importlib.resources.files(__package__).iterdir() if f.name.endswith((".py", ".pyc"))]
     if not code:  # in an archive that does not show its files
         raise CacheError(
-            "compiled kernels cannot be kept: they depend on the files of fastlr, which cannot be read. Install it unpacked."
+            "compiled kernels cannot be kept: they depend on the files of fastlr, which cannot be read. Install fastlr "
+            "unpacked."
         )
     parts = [f.read_bytes() for f in sorted(code, key=lambda f: f.name)]
     parts += [

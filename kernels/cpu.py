@@ -44,6 +44,7 @@ HELPERS, OPENED, PHASE, CLOSED, WAITING, ARRIVED, CHUNK, SHARES = 0, 8, 9, 16, 2
 ADVANCE, SCALARS, NEW_SCALARS, SUMS, REPORTS, PARTIALS, LEAF_SUMS, WORK, FIRST, MEMBERS, BOUNDS, CELLS = range(42, 54)
 CELL_COUNTS, PAST, NEXT = 54, 56, 64  # two counts: cells of scope "group", of scope "all"; see `update_loop`
 LINE = 8
+MOST_THREADS = 256  # that take part in a step; more of them would not move memory faster
 
 # How often a helper looks for the next step before it goes to sleep. Once it has been asked in, the step is about to
 # begin: the call that woke it can take the caller 70 us (virtual machine, an idle core). After a step, some 50 us, so

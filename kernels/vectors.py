@@ -6,6 +6,7 @@ Each pass works on a range of blocks, so that threads can share them: the sums o
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -18,6 +19,7 @@ import numpy as np
 from numba import types
 
 from .caching import KernelCache
+from .cpu import MOST_THREADS
 from .sums import BLOCK, LANES, fold
 from .tiles import compiled
 
@@ -95,11 +97,22 @@ def _run(name: str, out: Any, x: Any, a: float, y: Any, z: Any, threads: int) ->
     if threads == 1 or x.nbytes < _WORTH_SHARING:
         run(out, x, factor, y, z, sums, 0, blocks)
     else:
-        ends = [blocks * k // threads for k in range(threads + 1)]
-        shares = itertools.pairwise(ends)
-        done = [_pool(threads, os.getpid()).submit(run, out, x, factor, y, z, sums, *share) for share in shares]
-        for one in done:
-            one.result()
+        threads = min(threads, MOST_THREADS)
+        parts = min(threads, blocks)
+        shares = iter([*itertools.pairwise(blocks * k // parts for k in range(parts + 1))])
+
+        def take_shares() -> None:
+            for share in shares:  # a list's iterator hands out each once, to whichever thread asks
+                run(out, x, factor, y, z, sums, *share)
+
+        helping = []
+        with contextlib.suppress(RuntimeError):  # no thread can be started: this one takes what is left
+            for _ in range(parts - 1):
+                helping.append(_pool(threads, os.getpid()).submit(take_shares))
+        take_shares()
+        for one in helping:
+            if not one.cancel():
+                one.result()
     _fold(sums, 0, blocks, 0)
     return float(sums[0, 0])
 

@@ -148,6 +148,74 @@ print("done")
     assert "done" in out
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_fork_while_another_thread_compiles(in_subprocess, tmp_path):
+    """The child compiles, steps and searches; and so does the parent."""
+    out = in_subprocess(
+        PRELUDE
+        + """
+from numba.core.compiler_lock import global_compiler_lock
+def compiles():
+    if global_compiler_lock._lock.acquire(blocking=False):
+        global_compiler_lock._lock.release()
+        return False
+    return True
+def train(**settings):
+    p = np.zeros(3)
+    opt = fastlr.SGD(p, lr=0.5, threads=2, **settings)
+    opt.step(np.ones(3))
+    return p.tolist() == [-0.5] * 3 and not opt._kernel.cached
+done = []
+thread = threading.Thread(target=lambda: done.append(train())); thread.start()
+while not compiles(): time.sleep(0.001)
+pid = os.fork()
+if pid == 0:
+    signal.alarm(60)
+    good = train(clip_value=2.0)
+    x = np.ones(300_000)
+    scale = fastlr.LossScale(); scale.update(True)
+    good &= fastlr.kernels.vectors.dot(x, x, 2) == 300_000.0 and scale.scale == 2.0**15
+    os._exit(0 if good else 1)
+_, status = os.waitpid(pid, 0)
+assert status == 0, status
+thread.join()
+assert done == [True] and numba.njit("i8(i8)")(lambda x: x + 1)(1) == 2
+print("done")
+""",
+        FASTLR_CACHE_DIR=str(tmp_path),
+    )
+    assert "done" in out
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_fork_while_a_compilation_waits_for_the_thread_that_forks(in_subprocess):
+    """The fork does not wait for ever, and the child has locks of its own."""
+    out = in_subprocess(
+        PRELUDE
+        + """
+from numba.core.compiler_lock import global_compiler_lock
+threads = fastlr.threads
+threads._FORK_PATIENCE = 0.1
+begun, forked = threading.Event(), threading.Event()
+def compile():
+    with global_compiler_lock:
+        begun.set(); forked.wait(60)
+thread = threading.Thread(target=compile); thread.start(); begun.wait()
+pid = os.fork()
+if pid == 0:
+    signal.alarm(60)
+    numba.njit("i8(i8)")(lambda x: x + 1)
+    os._exit(0)
+_, status = os.waitpid(pid, 0)
+assert status == 0, status
+forked.set(); thread.join()
+numba.njit("i8(i8)")(lambda x: x + 1)
+print("done")
+"""
+    )
+    assert "done" in out
+
+
 def test_one_optimizer_in_two_threads_raises(in_subprocess):
     out = in_subprocess(
         PRELUDE
@@ -277,6 +345,66 @@ def test_cgroup_quota(files, expected, tmp_path):
 def test_quota_limits_the_threads(monkeypatch):
     monkeypatch.setattr(threads, "_cgroup_quota", lambda: 0.5)
     assert threads.available_cpus() == 1
+
+
+@pytest.mark.parametrize("elements", [1_000, 100_000])
+def test_more_threads_than_there_is_work_for(elements, monkeypatch):
+    """What is made for them follows what is used, and the result is the same."""
+    from fastlr import plans
+
+    asked = []
+    monkeypatch.setattr(plans, "_WORTH_WAKING", 0)
+    monkeypatch.setattr(plans, "ask_helpers", lambda helpers, *step: asked.append(helpers))
+    results = []
+    for count in (1, 10**7, 10**30):
+        p, g = np.zeros(elements), np.arange(1.0, 1.0 + elements)
+        opt = fastlr.SGD(p, lr=1.0, threads=count)
+        opt.step(g)
+        (plan,) = opt._plans.values()
+        assert plan._control.nbytes < 2_000
+        results.append(p)
+    assert all(np.array_equal(p, results[0]) for p in results)
+    many = fastlr.SGD([np.zeros(1) for _ in range(400)], threads=1_000)
+    many.step([np.ones(1) for _ in range(400)])
+    assert asked == ([255] if elements < 16_384 else [6, 6, 255])
+
+
+def test_no_thread_can_be_started(monkeypatch):
+    """The step goes on alone, with one warning, and another try later."""
+    from fastlr import plans
+    from fastlr.kernels import vectors
+
+    monkeypatch.setattr(plans, "_WORTH_WAKING", 0)
+    monkeypatch.setattr(threads, "_pool", threads._Pool())
+    threads._warn_once.cache_clear()
+    vectors._pool.cache_clear()
+    tries = []
+
+    def refuse(thread):
+        tries.append(thread)
+        raise RuntimeError("can't start new thread")
+
+    p, g = np.zeros(100_000), np.ones(100_000)
+    opt = fastlr.SGD(p, lr=1.0, threads=4)
+    x = np.ones(300_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.warns(
+            RuntimeWarning, match="no helper thread can be started \\(can't start new thread\\)"
+        ) as caught:
+            for _ in range(5):
+                opt.step(g)
+        assert len(caught) == len(tries) == 1 and (p == -5.0).all()
+        threads._pool.not_before = 0.0
+        opt.step(g)
+        assert len(tries) == 2
+        assert vectors.dot(x, x, 4) == 300_000.0
+        vectors.combine(x, x, 2.0, x, 4)
+    threads._pool.not_before = 0.0
+    opt.step(g)
+    assert threads._pool.started == 3 and (p == -7.0).all()
+    vectors.combine(x, x, 1.0, x, 4)
+    assert (x == 6.0).all()
 
 
 def test_helpers_are_shared_and_few(monkeypatch):
