@@ -32,7 +32,7 @@ from .kernels.formats import FORMATS
 from .kernels.layout import CLOCK
 from .kernels.primitives import SCOPES
 from .kernels.staging import After, Before, Rule, Staged
-from .kernels.tiles import Storage
+from .kernels.tiles import Storage, compiles
 from .loss_scale import LossScale
 from .places import HOST, Alloc
 from .plans import Column, Plan
@@ -57,7 +57,7 @@ _ACCUMULATION = Rule(rules.accumulation)
 
 @functools.cache
 def _kernel(staged: Staged, storage: Storage, backend: str) -> Kernel:
-    return _BACKENDS[backend](staged, storage)
+    return _BACKENDS[backend if compiles() else "numpy"](staged, storage)
 
 
 @functools.cache

@@ -10,13 +10,11 @@ a forked child starts its own helpers and can compile.
 from __future__ import annotations
 
 import ctypes
-import functools
 import math
 import os
 import queue
 import threading
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ import llvmlite.binding.ffi
 from numba.core.compiler_lock import global_compiler_lock
 
 from . import checks
+from .kernels.notices import warn_once
 
 __all__ = ["get_num_threads", "set_num_threads"]
 
@@ -97,18 +96,11 @@ class _Pool:
                     thread.start()
                 except RuntimeError as error:  # too many in the process or for the user, or Python is shutting down
                     self.not_before = time.monotonic() + _TRY_AGAIN
-                    _warn_once(str(error))
+                    warn_once(
+                        f"no helper thread can be started ({error}): steps go on with fewer, and with the same result."
+                    )
                     return
                 self.started += 1
-
-
-@functools.cache
-def _warn_once(problem: str) -> None:
-    warnings.warn(
-        f"no helper thread can be started ({problem}): steps go on with fewer threads, with the same result.",
-        RuntimeWarning,
-        stacklevel=2,
-    )
 
 
 def _help(requests: queue.SimpleQueue[Any]) -> None:
@@ -141,9 +133,9 @@ _threads: int | None = None
 epoch = 0
 
 
-# A fork waits until no other thread compiles. Else the child would find the compiler locked by a thread that it does not
-# have, for ever. In the order in which a compilation takes them; the locks of Numba and LLVM have no time limit of their
-# own. A compilation takes seconds; one that takes longer than this may be waiting for the thread that forks.
+# A fork waits until no other thread compiles. Else the child would find the compiler locked for ever, by a thread that
+# does not exist there. A compilation takes seconds; one that takes longer than this may be waiting for the very thread
+# that forks. The locks stand in the order in which a compilation takes them.
 _FORK_PATIENCE = 30.0
 _COMPILERS: list[Any] = [global_compiler_lock, llvmlite.binding.ffi.lib._lock]
 

@@ -20,7 +20,6 @@ import platform
 import stat
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +29,8 @@ import llvmlite.binding as llvm
 import numba
 import numpy as np
 from numba.core.serialize import dumps
+
+from .notices import warn_once
 
 _MAGIC = b"fastlr kernel 1\n"
 _Kept = TypeVar("_Kept")
@@ -105,13 +106,8 @@ def _surroundings() -> str:
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 
-@functools.cache
-def _warn_once(problem: str) -> None:
-    warnings.warn(
-        f"{problem} Until then each new process compiles again, one or two seconds per kernel.",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+def _warn(problem: object) -> None:
+    warn_once(f"{problem} Until then each new process compiles again, one or two seconds per kernel.")
 
 
 def _others(status: os.stat_result) -> str | None:
@@ -165,7 +161,7 @@ class Entry:
             digest = hashlib.sha256("\0".join([_surroundings(), name, *map(str, content)]).encode()).hexdigest()
             self.file = folder() / f"{name}-{digest[:32]}.kernel"
         except CacheError as error:
-            _warn_once(str(error))
+            _warn(error)
 
     def load(self, decode: Callable[[bytes], _Kept]) -> _Kept | None:
         """What was kept.
@@ -195,7 +191,7 @@ class Entry:
                     if _others(os.fstat(descriptor)) is None:
                         return file.read()
         except CacheError as error:
-            _warn_once(str(error))
+            _warn(error)
         except OSError:
             pass
         return b""
@@ -213,12 +209,12 @@ class Entry:
                     file.write(_MAGIC + hashlib.sha256(body).digest() + body)
                 os.replace(temporary, self.file)
         except CacheError as error:
-            _warn_once(str(error))
+            _warn(error)
         except OSError as error:
             if temporary is not None and os.path.exists(temporary):
                 os.unlink(temporary)
             reason = error.strerror or error
-            _warn_once(
+            _warn(
                 f"the folder {place} cannot be used to keep compiled kernels ({reason}). Set FASTLR_CACHE_DIR to a "
                 "folder that can be written."
             )

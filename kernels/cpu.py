@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numba
 import numpy as np
 from numba import types
 
@@ -290,7 +289,7 @@ def build(staged: Staged, storage: Storage) -> Kernel:
     control_kind = types.Array(types.int64, 1, "C")
     signature = types.void(integers_2d, integers_2d, floats_2d, integers_2d, compute, control_kind, types.int64)
     dispatcher = compiled(step, digest)
-    dispatcher._cache = cache = KernelCache(staged.name, staged, storage, numba.config.DISABLE_JIT)
+    dispatcher._cache = cache = KernelCache(staged.name, staged, storage)
     dispatcher.compile(signature)
     dispatcher.disable_compile()
     return Kernel(dispatcher, time.perf_counter() - began, cache.hit, takes_helpers=True)

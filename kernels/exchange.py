@@ -19,6 +19,7 @@ from numba.extending import intrinsic
 
 from .caching import KernelCache
 from .memory import row
+from .tiles import compiles
 
 __all__ = ["ADDRESS", "DEVICE", "FIELDS", "GRADIENT_IS_NEW", "KIND", "LAYOUT", "MOVED", "SAME", "Exchange", "kind_of"]
 
@@ -117,7 +118,7 @@ def _compiled(name: str) -> Any:
     }
     function, arguments = functions[name]
     run = numba.njit(error_model="numpy")(function)
-    run._cache = KernelCache("exchange", name, numba.config.DISABLE_JIT)
+    run._cache = KernelCache("exchange", name)
     run.compile(word(*arguments))
     run.disable_compile()
     return run
@@ -143,13 +144,13 @@ class Exchange:
         tensor: the class of its tensors.
 
     Raises:
-        LookupError: if the library does not offer this.
+        LookupError: if the library does not offer this, or nothing is compiled.
     """
 
     def __init__(self, tensor: type) -> None:
         capsule = getattr(tensor, "__dlpack_c_exchange_api__", None)
         function = None if capsule is None else _function(capsule)
-        if function is None:
+        if function is None or not compiles():
             raise LookupError(f"{tensor.__name__} has no C exchange API of DLPack 1.")
         self._at = function
         self._box, self._found = np.zeros(8, np.int64), np.zeros((1, FIELDS), np.int64)

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import config, njit
 
 from .formats import FORMATS, to_float32
 from .memory import elements, lanes, outbox, where
+from .notices import warn_once
 from .staging import Staged, define
 from .sums import LANES
 
@@ -55,6 +56,15 @@ class Storage:
         """The columns that a step writes, in order."""
         states = range(2, 2 + len(staged.states))
         return [0, *([1] if self.clear else []), *states, *([len(self.columns(staged)) - 1] if self.shadow else [])]
+
+
+def compiles() -> bool:
+    """Whether Numba compiles; where it has been told not to, NumPy takes over, and a warning says so once."""
+    if config.DISABLE_JIT:
+        warn_once(
+            "NUMBA_DISABLE_JIT is set, so nothing is compiled: NumPy makes the steps, slowly, with the same result."
+        )
+    return not config.DISABLE_JIT
 
 
 def compiled(function: Callable[..., Any], digest: str) -> Any:

@@ -15,8 +15,9 @@ import pytest
 
 import fastlr
 from fastlr import info
-from fastlr.kernels import caching
+from fastlr.kernels import caching, vectors
 from fastlr.kernels.caching import Entry, KernelCache
+from fastlr.kernels.notices import warn_once
 
 posix = pytest.mark.skipif(os.name != "posix", reason="files belong to users in another way there")
 
@@ -192,7 +193,7 @@ def cache(tmp_path, monkeypatch):
     folder = tmp_path / "cache"
     folder.mkdir(mode=0o700)
     monkeypatch.setenv("FASTLR_CACHE_DIR", str(folder))
-    caching._warn_once.cache_clear()
+    warn_once.cache_clear()
     cache = KernelCache("adam", "x")
     planted(cache._entry.file)
     with pytest.raises(SystemExit):  # here it is run
@@ -273,7 +274,7 @@ def test_without_a_home_kernels_are_not_kept(monkeypatch):
         raise KeyError(f"getpwuid(): uid not found: {uid}")
 
     monkeypatch.setattr("pwd.getpwuid", no_entry)
-    caching._warn_once.cache_clear()
+    warn_once.cache_clear()
     with pytest.warns(RuntimeWarning, match="no home directory. Set FASTLR_CACHE_DIR to a folder") as caught:
         used_in_vain("adam", "sgd")
     KernelCache("adam", "x").flush()
@@ -342,6 +343,52 @@ def test_the_folder(monkeypatch, tmp_path):
     assert caching.folder() == tmp_path / "own"
     assert KernelCache("adam", "x").cache_path == str(tmp_path / "own")
     assert KernelCache("adam", "x")._entry.file != KernelCache("adam", "y")._entry.file
+
+
+def test_numba_that_is_told_not_to_compile(in_subprocess):
+    """NumPy takes over everywhere, and one warning says so."""
+    program = """
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import numpy as np, fastlr
+    for make in (fastlr.Adam, fastlr.LAMB):
+        p, q = np.ones(100), np.ones(100)
+        opt, other = make(p), make(q, backend="numpy")
+        for _ in range(2): opt.step(q); other.step(q)
+        assert (p == q).all() and p[0] < 1.0
+    assert fastlr.warmup(fastlr.SGD)
+    rate = fastlr.schedules.Cosine(1.0, steps=10)
+    assert rate(np.arange(11))[10] == rate(10)
+    w = np.array([3.0, 4.0])
+    fastlr.LBFGS(w).minimize(lambda x: (float(np.sum(x**2)), 2 * x))
+    assert abs(w).max() < 1e-4
+    try:
+        import torch, fastlr.torch
+    except ImportError:
+        pass
+    else:
+        leaf = torch.nn.Parameter(torch.ones(3))
+        opt = fastlr.torch.SGD([leaf], lr=0.5)
+        leaf.grad = torch.ones(3)
+        opt.step(); opt.step()
+        assert leaf.tolist() == [0.0] * 3
+print([str(w.message) for w in caught if "NUMBA" in str(w.message)])
+"""
+    (line,) = in_subprocess(program, NUMBA_DISABLE_JIT="1").splitlines()
+    assert line.count("NUMBA_DISABLE_JIT is set, so nothing is compiled: NumPy makes the steps") == 1
+
+
+@pytest.mark.parametrize("name", ["move_and_dot", "dot", "move"])
+def test_passes_over_vectors_by_numpy_give_the_same_bits(name, rng):
+    vectors_of = [rng.standard_normal(40_001).astype(np.float32) for _ in range(3)]
+    results = []
+    for run in (vectors._pass(name, "float32"), vectors._by_numpy(name)):
+        x, y, z = map(np.copy, vectors_of)
+        sums = np.zeros((3, 1))
+        run(x, x, np.float32(0.3), y, z, sums, 0, 3)
+        results.append((x.tobytes(), sums.tobytes()))
+    assert results[0] == results[1]
 
 
 def test_import_compiles_nothing_and_is_quick(in_subprocess, tmp_path):
