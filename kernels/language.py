@@ -99,9 +99,14 @@ def parse(function: Callable[..., Any]) -> tuple[ast.FunctionDef, Mapping[str, A
     name = getattr(function, "__name__", repr(function))
     try:
         lines, first = inspect.getsourcelines(function)
-    except (OSError, TypeError) as error:
+    except (OSError, TypeError):
+        if function.__globals__.get("__package__") == __package__:
+            raise ImportError(
+                "fastlr reads the source of its own rules: install it with its .py files, which are missing here."
+            ) from None
         raise RuleError(
-            f"the source of rule {name!r} cannot be read ({error}). Define it with `def` in a file or a notebook cell."
+            f"the source of rule {name!r} cannot be read: Python keeps none of what exec runs and, before 3.13, of what "
+            "is typed at its prompt or passed with -c. Define the rule with `def` in a file or a notebook cell."
         ) from None
     try:
         node = ast.parse(textwrap.dedent("".join(lines))).body[0]
@@ -110,6 +115,13 @@ def parse(function: Callable[..., Any]) -> tuple[ast.FunctionDef, Mapping[str, A
     if not isinstance(node, ast.FunctionDef):
         raise RuleError(f"line {first}: rule {name!r} must be a function written with `def`, not a lambda or a class.")
     ast.increment_lineno(node, first - 1)
+    code, given = function.__code__, node.args
+    names = tuple(a.arg for a in (*given.posonlyargs, *given.args, *given.kwonlyargs))
+    if node.name != code.co_name or names != code.co_varnames[: len(names)]:
+        raise RuleError(
+            f"the source found for rule {name!r}, in line {first} of {code.co_filename}, is that of another function: "
+            "it is wrapped by a decorator, or the file has changed since. Use the function itself; import it again."
+        )
     closure = inspect.getclosurevars(function)
     seen = {**closure.builtins, **function.__globals__, **closure.nonlocals}
     return node, seen

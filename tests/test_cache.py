@@ -15,7 +15,7 @@ import pytest
 
 import fastlr
 from fastlr import info
-from fastlr.kernels import caching, vectors
+from fastlr.kernels import caching
 from fastlr.kernels.caching import Entry, KernelCache
 from fastlr.kernels.notices import warn_once
 
@@ -377,18 +377,6 @@ print([str(w.message) for w in caught if "NUMBA" in str(w.message)])
 """
     (line,) = in_subprocess(program, NUMBA_DISABLE_JIT="1").splitlines()
     assert line.count("NUMBA_DISABLE_JIT is set, so nothing is compiled: NumPy makes the steps") == 1
-
-
-@pytest.mark.parametrize("name", ["move_and_dot", "dot", "move"])
-def test_passes_over_vectors_by_numpy_give_the_same_bits(name, rng):
-    vectors_of = [rng.standard_normal(40_001).astype(np.float32) for _ in range(3)]
-    results = []
-    for run in (vectors._pass(name, "float32"), vectors._by_numpy(name)):
-        x, y, z = map(np.copy, vectors_of)
-        sums = np.zeros((3, 1))
-        run(x, x, np.float32(0.3), y, z, sums, 0, 3)
-        results.append((x.tobytes(), sums.tobytes()))
-    assert results[0] == results[1]
 
 
 def test_import_compiles_nothing_and_is_quick(in_subprocess, tmp_path):

@@ -262,3 +262,15 @@ def test_passes(n, dtype, rng):
         vectors.combine(out, out, -0.3, y, threads)
         np.testing.assert_allclose(out, x, atol=1e-6)
     assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("name", ["move_and_dot", "dot", "move"])
+def test_passes_over_vectors_by_numpy_give_the_same_bits(name, rng):
+    vectors_of = [rng.standard_normal(40_001).astype(np.float32) for _ in range(3)]
+    results = []
+    for run in (vectors._pass(name, "float32"), vectors._by_numpy(name)):
+        x, y, z = map(np.copy, vectors_of)
+        sums = np.zeros((3, 1))
+        run(x, x, np.float32(0.3), y, z, sums, 0, 3)
+        results.append((x.tobytes(), sums.tobytes()))
+    assert results[0] == results[1]

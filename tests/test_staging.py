@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ast
+import functools
+import linecache
 import math
+import py_compile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -330,12 +334,59 @@ def test_what_cannot_be_staged_names_the_line(function, below, message):
 def test_a_missing_source():
     scope: dict = {}
     exec("def hidden(p, g, *, lr):\n    return p - lr * g", scope)
-    with pytest.raises(fastlr.RuleError, match="the source of rule 'hidden' cannot be read"):
+    with pytest.raises(fastlr.RuleError, match="the source of rule 'hidden' cannot be read.* in a file or a notebook"):
         fastlr.rule(scope["hidden"])
     with pytest.raises(fastlr.RuleError, match="a rule must be a function written with `def`, got 3"):
         fastlr.rule(3)
     with pytest.raises(fastlr.RuleError, match="must be a function written with `def`"):
         fastlr.rule(lambda p, g, *, lr: p - lr * g)
+
+
+def test_the_source_of_something_else(tmp_path):
+    """What is staged is what the function does, or it is refused."""
+
+    def twice(function):
+        @functools.wraps(function)
+        def run(*args, **kwargs):
+            return 2 * function(*args, **kwargs)
+
+        return run
+
+    @twice
+    def doubled(p, g, *, lr):
+        return p - lr * g
+
+    with pytest.raises(fastlr.RuleError, match="rule 'doubled', .* is that of another function: it is wrapped"):
+        fastlr.rule(doubled)
+    file = tmp_path / "changed.py"
+    for after in ("def new(p, g, *, lr):", "def old(p, g, m, *, lr):"):
+        scope: dict = {}
+        file.write_text("def old(p, g, *, lr):\n    return p - lr * g\n")
+        exec(compile(file.read_text(), str(file), "exec"), scope)
+        assert fastlr.rule(scope["old"]).name == "old"
+        file.write_text(f"{after}\n    return p - lr * g\n")
+        linecache.clearcache()
+        with pytest.raises(fastlr.RuleError, match="changed.py, is that of another function"):
+            fastlr.rule(scope["old"])
+
+
+def test_without_the_files_of_fastlr(in_subprocess, tmp_path):
+    """Compiled files alone are not enough, and one sentence says so."""
+    for name, module in (("fastlr", fastlr), ("fastlr/kernels", fastlr.kernels)):
+        (tmp_path / name).mkdir()
+        for source in Path(module.__file__).parent.glob("*.py"):
+            compiled = tmp_path / name / f"{source.stem}.pyc"
+            py_compile.compile(str(source), str(compiled), f"gone/{source.name}", doraise=True)
+    program = f"""
+import sys; sys.path.insert(0, {str(tmp_path)!r})
+try:
+    import fastlr
+except ImportError as error:
+    print(error)
+"""
+    out = in_subprocess(program)
+    assert out.startswith("fastlr reads the source of its own rules: install it with its .py files")
+    assert out.count("\n") == 1
 
 
 def test_no_wrapped_rule_no_optimizer():
