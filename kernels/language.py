@@ -105,8 +105,8 @@ def parse(function: Callable[..., Any]) -> tuple[ast.FunctionDef, Mapping[str, A
                 "fastlr reads the source of its own rules: install it with its .py files, which are missing here."
             ) from None
         raise RuleError(
-            f"the source of rule {name!r} cannot be read: Python keeps none of what exec runs and, before 3.13, of what "
-            "is typed at its prompt or passed with -c. Define the rule with `def` in a file or a notebook cell."
+            f"the source of rule {name!r} cannot be read: Python keeps none of exec's code and, before 3.13, none of "
+            "what is typed at its prompt or passed with -c. Define the rule with `def` in a file or a notebook cell."
         ) from None
     try:
         node = ast.parse(textwrap.dedent("".join(lines))).body[0]
