@@ -131,7 +131,7 @@ has_shape = numba.njit(error_model="numpy")(_has_shape)
 @functools.cache
 def _compiled() -> Any:
     run = numba.njit(error_model="numpy")(_look)  # keeps the GIL: it looks at Python objects
-    run._cache = KernelCache("arrays", "look", numba.config.DISABLE_JIT)
+    run._cache = KernelCache("arrays", "look")
     run.compile(types.int64(types.int64, types.int64))
     run.disable_compile()
     return run
