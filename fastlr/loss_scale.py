@@ -131,8 +131,13 @@ class LossScale:
 
     def copy(self) -> LossScale:
         """Another one in the same state."""
-        settings = {"growth": self.growth, "backoff": self.backoff, "interval": self.interval}
-        new = LossScale(max(1.0, self.min_scale), min_scale=self.min_scale, **settings)
+        new = LossScale(
+            max(1.0, self.min_scale),
+            growth=self.growth,
+            backoff=self.backoff,
+            interval=self.interval,
+            min_scale=self.min_scale,
+        )
         new.load_state_dict(self.state_dict())
         return new
 
