@@ -291,9 +291,9 @@ class DeviceGradients(Gradients):
         if [self._at.address(array) for _, array, _ in self._given] != [m.address for m in self._given_memory]:
             return None
         quick = self._at.quick_address
-        shapes: Sequence[Any] = [found[0].shape] if flat else self._shapes
-        if flat and shapes[0] not in ((self._size,), self._only_shape):
-            return None
+        shapes: Sequence[Any] = self._shapes
+        if flat:
+            shapes = [self._only_shape if getattr(found[0], "shape", None) == self._only_shape else (self._size,)]
         for kind in (name for name, known in self._formats.items() if known == wanted):
             addresses = [
                 0 if leaf is None else quick(leaf, shape, kind) for leaf, shape in zip(found, shapes, strict=True)
