@@ -1,8 +1,9 @@
 """One call at a time: whoever writes or copies an optimizer keeps all others out until it returns.
 
 A lock would stay locked if an interrupt came between taking it and the `try`, and in a child that was forked while
-another thread held it. Here whoever is in leaves a token that names its thread, and a token counts only as long as
-that thread has a frame that holds it: otherwise its owner is gone, and the next caller takes its place.
+another thread held it. Here whoever is in leaves a token that names its thread. It counts no longer if there is no
+such thread, or if the caller is in that thread and none of the frames below it holds the token: then its owner is gone,
+and the caller takes its place.
 """
 
 from __future__ import annotations
@@ -54,21 +55,23 @@ def take_over(users: Users, token: list[Any]) -> None:
             return
 
 
-def _check_gone(token: list[Any], caller: FrameType | None) -> None:
-    """Check that no frame of a token's thread holds it any more; of this thread, from the caller on."""
-    here = token[0] == threading.get_ident()
-    frame = caller if here else sys._current_frames().get(token[0])
-    while frame is not None:
-        if any(value is token for value in list(frame.f_locals.values())):
-            if here:
-                raise RuntimeError(
-                    "this optimizer is in a step, or is being saved, loaded or set: what is called meanwhile (a "
-                    "schedule's function, alloc=, a signal handler, __del__) must not write or copy it. Do so after "
-                    "that call has returned."
-                )
+def _check_gone(token: list[Any], caller: FrameType) -> None:
+    """Check that the owner of a token is gone; in this thread, that no frame from the caller on holds the token."""
+    if token[0] != threading.get_ident():
+        # The frames of a thread that goes on meanwhile could not be looked through reliably.
+        if token[0] in sys._current_frames():
             raise RuntimeError(
                 "this optimizer is in a step in another thread, or is being saved, loaded or set there. "
                 "Use one optimizer per thread, or a lock."
+            )
+        return
+    frame: FrameType | None = caller
+    while frame is not None:
+        if any(value is token for value in list(frame.f_locals.values())):
+            raise RuntimeError(
+                "this optimizer is in a step, or is being saved, loaded or set: what is called meanwhile (a "
+                "schedule's function, alloc=, a signal handler, __del__) must not write or copy it. Do so after "
+                "that call has returned."
             )
         frame = frame.f_back
 
