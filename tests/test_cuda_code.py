@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -19,7 +20,8 @@ import sass
 from cases import CASES, PLAIN
 
 import fastlr
-from fastlr.kernels import cuda, grid
+from fastlr.kernels import caching, cuda, grid
+from fastlr.kernels.notices import warn_once
 from fastlr.kernels.tiles import Storage
 
 both = pytest.mark.parametrize("architecture", sass.ARCHITECTURES)
@@ -111,6 +113,9 @@ def test_the_cache_of_machine_code(tmp_path, monkeypatch):
         content = (staged, storage, tuning)
         return cuda.image_of(lambda t: grid.update(t, staged, storage, tuning, True), "sgd", cc, content)
 
+    def whole(content):
+        return caching._MAGIC + hashlib.sha256(content).digest() + content
+
     first = get()
     (file,) = tmp_path.glob("sgd-*.kernel")
     assert first.log
@@ -119,9 +124,14 @@ def test_the_cache_of_machine_code(tmp_path, monkeypatch):
     get(cc=(8, 0))
     get(tuning=grid.Tuning(threads=128))
     assert len(list(tmp_path.glob("sgd-*.kernel"))) == 3
-    file.write_bytes(file.read_bytes()[:-10])
-    assert get().log, "it was compiled again"
-    assert get().log == ""
+    for damaged in (file.read_bytes()[:-10], whole(b"hello"), whole(b"update\n256\nhello")):
+        file.write_bytes(damaged)
+        assert get().log, "it was compiled again"
+        assert get().log == ""
+    tmp_path.chmod(0o777)
+    warn_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match="other users can write to it"):
+        assert get().log
 
 
 def test_the_simulator():
