@@ -25,7 +25,7 @@ from .devices import stream_handle
 from .exclusive import enter, exclusive, take_over
 from .gradients import DeviceGradients, Gradients, Located
 from .groups import Groups, hyperparameter, matching
-from .kernels import cpu, reference, rules
+from .kernels import arrays, cpu, reference, rules
 from .kernels.atomic import commit
 from .kernels.cpu import Kernel
 from .kernels.formats import FORMATS
@@ -878,7 +878,8 @@ class Optimizer:
         kernel = self._kernel_for(self._params.dtype.name, self._clears)
         if isinstance(kernel, StepKernels):
             kernel.prepare(self._rows.decided_by_host)
-        return float(kernel.compile_s)
+        quick = arrays.prepare() if self._on_host and self._backend == "numba" else 0.0
+        return float(kernel.compile_s) + quick
 
     # Hyperparameters
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ from .caching import KernelCache
 from .memory import put as _put_as
 from .memory import row
 
-__all__ = ["FOUND", "Finder", "is_available"]
+__all__ = ["FOUND", "Finder", "is_available", "prepare"]
 
 # Offsets in bytes: of the type in any Python object, and of what an array is.
 _TYPE, _DATA, _NDIM, _SHAPE, _DTYPE, _FLAGS = 8, 16, 24, 32, 56, 64
@@ -157,6 +158,14 @@ def is_available() -> bool:
         if found != right or word(array, _NDIM) & _HALF_WORD != array.ndim or tuple(shape) != array.shape:
             return False
     return True
+
+
+def prepare() -> float:
+    """Compile what looks at arrays, or load it from the cache; the seconds that took."""
+    began = time.perf_counter()
+    if is_available():
+        _compiled()
+    return time.perf_counter() - began
 
 
 def flags_of(writeable: bool) -> int:
