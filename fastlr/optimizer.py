@@ -679,17 +679,17 @@ class Optimizer:
                 return recent, things
         self._gradients.check_given()
         if flat:
-            addresses, arrays, kind = self._gradients.flat(grads)
+            addresses, found, kind = self._gradients.flat(grads)
         else:
-            addresses, arrays, kind = self._gradients.leaves(things)
+            addresses, found, kind = self._gradients.leaves(things)
             complete = 0 not in addresses
-            active = everyone if complete else tuple(a is not None for a in arrays)
+            active = everyone if complete else tuple(a is not None for a in found)
         plan = self._plan_for(active, seen, flat, kind, unscaled)
         plan.point_gradients(addresses, flat)
-        if all(map(operator.is_, arrays, things)):  # they may be so again in the next step
-            plan.expect(self._gradients, arrays, flat)
+        if all(map(operator.is_, found, things)):  # they may be so again in the next step
+            plan.expect(self._gradients, found, flat)
             self._recent[flat, part] = plan
-        return plan, (things, arrays)
+        return plan, (things, found)
 
     def _own_gradients(self, active: tuple[bool, ...]) -> tuple[Any, tuple[bool, ...]]:
         """`opt.grads`, and the leaves that are updated by them."""
