@@ -167,7 +167,7 @@ def place_called(device: str) -> Place:
         return HOST
     name, _, number = str(device).partition(":")
     if name != "cuda" or not (number == "" or number.isdigit()):
-        raise ValueError(f'device must be "cpu", "cuda" or "cuda:" and a number, got {device!r}.')
+        raise ValueError(f'device must be "cpu", "cuda" or "cuda:" and a number, got {checks.shown(device)}.')
     return device_arrays.on_device(devices.gpu(int(number or 0)))
 
 

@@ -48,8 +48,9 @@ def collect(opt: Optimizer, params: bool) -> dict[str, np.ndarray]:
     description = {**_describe(opt), "steps": counts.steps, "groups": opt._hyper.export()}
     if opt.loss_scale is not None:
         description["loss_scale"] = opt.loss_scale.state_dict()
-    if opt._observed:
-        description["observed"] = scheduled.saved(opt._observed)
+    observed = scheduled.saved(opt._hyper, opt._observed)
+    if observed:
+        description["observed"] = observed
     out = {
         _DESCRIPTION: np.frombuffer(json.dumps(description).encode(), np.uint8).copy(),
         "step": counts.t,
@@ -121,7 +122,7 @@ def apply(opt: Optimizer, state: Mapping[str, np.ndarray]) -> None:
     scalars = [arrays[name] for name in opt._source.scalars]
     stacked = np.stack(scalars, axis=-1) if scalars else np.zeros((*shape, 0))
     counts = Counts(arrays["step"], arrays["clock"], arrays["skipped"], stacked, steps)
-    opt._put(_hyper=hyper, _observed=scheduled.restored(saved.get("observed", {})))
+    opt._put(_hyper=hyper, _observed=scheduled.restored(hyper, saved.get("observed", {})))
     opt._take_counts(counts)
     for prefix, letter in zip(prefixes, opt._columns.letters, strict=True):
         for path, leaf in zip(opt._params.paths, opt._columns.arrays[letter], strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import reprlib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -40,6 +41,31 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
 _POSITIVE = ("clip_norm", "clip_value", "grad_scale")
 
 
+class _Short(reprlib.Repr):
+    """What a message shows of a value: its ends, if it is long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = self.maxlong = 200
+
+    def repr_int(self, value: int, level: int) -> str:
+        if abs(value) < 10**100:
+            return repr(value)
+        return f"a whole number of about {int(value.bit_length() * math.log10(2)) + 1} digits"  # too long for `repr`
+
+    def repr_ndarray(self, value: np.ndarray, level: int) -> str:
+        with np.printoptions(threshold=6, edgeitems=2):
+            return " ".join(self.repr_instance(value, level).split())
+
+
+_SHORT = _Short()
+
+
+def shown(value: Any) -> str:
+    """A value for a message: its code, without the middle if that is long."""
+    return _SHORT.repr(value)
+
+
 def limits(name: str) -> tuple[float, float, tuple[float, ...]]:
     """Between which two numbers a hyperparameter of this name in the API must be, and which of the two it may be."""
     if name in _POSITIVE:
@@ -63,11 +89,11 @@ def expected(name: str) -> str:
 def _number(name: str, label: str, value: Any, population: int | None) -> float | np.ndarray:
     low, high, closed = _RANGES.get(name, (-math.inf, math.inf, False))
     if value is None or isinstance(value, bool | np.bool_ | str):
-        raise TypeError(f"{label} must be a number, got {value!r}.")
+        raise TypeError(f"{label} must be a number, got {shown(value)}.")
     try:
         array = np.array(value, dtype=np.float64)
     except (TypeError, ValueError):
-        raise TypeError(f"{label} must be a number, got {value!r}.") from None
+        raise TypeError(f"{label} must be a number, got {shown(value)}.") from None
     if array.ndim and (population is None or array.shape != (population,)):
         wanted = "one number" if population is None else f"one number or an array of shape ({population},)"
         hint = "" if population is not None else " (only a population takes arrays: see fastlr.flatten)"
@@ -76,8 +102,8 @@ def _number(name: str, label: str, value: Any, population: int | None) -> float 
     if name in _POSITIVE:
         good = np.isfinite(array) & (array > 0)
     if not good.all():
-        shown = array if array.ndim == 0 else array[~good][0]
-        raise ValueError(f"{label} {expected(name)}, got {float(shown)!r}.")
+        bad = array if array.ndim == 0 else array[~good][0]
+        raise ValueError(f"{label} {expected(name)}, got {float(bad)!r}.")
     if array.ndim == 0:
         return float(array)
     array.flags.writeable = False
@@ -107,10 +133,10 @@ def hyperparameter(name: str, value: Any, like: Any, population: int | None, whe
     if isinstance(like, bool):
         if isinstance(value, bool | np.bool_):
             return bool(value)
-        raise TypeError(f"{label} must be True or False, got {value!r}.")
+        raise TypeError(f"{label} must be True or False, got {shown(value)}.")
     if isinstance(like, tuple):
         if not isinstance(value, tuple | list) or len(value) != len(like):
-            raise ValueError(f"{label} must be {len(like)} numbers, got {value!r}.")
+            raise ValueError(f"{label} must be {len(like)} numbers, got {shown(value)}.")
         return tuple(_number(name, f"{label}[{k}]", v, population) for k, v in enumerate(value))
     return _number(name, label, value, population)
 
@@ -137,7 +163,7 @@ def mask(name: str, value: Any, population: int | None) -> np.ndarray:
     """
     array = np.array(value)
     if array.dtype != bool:
-        raise TypeError(f"{name} must be True, False or an array of bools, one for each model, got {value!r}.")
+        raise TypeError(f"{name} must be True, False or an array of bools, one for each model, got {shown(value)}.")
     if array.shape != (population,):
         raise ValueError(f"{name} must be one bool or an array of shape ({population},), got shape {array.shape}.")
     array.flags.writeable = False
@@ -162,10 +188,10 @@ def number(name: str, value: Any, low: float, high: float) -> float:
         ValueError: if it is not above the one and below the other.
     """
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
-        raise TypeError(f"{name} must be a number, got {value!r}.")
+        raise TypeError(f"{name} must be a number, got {shown(value)}.")
     if not low < value < high:
         expected = f"above {low:g} and finite" if high == math.inf else f"between {low:g} and {high:g}, exclusive"
-        raise ValueError(f"{name} must be {expected}, got {value!r}.")
+        raise ValueError(f"{name} must be {expected}, got {shown(value)}.")
     return float(value)
 
 
@@ -370,9 +396,9 @@ def patterns(name: str, value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
         return (value,)
     if not isinstance(value, list | tuple | set | frozenset) or not all(isinstance(x, str) for x in value):
-        raise TypeError(f"{name} must be a pattern or a list of patterns, got {value!r}.")
+        raise TypeError(f"{name} must be a pattern or a list of patterns, got {shown(value)}.")
     if not value:
-        raise ValueError(f"{name} must name a pattern or several, got {value!r}.")
+        raise ValueError(f"{name} must name a pattern or several, got {shown(value)}.")
     return tuple(value)
 
 
@@ -384,7 +410,7 @@ def count(name: str, value: Any) -> int:
         ValueError: if it is not positive.
     """
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} must be a whole number, got {value!r}.")
+        raise TypeError(f"{name} must be a whole number, got {shown(value)}.")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}.")
     return int(value)

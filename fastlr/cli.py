@@ -26,10 +26,18 @@ def _counts(text: str) -> list[int]:
             value = float(word[:-1] if scale > 1 else word) * scale
         except ValueError:
             value = 0.0
-        if value < 1 or value != int(value):
+        if not 1 <= value <= 2**53 or value != int(value):
             raise argparse.ArgumentTypeError(f"{word!r} is not a positive whole number (1000, 10_000, 25M)")
         out.append(int(value))
     return out
+
+
+def _count(text: str) -> int:
+    """A whole number as in `_counts`."""
+    found = _counts(text)
+    if len(found) != 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one whole number")
+    return found[0]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         "expression", nargs="+", help='such as "Cosine(1e-3, steps=10_000).warmup(500)"; several are overlaid'
     )
     p.add_argument("-o", "--output", metavar="FILE", help=".png, .svg or .pdf; without it, in the terminal")
-    p.add_argument("--steps", type=int, help="how many steps to draw")
+    p.add_argument("--steps", type=_count, help="how many steps to draw")
     b = commands.add_parser("bench", help="throughput beside NumPy, PyTorch and this machine's memory speed")
     b.add_argument("--quick", action="store_true", help="three rules and three sizes, in under a minute")
     b.add_argument("--rules", type=_list, help="adam,rmsprop,... (default: all)")

@@ -15,7 +15,22 @@ from . import checks
 from .exclusive import Users, enter
 from .schedules import Function, Schedule
 
-__all__ = ["Group", "Groups", "hyperparameter", "plain"]
+__all__ = ["Group", "Groups", "everywhere", "hyperparameter", "plain", "somewhere"]
+
+
+def everywhere(value: Any) -> bool:
+    """Whether a hyperparameter is on, not 0, in all models; one that follows a schedule is."""
+    return isinstance(value, Schedule) or bool(np.all(value))
+
+
+def somewhere(value: Any) -> bool:
+    """Whether a hyperparameter is on, not 0, in some model; one that follows a schedule is."""
+    return isinstance(value, Schedule) or bool(np.any(value))
+
+
+def _follows(value: Any) -> bool:
+    """Whether a hyperparameter, or a part of it, follows a schedule."""
+    return any(isinstance(one, Schedule) for one in (value if isinstance(value, tuple) else [value]))
 
 
 def matching(name: str, pattern: str, paths: Sequence[str]) -> list[str]:
@@ -41,8 +56,15 @@ def hyperparameter(name: str, value: Any, like: Any, population: int | None, whe
     def scheduled(one: Any) -> bool:
         return isinstance(one, Schedule) or (callable(one) and not isinstance(one, type))
 
-    def made(one: Any) -> Schedule:
-        return one if isinstance(one, Schedule) else Function(one)
+    def made(one: Any, part: str = "") -> Schedule:
+        schedule = one if isinstance(one, Schedule) else Function(one)
+        models = schedule._carried_out().models
+        if models not in (None, population):
+            wanted = "one for all: only a population takes several, see fastlr.flatten"
+            if population is not None:
+                wanted = f"one, or one for each of the {population} models"
+            raise ValueError(f"{where}{name}{part} follows a schedule of {models} numbers, expected {wanted}.")
+        return schedule
 
     if isinstance(like, bool) or name == "frozen":
         return checks.hyperparameter(name, value, like, population, where)
@@ -51,7 +73,8 @@ def hyperparameter(name: str, value: Any, like: Any, population: int | None, whe
     if isinstance(like, tuple) and isinstance(value, tuple | list) and any(map(scheduled, value)):
         plain = [0.0 if scheduled(one) else one for one in value]
         checked = checks.hyperparameter(name, plain, like, population, where)
-        return tuple(made(one) if scheduled(one) else c for one, c in zip(value, checked, strict=True))
+        parts = enumerate(zip(value, checked, strict=True))
+        return tuple(made(one, f"[{k}]") if scheduled(one) else c for k, (one, c) in parts)
     return checks.hyperparameter(name, value, like, population, where)
 
 
@@ -61,7 +84,7 @@ def plain(value: Any) -> Any:
         try:
             return value.to_dict()
         except TypeError:  # a function of the user's, or with one in it
-            return {"type": None, "code": repr(value)}
+            return {"type": None, "code": checks.shown(value)}
     if isinstance(value, tuple):
         return [plain(v) for v in value]
     return value.tolist() if isinstance(value, np.ndarray) else value
@@ -119,6 +142,8 @@ class Groups(Mapping[str, Group]):
         changed: those that were set since somebody last emptied it.
         listener: called after one was set.
         users: those of the optimizer, who keep others out.
+        examine: a weak reference to what refuses schedules that do not fit the optimizer, as
+            `examine(label, name, value)`.
         configuration: for each leaf, the index of its configuration: leaves that match the same patterns share one.
 
     Raises:
@@ -139,18 +164,19 @@ class Groups(Mapping[str, Group]):
         self.changed: set[str] = set()
         self.users: Users = {}
         self.listener: Callable[[], None] | None = None
+        self.examine: Callable[[], Callable[[str, str, Any], None] | None] | None = None
         self.names = (*values, "frozen")
         self.defaults = Group(self, "", paths)
         self.defaults._values.update(values, frozen=False)
         self._groups: dict[str, Group] = {}
         if overrides is not None and not isinstance(overrides, Mapping):
-            raise TypeError(f"groups must be a dict of pattern: hyperparameters, got {overrides!r}.")
+            raise TypeError(f"groups must be a dict of pattern: hyperparameters, got {checks.shown(overrides)}.")
         for pattern, override in (overrides or {}).items():
             if not isinstance(pattern, str) or not pattern:
                 raise ValueError(f'groups: a pattern must be a string such as "*.bias" or "*", got {pattern!r}.')
             matched = matching("groups", pattern, paths)
             if not isinstance(override, Mapping):
-                raise TypeError(f"groups[{pattern!r}] must be a dict of hyperparameters, got {override!r}.")
+                raise TypeError(f"groups[{pattern!r}] must be a dict of hyperparameters, got {checks.shown(override)}.")
             group = self._groups[pattern] = Group(self, pattern, matched)
             for name, value in override.items():
                 self.set(group, name, value)
@@ -173,20 +199,39 @@ class Groups(Mapping[str, Group]):
         return len(self._groups)
 
     def set(self, group: Group, name: str, value: Any) -> None:
-        """Check and set one hyperparameter of a group."""
+        """Check and set one hyperparameter of a group; what is refused leaves the old value."""
         where = f"groups[{group.pattern!r}]: " if group.pattern else ""
         checks.choices(f"{where}hyperparameter", [name], self.names)
         like = self.defaults._values[name]
         checked = "ema" if name == "ema_decay" else name
-        value = hyperparameter(checked, value, like, self._population, where)
+        made = hyperparameter(checked, value, like, self._population, where)
         token = enter(self.users)  # noqa: F841  (a frame that holds it is what shows that the call is in)
+        before = dict(group._values)
         try:
             self.changed.add(name)  # first: an interrupt in between must not leave a value that nobody takes over
-            group._values[name] = value
+            group._values[name] = made
+            examine = self.examine() if self.examine is not None else None
+            if examine is not None and _follows(made):
+                examine(f"{where}{name}", checked, made)
             if self.listener is not None:
                 self.listener()
+        except BaseException:
+            if name in before:
+                group._values[name] = before[name]
+            else:
+                group._values.pop(name, None)
+            raise
         finally:
             self.users.clear()
+
+    def schedules(self) -> Iterator[tuple[str, Schedule]]:
+        """The schedules among the values that were set, each with what it is for."""
+        for group in (self.defaults, *self._groups.values()):
+            where = f"groups[{group.pattern!r}]: " if group.pattern else ""
+            for name, value in group._values.items():
+                for k, one in enumerate(value if isinstance(value, tuple) else [value]):
+                    if isinstance(one, Schedule):
+                        yield f"{where}{name}" + (f"[{k}]" if isinstance(value, tuple) else ""), one
 
     def _resolved(self, configuration: tuple[str, ...]) -> dict[str, Any]:
         values = dict(self.defaults._values)

@@ -122,7 +122,7 @@ class LossScale:
         try:
             scale, good = np.asarray(state["scale"], np.float64), np.asarray(state["good"], np.int64)
         except (KeyError, TypeError, ValueError):
-            raise ValueError(f"this is not the state of a LossScale: {state!r}.") from None
+            raise ValueError(f"this is not the state of a LossScale: {checks.shown(state)}.") from None
         if not (np.isfinite(scale) & (scale > 0)).all() or scale.ndim > 1:
             raise ValueError(f"this is not the state of a LossScale: its scale is {state['scale']!r}.")
         self._catch_up()

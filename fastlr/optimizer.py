@@ -8,6 +8,7 @@ import inspect
 import operator
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from threading import get_ident
 from typing import Any, ClassVar, TypedDict
@@ -24,7 +25,7 @@ from .device_rows import DeviceRows
 from .devices import stream_handle
 from .exclusive import enter, exclusive, take_over
 from .gradients import DeviceGradients, Gradients, Located
-from .groups import Groups, hyperparameter, matching
+from .groups import Groups, everywhere, hyperparameter, matching, somewhere
 from .kernels import arrays, cpu, reference, rules
 from .kernels.atomic import commit
 from .kernels.cpu import Kernel
@@ -37,7 +38,7 @@ from .loss_scale import LossScale
 from .places import HOST, Alloc
 from .plans import Column, Plan
 from .rows import Counts, Rows
-from .scheduled import Formula, Rates, Scheduled, metric_of
+from .scheduled import Formula, Rates, Remembered, Scheduled, ensure, evaluator, metric_of
 from .schedules import Schedule
 from .step_info import Layout, StepInfo
 from .trees import is_container
@@ -218,7 +219,7 @@ class Optimizer:
     ) -> None:
         rule = rule if rule is not None else getattr(self, "_rule", None)
         if not isinstance(rule, Rule):
-            raise TypeError(f"rule must be made by fastlr.rule, got {rule!r}.")
+            raise TypeError(f"rule must be made by fastlr.rule, got {checks.shown(rule)}.")
         checks.state_names([*(self._states.get(s, s) for s in rule.states), *rule.scalars])
         checks.rule_names(rule.hyperparameters, _TAKEN)
         if threads is not None:
@@ -229,7 +230,7 @@ class Optimizer:
             if kind is not None:
                 checks.choices(name, [kind], FORMATS)
         if loss_scale is not None and not isinstance(loss_scale, LossScale):
-            raise TypeError(f"loss_scale must be a fastlr.LossScale, got {loss_scale!r}.")
+            raise TypeError(f"loss_scale must be a fastlr.LossScale, got {checks.shown(loss_scale)}.")
         switches = {"skip_nonfinite": skip_nonfinite, "zero_grads": zero_grads, "statistics": statistics}
         switches["capturable"] = capturable
         for name, given in switches.items():
@@ -271,7 +272,7 @@ class Optimizer:
         tested = {spelled.get(n, n) for n in rule.switches | _BEFORE.switches}
         self._put(_structural={*flags, *tested, *checks.OPTIONAL}, _epoch=_threads.epoch)
         self._put(_unscaled=loss_scale is not None, _grad_scale=1.0, _partition=None)
-        self._put(_accumulated=None, _adding={}, _observed={})
+        self._put(_accumulated=None, _adding={}, _observed=Remembered())
         own = {"ema": ema_out, "lr_scale": lr_scale, "shadow": shadow_out}
         external = {name: tree for name, tree in own.items() if tree is not None}
         self._put(_per_element=lr_scale is not None)
@@ -367,9 +368,9 @@ class Optimizer:
                 continue
             if isinstance(values[0], bool) and all(v is values[0] for v in values):
                 static[name] = values[0]
-            elif name in switches and not any(np.any(v) for v in values):
+            elif name in switches and not any(map(somewhere, values)):
                 static[name] = 0.0
-            elif name in switches and all(np.all(v) for v in values):
+            elif name in switches and all(map(everywhere, values)):
                 on.add(name)
         return self._source.stage(static, before=_BEFORE, after=_AFTER, on=frozenset(on))
 
@@ -434,12 +435,7 @@ class Optimizer:
         staged = self._staged
         if staged is None or unscaled != self._unscaled or not hyper.changed.isdisjoint(self._structural):
             staged = self._stage(unscaled)
-        if staged.states != self._columns.letters:
-            names = ", ".join(sorted(self._states.get(s, s) for s in set(staged.states) ^ set(self._columns.letters)))
-            raise ValueError(
-                f"the hyperparameters as they are now need other states than those that exist ({names}). "
-                "Choose at the start whether a state is there: build a new optimizer."
-            )
+        self._check_states(staged)
         if any(scope == "leaf" for _, scope in staged.sums):
             partition = self._params.one_by_one
         elif partition is None:
@@ -472,8 +468,30 @@ class Optimizer:
 
     def _following(self, scheduled: Scheduled) -> dict[str, Any]:
         """The attributes to set for hyperparameters that follow schedules."""
-        follows = bool(scheduled.entries)
-        return {"_scheduled": scheduled, "_follows": follows, "_lrs": scheduled.parts(self._hyper.lr)}
+        rates = self._hyper.lr
+        return {"_scheduled": scheduled, "_follows": scheduled.follows(rates), "_lrs": scheduled.parts(rates)}
+
+    def _check_states(self, staged: Staged) -> None:
+        if staged.states != self._columns.letters:
+            names = ", ".join(sorted(self._states.get(s, s) for s in set(staged.states) ^ set(self._columns.letters)))
+            raise ValueError(
+                f"the hyperparameters as they are now need other states than those that exist ({names}). "
+                "Choose at the start whether a state is there: build a new optimizer."
+            )
+
+    def _examine(self, label: str, name: str, value: Any) -> None:
+        """Refuse schedules that were set but do not fit: in what they demand, or in their value for the next step."""
+        if name in self._structural:
+            self._check_states(self._stage(self._unscaled))
+        rows = self._rows
+        if isinstance(rows, DeviceRows) and not rows.host_knows:
+            return  # the host does not know which step is next, and would have to wait for the GPU
+        step = rows.counters.item(-1, CLOCK)
+        for k, part in enumerate(value if isinstance(value, tuple) else [value]):
+            if isinstance(part, Schedule):
+                one, _ = evaluator(part, self._params.population)
+                found = one(float(step), part._carried_out().numbers)
+                ensure(f"{label}[{k}]" if isinstance(value, tuple) else label, name, part, found, step)
 
     def _fill_table(
         self, uniforms: list[dict[str, Any]], staged: Staged, rows: Rows, table: np.ndarray, scheduled: Scheduled
@@ -486,12 +504,13 @@ class Optimizer:
                 if not isinstance(value, Schedule):
                     table[which, column] = value[rows.model[which]] if isinstance(value, np.ndarray) else value
         if scheduled.entries and not self._on_host:
-            table[:, len(staged.uniforms) :] = scheduled.numbers(rows)
+            table[:, len(staged.uniforms) :] = scheduled.numbers(table)
         rows.settings_known = False
 
     def _follow(self, uniforms: list[dict[str, Any]], staged: Staged, rows: Rows) -> Scheduled:
         """The hyperparameters that follow a schedule, for these rows."""
-        return Scheduled(uniforms, self._spelling, rows, staged.uniforms, self._observed)
+        population = self._params.population
+        return Scheduled(uniforms, self._spelling, rows, staged.uniforms, self._observed, population)
 
     def _rates_found(self) -> Mapping[str, Any]:
         """The learning rate of each group, where the rule finds it itself: its state `rate`."""
@@ -523,10 +542,10 @@ class Optimizer:
         number = metric_of(metric)
         if self._staged is None or self._hyper.changed:
             self._refresh()
-        self._scheduled.observe(number)
+        self._scheduled.observe(number, self.steps)
         self._put(_lrs=self._scheduled.parts(self._hyper.lr))
         if not self._on_host:
-            self._table[:, len(self._staged.uniforms) :] = self._scheduled.numbers(self._rows)
+            self._table[:, len(self._staged.uniforms) :] = self._scheduled.numbers(self._table)
             self._rows.settings_known = False
             if self._capturable:
                 self._rows.push()
@@ -899,7 +918,7 @@ class Optimizer:
                 f"{type(self).__name__} has no hyperparameter {name!r} to set; "
                 f"there are {', '.join(self._hyper.names)}."
             )
-        setattr(self._hyper.defaults, name, value)
+        setattr(self.groups.defaults, name, value)
 
     def _push_settings(self) -> None:
         """Let graphs that have been captured see a hyperparameter that was set."""
@@ -917,6 +936,8 @@ class Optimizer:
     def groups(self) -> Groups:
         """The groups by pattern; `opt.groups["head.*"].lr = 1e-4` takes effect at the next step."""
         hyper: Groups = self._hyper
+        if hyper.examine is None:  # weak, so that an optimizer is freed as soon as nobody has it
+            hyper.examine = weakref.WeakMethod(self._examine)
         return hyper
 
     @property
@@ -1151,13 +1172,11 @@ class Optimizer:
                 f"the new parameters are {theirs.dtype} with population={theirs.population}, the old ones {ours.dtype} "
                 f"with population={ours.population}. Build a new optimizer."
             )
-        _, *overrides = self._hyper.export().items()
         values = {n: v for n, v in self._hyper.defaults._values.items() if n != "frozen"}
-        present = {pattern: group._values for pattern, group in self._hyper.items()}
-        given = {p: checkpoints.as_given(override, present[p]) for p, override in overrides}
+        given = {pattern: group._values for pattern, group in self._hyper.items()}
         hyper = Groups(values, given, new._params.paths, new._params.population, self._spelling)
         hyper.defaults.frozen = self._hyper.defaults.frozen
-        new._put(_hyper=hyper, _partition=None, _accumulated=None, _adding={}, _observed=dict(self._observed))
+        new._put(_hyper=hyper, _partition=None, _accumulated=None, _adding={}, _observed=self._observed.copy())
         if new._capturable and new._on_host:
             raise ValueError("this optimizer is capturable, but the new parameters are on the CPU. Build a new one.")
         external = {"ema": ema_out, "lr_scale": lr_scale, "shadow": shadow_out}
@@ -1217,7 +1236,7 @@ def warmup(*rules: type[Optimizer] | Rule, dtypes: Sequence[str] = ("float32",),
     seconds = {}
     for rule in rules:
         if not isinstance(rule, Rule) and not (isinstance(rule, type) and issubclass(rule, Optimizer)):
-            raise TypeError(f"warmup takes optimizer classes and rules, got {rule!r}.")
+            raise TypeError(f"warmup takes optimizer classes and rules, got {checks.shown(rule)}.")
         for dtype in dtypes:
             checks.choices("dtype", [dtype], checks.DTYPES)
             nothing = np.zeros(1, dtype)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import checks
+from .groups import everywhere, somewhere
 from .kernels import rules
 from .kernels.staging import Rule
 from .optimizer import Optimizer, StepOptions
@@ -83,7 +84,7 @@ class SGD(Optimizer):
 
     def _check_settings(self, uniforms: list[dict[str, Any]]) -> None:
         for values in uniforms:
-            if values["nesterov"] and not (_all(values["momentum"]) and not _any(values["dampening"])):
+            if values["nesterov"] and not (everywhere(values["momentum"]) and not somewhere(values["dampening"])):
                 raise ValueError("nesterov=True needs a momentum above 0 and a dampening of 0.")
 
 
@@ -693,11 +694,3 @@ class ScheduleFreeAdamW(Optimizer):
     def averaged(self) -> Any:
         """The averaged parameters, x: what to evaluate and to keep."""
         return self.state["averaged"]
-
-
-def _all(value: Any) -> bool:
-    return bool(np.all(value))
-
-
-def _any(value: Any) -> bool:
-    return bool(np.any(value))

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import ast
 import difflib
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
-from . import schedules
+from . import checks, schedules
+from .checks import shown
 from .schedules import Schedule
 
 __all__ = ["draw", "parse", "plot"]
 
 _METHODS = ("warmup", "then", "clip", "shift", "repeat", "per_epoch")
+_LONGEST, _DEEPEST = 10_000, 50  # of expressions
+_HIGHEST = 1e300  # what is above cannot be scaled to a picture
+_LAST = 2**53  # the last step that is drawn
 _NOT_NAMED = ("Function", "Schedule")  # a function of the user's cannot be written on a command line
 
 
@@ -30,7 +35,8 @@ def parse(expression: str) -> Schedule:
     It can name schedules, numbers, words in quotes and what schedules can do, and nothing else; nothing is executed.
 
     Args:
-        expression: as it would be written in Python after `from fastlr.schedules import *`.
+        expression: as it would be written in Python after `from fastlr.schedules import *`; at most 10,000 characters,
+            nested at most 50 deep.
 
     Raises:
         ValueError: if it is something else; the message says what.
@@ -41,13 +47,12 @@ def parse(expression: str) -> Schedule:
         >>> parse("0.5 * Cosine(1e-3, steps=100).warmup(10)")(9)
         0.0005
     """
-    try:
-        tree = ast.parse(expression.strip(), mode="eval").body
-    except SyntaxError as error:
-        raise ValueError(f"{expression!r} is not an expression: {error.msg}.") from None
+    tree = _tree(expression)
 
     def refuse(node: ast.AST, why: str) -> NoReturn:
-        raise ValueError(f"{ast.unparse(node)!r} {why}. An expression names schedules and numbers and nothing else.")
+        raise ValueError(
+            f"{shown(ast.unparse(node))} {why}. An expression names schedules and numbers and nothing else."
+        )
 
     def value(node: ast.expr) -> Any:
         match node:
@@ -61,6 +66,8 @@ def parse(expression: str) -> Schedule:
                 a, b = value(left), value(right)
                 if not isinstance(a, Schedule) and not isinstance(b, Schedule):
                     refuse(node, "multiplies no schedule")
+                if any(isinstance(x, str | bool) for x in (a, b)):
+                    refuse(node, "multiplies a schedule by what is no number")
                 return a * b
             case ast.Call(func=ast.Name(id=name)):
                 known = named()
@@ -79,18 +86,47 @@ def parse(expression: str) -> Schedule:
     def call(function: Any, node: ast.Call) -> Schedule:
         if any(k.arg is None for k in node.keywords) or any(isinstance(a, ast.Starred) for a in node.args):
             refuse(node, "unpacks something")
+        if len({k.arg for k in node.keywords}) < len(node.keywords):
+            refuse(node, "gives an argument twice")
         arguments = [value(a) for a in node.args]
         keywords = {str(k.arg): value(k.value) for k in node.keywords}
         try:
             made: Schedule = function(*arguments, **keywords)
         except TypeError as error:
-            raise TypeError(f"{ast.unparse(node)}: {str(error).replace('__init__() ', '')}") from None
+            raise TypeError(f"{shown(ast.unparse(node))}: {str(error).replace('__init__() ', '')}") from None
         return made
 
     found = value(tree)
     if not isinstance(found, Schedule):
-        raise ValueError(f"{expression!r} is no schedule. Try Cosine(1e-3, steps=1000).")
+        raise ValueError(f"{shown(expression)} is no schedule. Try Cosine(1e-3, steps=1000).")
     return found
+
+
+def _tree(expression: str) -> ast.expr:
+    """An expression as Python reads it, if it is no larger and no deeper than one that somebody writes.
+
+    Raises:
+        ValueError: if it is, or is no expression.
+    """
+    if len(expression) > _LONGEST:
+        raise ValueError(f"an expression has at most {_LONGEST:,} characters, got {len(expression):,}.")
+    too_deep = f"{shown(expression)} is nested more than {_DEEPEST} deep. Make it simpler."
+    try:
+        with warnings.catch_warnings():  # of Python, about backslashes and the like
+            warnings.simplefilter("ignore")
+            tree = ast.parse(expression.strip(), mode="eval").body
+    except SyntaxError as error:
+        raise ValueError(f"{shown(expression)} is not an expression: {error.msg}.") from None
+    except (RecursionError, MemoryError):
+        raise ValueError(too_deep) from None
+    except ValueError as error:  # characters that no source can have
+        raise ValueError(f"{shown(expression)} is not an expression: {error}.") from None
+    level: list[ast.AST] = [tree]
+    for _ in range(2 * _DEEPEST):  # a call of a method is two levels
+        level = [inner for node in level for inner in ast.iter_child_nodes(node)]
+    if level:
+        raise ValueError(too_deep)
+    return tree
 
 
 def _need(module: str) -> Any:
@@ -123,7 +159,7 @@ def draw(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], path: str | Path, 
         axes.plot(x, y, label=name, linewidth=1.5)
     axes.set(**labels)
     axes.grid(alpha=0.3)
-    if len(curves) > 1:
+    if 1 < len(curves) <= 20:
         axes.legend(fontsize="small")
     # The same file for the same picture: no date, no random names of parts.
     _need("matplotlib").rcParams["svg.hashsalt"] = "fastlr"
@@ -166,14 +202,22 @@ def plot(given: Sequence[Schedule], path: str | Path | None = None, steps: int |
         steps: how many; default: as many as it takes to see what they do.
 
     Raises:
+        ValueError: if `steps` is not positive, or the ending is another.
         ImportError: if matplotlib, or plotext for the terminal, is missing.
     """
-    last = steps or max(schedule.extent() for schedule in given)
-    n = np.unique(np.linspace(0, last, 2001).astype(np.int64))
-    curves = {repr(schedule): (n, schedule(n)) for schedule in given}
+    last = max(schedule.extent() for schedule in given) if steps is None else checks.count("steps", steps)
+    n = np.unique(np.linspace(0, min(last, _LAST), 2001).astype(np.int64))
+    curves = {}
+    for schedule in given:
+        name = shown(schedule)
+        values = schedule(n)
+        several = values.reshape(len(n), -1).T  # those of each model, if they differ
+        for model, one in enumerate(several):
+            good = one < _HIGHEST
+            curves[f"{name}[{model}]" if values.ndim > 1 else name] = (n[good], one[good])
     labels = {"xlabel": "step", "ylabel": "value"}
     if len(given) == 1:
-        labels["title"] = repr(given[0])
+        labels["title"] = shown(given[0])
     if path is None:
         show(curves, **labels)
     else:

@@ -3,17 +3,80 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import checks
 from .kernels.layout import CLOCK, COUNTERS
 from .rows import Rows
-from .schedules import Observed, Schedule, Text, inline
+from .schedules import Observed, Plateau, Schedule, Text, inline
 
-__all__ = ["Formula", "Rates", "Scheduled"]
+if TYPE_CHECKING:
+    from .groups import Groups
+
+__all__ = ["Formula", "Rates", "Remembered", "Scheduled"]
+
+
+class Remembered:
+    """What plateaus remember: each object by itself, be it equal to another."""
+
+    def __init__(self) -> None:
+        # With the plateau, since its id is its own only as long as it is there.
+        self._states: dict[int, tuple[Plateau, Observed]] = {}
+
+    def of(self, plateau: Plateau) -> Observed:
+        """What one remembers; nothing if it is new."""
+        return self._states.setdefault(id(plateau), (plateau, Observed()))[1]
+
+    def put(self, plateau: Plateau, state: Observed) -> None:
+        """Let one remember something else."""
+        self._states[id(plateau)] = plateau, state
+
+    def copy(self) -> Remembered:
+        """The same, for the same plateaus, from now on by itself."""
+        new = Remembered()
+        new._states = {key: (plateau, replace(state)) for key, (plateau, state) in self._states.items()}
+        return new
+
+    def take(self, other: Remembered) -> None:
+        """Remember what another does."""
+        self._states = other._states
+
+
+def _plateaus(schedule: Schedule) -> list[Plateau]:
+    text = Text(inline)
+    schedule._emit(text, "n")
+    return [plateau for plateau, _ in text.plateaus]
+
+
+def evaluator(schedule: Schedule, population: int | None) -> tuple[Callable[..., Any], bool]:
+    """What gives a schedule's value, `value(n, numbers)`, and whether that may be an array `(population,)`."""
+    made = schedule._carried_out()
+    if population is not None and (made.models is not None or made.own):
+        return made.several(population), True
+    return made.one, False
+
+
+def ensure(label: str, checked: str, schedule: Schedule, value: Any, step: int) -> None:
+    """Check what a schedule gives.
+
+    Args:
+        label: the hyperparameter, as the user calls it.
+        checked: whose range holds.
+        schedule: that was asked.
+        value: what it gave: a number, or one for each model.
+        step: for which step.
+
+    Raises:
+        ValueError: if it is out of range.
+    """
+    low, high, closed = checks.limits(checked)
+    for one in np.ravel(value).tolist():
+        if not (low < one < high or one in closed):
+            wanted = checks.expected(checked)
+            raise ValueError(f"{label} {wanted}, but {checks.shown(schedule)} gives {one!r} at step {step}.")
 
 
 @dataclass(frozen=True)
@@ -35,6 +98,21 @@ class Formula:
     functions: tuple[tuple[str, Callable[..., Any]], ...] = ()
 
 
+def distinguished(schedules: Sequence[Schedule]) -> tuple[str, tuple[tuple[str, Callable[..., Any]], ...]]:
+    """The source of `value(n, p)` for schedules of several kinds, and the functions of the user's that it calls.
+
+    The first number of a row tells the kind, from 1; if it is 0 the second number is the value.
+    """
+    lines = ["def value(n, p):"]
+    functions: dict[str, Callable[..., Any]] = {}
+    for kind, schedule in enumerate(schedules, 1):
+        text = Text(inline, first=1, prefix=f"k{kind}_")
+        result = schedule._emit(text, "n")
+        lines += [f"    if p[0] == {kind}.0:", *(f"        {line}" for line in text.lines), f"        return {result}"]
+        functions.update(text.functions)
+    return "\n".join([*lines, "    return p[1]", ""]), tuple(functions.items())
+
+
 @dataclass
 class _Entry:
     """One hyperparameter of one configuration."""
@@ -43,10 +121,12 @@ class _Entry:
     checked: str  # whose range holds
     uniform: str
     schedule: Schedule
-    one: Callable[..., float]
-    numbers: tuple[float, ...]
+    value: Callable[..., Any]
+    per_model: bool  # whether it may give one number for each model
+    numbers: tuple[Any, ...]
     text: Text
-    rows: list[int]
+    rows: np.ndarray
+    models: np.ndarray  # of the rows
     column: int
     limits: tuple[float, float, tuple[float, ...]]  # lowest, highest, and which of them are allowed
 
@@ -59,7 +139,8 @@ class Scheduled:
         spelling: hyperparameters of the API that are several in the rule.
         rows: of the leaves.
         names: the uniforms that `decide` takes, in order.
-        observed: what plateaus remember, by their code; grows.
+        observed: what plateaus remember; grows.
+        population: number of models, or None.
     """
 
     def __init__(
@@ -68,10 +149,12 @@ class Scheduled:
         spelling: Mapping[str, tuple[str, ...]],
         rows: Rows,
         names: Sequence[str],
-        observed: dict[str, Observed],
+        observed: Remembered,
+        population: int | None,
     ) -> None:
+        self._rows = len(rows)
         labels = {n: (f"{k}[{i}]", k) for k, several in spelling.items() for i, n in enumerate(several)}
-        self._observed = observed
+        self._observed, self._population = observed, population
         self.entries: list[_Entry] = []
         for c, values in enumerate(uniforms):
             for uniform, value in values.items():
@@ -79,20 +162,18 @@ class Scheduled:
                     continue
                 text = Text(inline)
                 value._emit(text, "n")
-                for plateau, _ in text.plateaus:
-                    observed.setdefault(repr(plateau), Observed())
-                which = np.flatnonzero(rows.configuration == c).tolist()
+                which = np.flatnonzero(rows.configuration == c)
                 label, checked = labels.get(uniform, (uniform, uniform))
-                one, _, _ = value._texts()
                 entry = _Entry(
                     label,
                     checked,
                     uniform,
                     value,
-                    one,
+                    *evaluator(value, population),
                     (),
                     text,
                     which,
+                    rows.model[which],
                     list(names).index(uniform),
                     checks.limits(checked),
                 )
@@ -102,15 +183,19 @@ class Scheduled:
     def take_observed(self) -> None:
         """Bring the numbers up to date with what plateaus have observed."""
         for entry in self.entries:
-            numbers = list(entry.text.numbers)
-            for plateau, place in entry.text.plateaus:
-                numbers[place] = self._observed[repr(plateau)].scale
-            entry.numbers = tuple(numbers)
+            entry.numbers = self._numbers(entry, self._observed)
         self._single = None
-        if len(self.entries) == 1 and len(self.entries[0].rows) == 1:
+        if len(self.entries) == 1 and len(self.entries[0].rows) == 1 and not self.entries[0].per_model:
             (e,) = self.entries
-            clock = e.rows[0] * COUNTERS + CLOCK
-            self._single = e.one, e.numbers, clock, (e.rows[0], e.column), *e.limits
+            row = int(e.rows[0])
+            self._single = e.value, e.numbers, row * COUNTERS + CLOCK, (row, e.column), *e.limits
+
+    @staticmethod
+    def _numbers(entry: _Entry, observed: Remembered) -> tuple[Any, ...]:
+        numbers = list(entry.text.numbers)
+        for plateau, place in entry.text.plateaus:
+            numbers[place] = observed.of(plateau).scale
+        return tuple(numbers)
 
     def fill(self, counters: np.ndarray, table: np.ndarray) -> None:
         """Enter the value of each scheduled hyperparameter for the step that is about to be made.
@@ -126,34 +211,38 @@ class Scheduled:
                 return
         found = []
         for entry in self.entries:
-            known: dict[int, float] = {}
-            for r in entry.rows:
+            known: dict[int, Any] = {}
+            for r, model in zip(entry.rows.tolist(), entry.models.tolist(), strict=True):
                 clock = counters.item(r, CLOCK)
                 if clock not in known:
                     known[clock] = self._value(entry, clock)
-                found.append((r, entry.column, known[clock]))
+                value = known[clock]
+                found.append((r, entry.column, value[model] if entry.per_model else value))
         for r, column, value in found:
             table[r, column] = value
 
     @staticmethod
-    def _value(entry: _Entry, clock: int) -> float:
-        value = float(entry.one(float(clock), entry.numbers))
-        low, high, closed = entry.limits
-        if not (low < value < high or (closed and value in closed)):
-            wanted = checks.expected(entry.checked)
-            raise ValueError(f"{entry.label} {wanted}, but {entry.schedule!r} gives {value!r} at step {clock}.")
+    def _value(entry: _Entry, step: int) -> Any:
+        value = entry.value(float(step), entry.numbers)
+        ensure(entry.label, entry.checked, entry.schedule, value, step)
         return value
+
+    def follows(self, rates: Mapping[str, Any]) -> bool:
+        """Whether anything follows a schedule, be it a rate that all groups override."""
+        return bool(self.entries) or any(isinstance(lr, Schedule) for lr in rates.values())
 
     def parts(self, rates: Mapping[str, Any]) -> Mapping[str, Any]:
         """For each group, its learning rate, or what gives it: a function of the step and its numbers."""
-        if not self.entries:
+        if not self.follows(rates):
             return rates
         out: dict[str, Any] = {}
         for pattern, lr in rates.items():
             if isinstance(lr, Schedule):
-                entry = next((e for e in self.entries if e.uniform == "lr" and e.schedule == lr), None)
-                one, _, numbers = lr._texts()
-                out[pattern] = (one, entry.numbers if entry is not None else numbers)
+                entry = next((e for e in self.entries if e.uniform == "lr" and e.schedule is lr), None)
+                if entry is not None:
+                    out[pattern] = entry.value, entry.numbers
+                else:  # all leaves of the group have another one's
+                    out[pattern] = evaluator(lr, self._population)[0], lr._carried_out().numbers
             else:
                 out[pattern] = lr
         return out
@@ -161,61 +250,86 @@ class Scheduled:
     # For kernels
 
     def formulas(self) -> tuple[Formula, ...]:
-        """What a kernel has to evaluate, for all configurations alike.
-
-        Raises:
-            ValueError: if groups have schedules of different kinds for one hyperparameter, or some have none.
-        """
-        made: dict[str, Formula] = {}
+        """What a kernel has to evaluate, for all configurations alike."""
         first = 0
-        for entry in self.entries:
-            fresh = Text(inline)
-            source = fresh.source(entry.schedule._emit(fresh, "n"))
-            functions = tuple(fresh.functions.items())
-            known = made.get(entry.uniform)
-            if known is None:
-                made[entry.uniform] = Formula(entry.uniform, source, first, len(entry.numbers), functions)
-                first += len(entry.numbers)
-            elif (known.source, known.functions) != (source, functions):
-                raise ValueError(
-                    f"on a GPU all groups must have the same kind of schedule for {entry.label}: their numbers may "
-                    f"differ, but {entry.schedule!r} is of another kind than that of another group."
-                )
-        return tuple(made.values())
+        made = []
+        for uniform, kinds in self._kinds().items():
+            count = self._room(kinds)
+            if self._is_single(kinds):
+                (((source, functions), _),) = kinds.items()
+            else:
+                source, functions = distinguished([entries[0].schedule for entries in kinds.values()])
+            made.append(Formula(uniform, source, first, count, functions))
+            first += count
+        return tuple(made)
 
-    def numbers(self, rows: Rows) -> np.ndarray:
-        """The numbers of the formulas, for each row."""
-        formulas = {f.uniform: f for f in self.formulas()}
-        out = np.zeros((len(rows), sum(f.count for f in formulas.values())))
+    def _kinds(self) -> dict[str, dict[Any, list[_Entry]]]:
+        """For each uniform, what follows schedules of the same kind: they differ in their numbers alone."""
+        out: dict[str, dict[Any, list[_Entry]]] = {}
         for entry in self.entries:
-            first = formulas[entry.uniform].first
-            out[entry.rows, first : first + len(entry.numbers)] = entry.numbers
-        missing = [
-            f.uniform
-            for f in formulas.values()
-            if sum(len(e.rows) for e in self.entries if e.uniform == f.uniform) != len(rows)
-        ]
-        if missing:
-            raise ValueError(
-                f"on a GPU all groups must have a schedule for {', '.join(missing)} if one has; give the others one of "
-                "the same kind."
-            )
+            text = Text(inline)
+            kind = text.source(entry.schedule._emit(text, "n")), tuple(text.functions.items())
+            out.setdefault(entry.uniform, {}).setdefault(kind, []).append(entry)
         return out
+
+    def _is_single(self, kinds: Mapping[Any, Sequence[_Entry]]) -> bool:
+        """Whether all rows follow a schedule of one kind."""
+        return len(kinds) == 1 and sum(len(e.rows) for entries in kinds.values() for e in entries) == self._rows
+
+    def _room(self, kinds: Mapping[Any, Sequence[_Entry]]) -> int:
+        """How many numbers a row has."""
+        most = max(len(entry.numbers) for entries in kinds.values() for entry in entries)
+        return most if self._is_single(kinds) else 1 + max(1, most)
+
+    def numbers(self, table: np.ndarray) -> np.ndarray:
+        """The numbers of the formulas, for each row.
+
+        Args:
+            table: hyperparameters of each row, of which those count that follow no schedule.
+        """
+        blocks = []
+        for kinds in self._kinds().values():
+            entries = [(k, e) for k, several in enumerate(kinds.values(), 1) for e in several]
+            offset = 0 if self._is_single(kinds) else 1
+            block = np.zeros((self._rows, self._room(kinds)))
+            if offset:
+                block[:, 1] = table[:, entries[0][1].column]
+            for kind, entry in entries:
+                if offset:
+                    block[entry.rows, 0] = kind
+                for k, x in enumerate(entry.numbers, offset):
+                    block[entry.rows, k] = np.array(x)[entry.models] if isinstance(x, tuple) else x
+            blocks.append(block)
+        return np.concatenate([*blocks, np.zeros((self._rows, 0))], axis=1)
 
     # Plateaus
 
-    def observe(self, metric: float) -> None:
+    def observe(self, metric: float, step: int) -> None:
         """Let every plateau take account of a metric.
+
+        Args:
+            metric: the metric.
+            step: the number of steps made.
 
         Raises:
             ValueError: if there is none.
         """
-        plateaus = {repr(p): p for entry in self.entries for p, _ in entry.text.plateaus}
+        plateaus = {id(p): p for entry in self.entries for p, _ in entry.text.plateaus}
         if not plateaus:
             raise ValueError("no hyperparameter follows a Plateau: lr=fastlr.schedules.Plateau(1e-3) would.")
-        for name, plateau in plateaus.items():
-            self._observed[name].observe(plateau, metric)
+        known = self._observed.copy()  # a function of the user's may raise
+        for plateau in plateaus.values():
+            if known.of(plateau).observe(plateau, metric):
+                lowered = known.copy()
+                lowered.of(plateau).scale *= plateau.factor
+                here = [e for e in self.entries if any(p is plateau for p, _ in e.text.plateaus)]
+                if any(np.any(self._at(e, step, known) - self._at(e, step, lowered) > plateau.eps) for e in here):
+                    known = lowered
+        self._observed.take(known)
         self.take_observed()
+
+    def _at(self, entry: _Entry, step: int, observed: Remembered) -> np.ndarray:
+        return np.asarray(entry.value(float(step), self._numbers(entry, observed)))
 
 
 class Rates(Mapping[str, Any]):
@@ -234,7 +348,10 @@ class Rates(Mapping[str, Any]):
     def __getitem__(self, pattern: str) -> Any:
         """The rate of a group."""
         part = self._parts[pattern]
-        return float(part[0](float(self._step), part[1])) if type(part) is tuple else part
+        if type(part) is not tuple:
+            return part
+        value = part[0](float(self._step), part[1])
+        return value if isinstance(value, np.ndarray) else float(value)
 
     def __iter__(self) -> Iterator[str]:
         """The patterns."""
@@ -245,14 +362,29 @@ class Rates(Mapping[str, Any]):
         return len(self._parts)
 
 
-def saved(observed: Mapping[str, Observed]) -> dict[str, Any]:
-    """What plateaus remember, as plain data."""
-    return {name: asdict(state) for name, state in observed.items()}
+def _places(hyper: Groups) -> Iterator[tuple[str, Plateau]]:
+    """The plateaus among the hyperparameters, each with the name of its place."""
+    for label, schedule in hyper.schedules():
+        for k, plateau in enumerate(_plateaus(schedule)):
+            yield f"{label}, {k}" if k else label, plateau
 
 
-def restored(data: Mapping[str, Any]) -> dict[str, Observed]:
-    """What `saved` returned."""
-    return {name: Observed(**state) for name, state in data.items()}
+def saved(hyper: Groups, observed: Remembered) -> dict[str, Any]:
+    """What plateaus remember, as plain data: by their places, since equal ones may remember different things."""
+    return {place: asdict(observed.of(plateau)) for place, plateau in _places(hyper)}
+
+
+def restored(hyper: Groups, data: Mapping[str, Any]) -> Remembered:
+    """What `saved` returned, for the plateaus that are in these places now.
+
+    States of fastlr 0.1 have it by the code of the plateau, equal ones together.
+    """
+    observed = Remembered()
+    for place, plateau in _places(hyper):
+        state = data.get(place, data.get(repr(plateau)))
+        if state is not None:
+            observed.put(plateau, Observed(**state))
+    return observed
 
 
 def metric_of(value: Any) -> float:
@@ -264,4 +396,4 @@ def metric_of(value: Any) -> float:
     try:
         return float(value)
     except (TypeError, ValueError):
-        raise TypeError(f"metric must be a number, got {value!r}.") from None
+        raise TypeError(f"metric must be a number, got {checks.shown(value)}.") from None

@@ -26,6 +26,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from . import checks
+from .checks import shown
 from .kernels.staging import define
 
 __all__ = [
@@ -57,6 +58,8 @@ class Text:
 
     Args:
         select: how to write a choice: `select(condition, a, b)`.
+        first: the place of its first number in `p`.
+        prefix: of its names, which tells those of several texts in one function apart.
 
     Attributes:
         lines: the statements so far.
@@ -64,35 +67,54 @@ class Text:
         functions: what the user's own functions are called.
     """
 
-    def __init__(self, select: Callable[[str, str, str], str]) -> None:
-        self.select = select
+    def __init__(self, select: Callable[[str, str, str], str], first: int = 0, prefix: str = "") -> None:
+        self.select, self._first, self.prefix = select, first, prefix
         self.lines: list[str] = []
-        self.numbers: list[float] = []
+        self.numbers: list[float | tuple[float, ...]] = []
         self.functions: dict[str, Callable[..., Any]] = {}
         self.plateaus: list[tuple[Plateau, int]] = []  # and the place of the scale of each
 
-    def number(self, value: float) -> str:
-        """A number that may change without another text."""
-        self.numbers.append(float(value))
-        return f"p[{len(self.numbers) - 1}]"
+    def number(self, value: Any) -> str:
+        """A number that may change without another text, or one for each model."""
+        self.numbers.append(value if isinstance(value, tuple) else float(value))
+        return f"p[{self._first + len(self.numbers) - 1}]"
 
     def let(self, expression: str) -> str:
         """A name for a value."""
-        name = f"x{len(self.lines)}"
+        name = f"{self.prefix}x{len(self.lines)}"
         self.lines.append(f"{name} = {expression}")
         return name
 
     def least(self, a: str, b: str) -> str:
-        """The smaller of two values."""
-        return self.let(self.select(f"{a} < {b}", a, b))
+        """The smaller of two values; NaN if `a` is."""
+        return self.let(self.select(f"{b} < {a}", b, a))
 
     def most(self, a: str, b: str) -> str:
-        """The larger of two values."""
-        return self.let(self.select(f"{a} > {b}", a, b))
+        """The larger of two values; NaN if `a` is."""
+        return self.let(self.select(f"{b} > {a}", b, a))
+
+    def times(self, a: str, b: str) -> str:
+        """A product in which zero times infinity is zero: what is switched off stays off however large the rest is."""
+        return self.let(self.select(f"{a} == 0.0", "0.0", self.select(f"{b} == 0.0", "0.0", f"{a} * {b}")))
 
     def share(self, n: str, steps: str) -> str:
         """How much of some steps is over, from 0 to 1."""
         return self.least(self.let(f"{n} / {steps}"), "1.0")
+
+    @property
+    def models(self) -> int | None:
+        """How many models there is a number for; None if the numbers are those of all.
+
+        Raises:
+            ValueError: if one number has more of them than another.
+        """
+        counts = sorted({len(x) for x in self.numbers if isinstance(x, tuple)})
+        if len(counts) > 1:
+            raise ValueError(
+                f"a schedule has numbers for {' and for '.join(map(str, counts))} models. Give one number for all, or "
+                "one for each model."
+            )
+        return counts[0] if counts else None
 
     def source(self, result: str) -> str:
         """The function `value(n, p)`."""
@@ -104,33 +126,52 @@ def _floor(x: float) -> float:
     return float(math.floor(x))
 
 
+def _exp(x: float) -> float:
+    try:
+        return math.exp(x)
+    except OverflowError:
+        return math.inf
+
+
+def _pow(x: float, y: float) -> float:
+    try:
+        return math.pow(x, y)
+    except OverflowError:  # of a number that is not negative, as all in a schedule
+        return math.inf
+
+
 def _where(condition: Any, a: Any, b: Any) -> Any:
     return np.where(condition, a, b)
 
 
 # The functions that a text may call: the C library's, for one step and for many, so that both are the same to the last
-# bit. NumPy's own are others on some processors.
+# bit. NumPy's own are others on some processors. What is too large is infinite, as in arrays and kernels.
 _ONE: dict[str, Any] = {
     "floor": _floor,
     "cos": math.cos,
-    "exp": math.exp,
+    "exp": _exp,
     "log": math.log,
     "sqrt": math.sqrt,
-    "pow": math.pow,
+    "pow": _pow,
 }
 _BLOCK = 16_384  # steps evaluated at once, which stay in the cache
 
 
 @functools.cache
-def _elementwise() -> dict[str, Any]:
-    """The C library's functions over arrays: compiled, which takes a fraction of a second once in a process."""
+def _over_arrays(name: str) -> Callable[..., Any]:
+    """One of the C library's functions over arrays: compiled, which takes a moment once in a process."""
     import numba
 
-    made = {}
-    for name, arguments in (("cos", "x"), ("exp", "x"), ("log", "x"), ("pow", "x, y")):
-        one = define(f"def f({arguments}):\n    return math.{name}({arguments})", "f", {"math": math})
-        made[name] = numba.vectorize([f"float64({', '.join(['float64'] * len(arguments.split(',')))})"])(one)
-    return {**made, "floor": np.floor, "sqrt": np.sqrt, "where": _where}
+    arguments = ["x", "y"] if name == "pow" else ["x"]
+    one = define(f"def f({', '.join(arguments)}):\n    return math.{name}({', '.join(arguments)})", "f", {"math": math})
+    made: Callable[..., Any] = numba.vectorize([f"float64({', '.join(['float64'] * len(arguments))})"])(one)
+    return made
+
+
+def _elementwise(source: str) -> dict[str, Any]:
+    """What a text over arrays calls."""
+    compiled = {name: _over_arrays(name) for name in ("cos", "exp", "log", "pow") if f"{name}(" in source}
+    return {**compiled, "floor": np.floor, "sqrt": np.sqrt, "where": _where}
 
 
 def inline(condition: str, a: str, b: str) -> str:
@@ -144,13 +185,83 @@ def _choose(condition: str, a: str, b: str) -> str:
 
 @functools.lru_cache(4096)
 def _compiled(source: str, many: bool) -> Callable[..., Any]:
-    return define(source, "value", _elementwise() if many else _ONE)
+    return define(source, "value", _elementwise(source) if many else _ONE)
 
 
 def _schedule(value: Any, name: str) -> Schedule:
     if isinstance(value, Schedule):
         return value
-    raise TypeError(f"{name} must be a schedule, got {value!r}.")
+    raise TypeError(f"{name} must be a schedule, got {shown(value)}.")
+
+
+def _own(function: Callable[..., Any], population: int | None, several: bool) -> Callable[[Any], Any]:
+    """A function of the user's as a schedule calls it: with an int, and what it returns is checked.
+
+    Args:
+        function: the user's.
+        population: number of models, if it is known.
+        several: whether it may return one number for each model.
+    """
+    called = f"the function {getattr(function, '__qualname__', None) or shown(function)}"
+
+    def call(n: Any) -> Any:
+        step = int(n)
+        try:
+            found = function(step)
+        except Exception as error:
+            if hasattr(error, "add_note"):  # Python 3.11
+                error.add_note(f"This was raised by {called}, which a hyperparameter follows, at step {step}.")
+            raise
+        if type(found) is float:
+            return found
+        wanted = "a number"
+        if several:
+            wanted += " or one for each model" + ("" if population is None else f", an array ({population},)")
+        gave = f"{called} must return {wanted}, but at step {step} it returned"
+        try:
+            array = np.asarray(found)
+        except Exception as error:  # whatever an array of another library raises: torch for requires_grad, say
+            raise TypeError(f"{gave} a {type(found).__name__} that NumPy cannot read: {error}") from None
+        if array.dtype.kind not in "iuf":
+            raise TypeError(f"{gave} {shown(found)}.")
+        if array.ndim == 0:
+            return float(array)
+        if not several or array.ndim > 1 or population not in (None, len(array)):
+            hint = "" if several else " Only a population takes one number for each model: see fastlr.flatten."
+            raise ValueError(f"{gave} an array of shape {array.shape}.{hint}")
+        return array.astype(np.float64)
+
+    return call
+
+
+def _all_models(value: Callable[..., Any], population: int | None, n: float, numbers: Any) -> Any:
+    """A step's values for all models, or the one that is the same for all."""
+    with np.errstate(all="ignore"):
+        found = np.asarray(value(n, tuple(np.array(x) if isinstance(x, tuple) else x for x in numbers)), np.float64)
+    if found.ndim == 0:
+        return float(found) if population is None else np.full(population, float(found))
+    return found
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What carries out a schedule.
+
+    Attributes:
+        one: the value of one step, as `one(n, numbers)`.
+        many: makes what gives those of an array of steps, where they are numbers and no functions of the user's.
+        several: `several(population)` makes what gives one step's values, those of all models or one for all.
+        numbers: what they take.
+        models: how many models there is a number for, or None.
+        own: whether functions of the user's are part of it, which may tell models apart.
+    """
+
+    one: Callable[..., Any]
+    many: Callable[[], Callable[..., Any]]
+    several: Callable[[int | None], Callable[..., Any]]
+    numbers: tuple[float | tuple[float, ...], ...]
+    models: int | None
+    own: bool
 
 
 @dataclass(frozen=True, repr=False)
@@ -167,20 +278,35 @@ class Schedule(abc.ABC):
     def _emit(self, text: Text, n: str) -> str:
         """Write the schedule as a function of the step `n`; the name or expression of its value."""
 
-    def _texts(self) -> tuple[Callable[..., Any], Callable[..., Any], tuple[float, ...]]:
-        """What carries it out for one step, what makes that for many, and its numbers."""
-        made = self.__dict__.get("_made")
+    def _carried_out(self) -> _Made:
+        """What carries it out."""
+        made: _Made | None = self.__dict__.get("_made")
         if made is None:
             one, many = Text(inline), Text(_choose)
             sources = [text.source(self._emit(text, "n")) for text in (one, many)]
-            if one.functions:
-                scalar = define(sources[0], "value", {**_ONE, **one.functions})
-                vector = functools.partial(define, sources[1], "value", {**_elementwise(), **many.functions})
-            else:
-                scalar, vector = _compiled(sources[0], False), functools.partial(_compiled, sources[1], True)
-            made = (scalar, vector, tuple(one.numbers))
+            functions = one.functions
+
+            def scalar() -> Callable[..., Any]:
+                if not functions:
+                    return _compiled(sources[0], False)
+                return define(sources[0], "value", {**_ONE, **{k: _own(f, None, False) for k, f in functions.items()}})
+
+            def vector() -> Callable[..., Any]:
+                return _compiled(sources[1], True)
+
+            @functools.cache
+            def several(population: int | None) -> Callable[..., Any]:
+                own = {k: _own(f, population, True) for k, f in functions.items()}
+                value = define(sources[1], "value", {**_elementwise(sources[1]), **own}) if own else vector()
+                return functools.partial(_all_models, value, population)
+
+            made = _Made(scalar(), vector, several, tuple(one.numbers), one.models, bool(functions))
             object.__setattr__(self, "_made", made)
         return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: the fields, without what was made of them."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
     def __call__(self, step: Any) -> Any:
         """The value for a step.
@@ -189,30 +315,39 @@ class Schedule(abc.ABC):
             step: number of updates made before, >= 0: an int, or an array of integers.
 
         Returns:
-            A float, or a float64 array of the shape of `step`.
+            A float, or a float64 array of the shape of `step`. If the numbers of the schedule differ between the models
+            of a population, there is one more dimension at the end.
 
         Raises:
-            TypeError: if it is not a whole number, or an array of them.
+            TypeError: if it is not a whole number, or an array of them, or a function of your own returns no number.
             ValueError: if it is negative.
         """
-        one, many, numbers = self._texts()
+        made = self._carried_out()
         if type(step) is int:
-            if step < 0:
-                raise ValueError(f"step must be non-negative, got {step}.")
-            return float(one(float(step), numbers))
+            if not 0 <= step <= _MOST:
+                limit = "non-negative" if step < 0 else "at most 2**63 - 1"
+                raise ValueError(f"step must be {limit}, got {shown(step)}.")
+            if made.models is None and not made.own:
+                return float(made.one(float(step), made.numbers))
+            return made.several(made.models)(float(step), made.numbers)
         steps = np.asarray(step)
         if steps.dtype.kind not in "iu":
-            raise TypeError(f"step must be a whole number or an array of them, got {step!r}.")
+            raise TypeError(f"step must be a whole number or an array of them, got {shown(step)}.")
         if steps.size and steps.min() < 0:
             raise ValueError(f"step must be non-negative, got {steps.min()}.")
         if steps.ndim == 0:
             return self(int(steps))
-        out, flat, value = np.empty(steps.shape), steps.reshape(-1), many()
+        flat = steps.reshape(-1)
+        if made.models is not None or made.own:
+            values = np.array([self(n) for n in flat.tolist()], np.float64)
+            models = values.shape[1:] if steps.size or made.models is None else (made.models,)
+            return values.reshape(steps.shape + models)
+        out, value = np.empty(flat.shape), made.many()
         with np.errstate(all="ignore"):
             for first in range(0, flat.size, _BLOCK):
                 part = slice(first, first + _BLOCK)
-                out.reshape(-1)[part] = value(flat[part].astype(np.float64), numbers)
-        return out
+                out[part] = value(flat[part].astype(np.float64), made.numbers)
+        return out.reshape(steps.shape)
 
     def extent(self) -> int:
         """About how many steps it takes to see what the schedule does; for pictures."""
@@ -233,14 +368,14 @@ class Schedule(abc.ABC):
         included: bool = False,
         first_at_start: bool = False,
     ) -> Schedule:
-        """Begin low and rise to the schedule.
+        """Begin low and rise to the schedule; 0 steps make no difference.
 
         With `f` from `1 / steps` at the first update to 1 at update number `steps`, the factor is
         `start + (1 - start) * g(f)`, where g is f ("linear"), `(1 - cos(pi f)) / 2` ("cosine"), `sqrt(f)` ("sqrt") or
         `log(1 + f * steps) / log(1 + steps)` ("log"). So the first update is never wasted on a rate of `start`.
 
         Args:
-            steps: of the warmup, >= 1.
+            steps: of the warmup, >= 0.
             start: share of the rate to begin from, in [0, 1].
             shape: "linear", "cosine", "sqrt" or "log".
             included: False: the schedule begins after the warmup, at its own step 0, and the warmup rises to its first
@@ -248,7 +383,9 @@ class Schedule(abc.ABC):
                 totals include the warmup.
             first_at_start: let f begin at 0 instead: the first update has the rate `start`.
         """
-        return Warmup(self, steps, start, shape, included=included, first_at_start=first_at_start)
+        none = _count("steps", steps, zero=True) == 0
+        made = Warmup(self, 1 if none else steps, start, shape, included=included, first_at_start=first_at_start)
+        return self if none else made
 
     def then(self, other: Schedule, at: int) -> Schedule:
         """This schedule for the first `at` steps, then the other from its own step 0: `b(n - at)`."""
@@ -270,13 +407,15 @@ class Schedule(abc.ABC):
         """A schedule that counts epochs of so many steps: `a(floor(n / steps))`."""
         return PerEpoch(self, steps)
 
+    __array_ufunc__ = None  # so that `array * schedule` asks the schedule, and makes no array of schedules
+
     def __mul__(self, other: Any) -> Schedule:
-        """The product with a number or another schedule."""
+        """The product with another schedule, a number, or an array with one number for each model of a population."""
         if isinstance(other, Schedule):
             return Product(self, other)
-        if isinstance(other, int | float) and not isinstance(other, bool):
-            return Scaled(self, float(other))
-        return NotImplemented
+        if isinstance(other, bool | str) or not isinstance(other, int | float | np.number | np.ndarray | tuple | list):
+            return NotImplemented
+        return Scaled(self, other)  # type: ignore[arg-type]
 
     __rmul__ = __mul__
 
@@ -331,22 +470,59 @@ class Schedule(abc.ABC):
             cls = Schedule._names[rest.pop("type")]
             made = cls(**{name: full(value) for name, value in rest.items()})
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"this is not a schedule: {data!r} ({error}).") from None
+            raise ValueError(f"this is not a schedule: {shown(data)} ({error}).") from None
         return made
 
 
-def _positive(name: str, value: Any) -> int:
+_MOST = 2**63 - 1  # the largest count that is taken
+
+
+def _count(name: str, value: Any, zero: bool = False) -> int:
+    """A whole number from 1 on, or from 0 on; a float such as 1e4 is one."""
+    if isinstance(value, float | np.floating) and float(value).is_integer():
+        value = int(value)
+    if zero and not isinstance(value, bool | np.bool_) and value == 0:
+        return 0
+    if isinstance(value, int) and value > _MOST:
+        raise ValueError(f"{name} must be at most 2**63 - 1, got {shown(value)}.")
     return checks.count(name, value)
 
 
 def _number(name: str, value: Any, low: float = 0.0, high: float = math.inf) -> float:
     """A number in [low, high], finite."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
-        raise TypeError(f"{name} must be a number, got {value!r}.")
-    if not (low <= value <= high and math.isfinite(value)):
+        raise TypeError(f"{name} must be a number, got {shown(value)}.")
+    given: Any = value
+    if not low <= given <= high or abs(given) > _LARGEST:  # an int may be too large for a float
         wanted = f"at least {low:g} and finite" if high == math.inf else f"from {low:g} to {high:g}"
-        raise ValueError(f"{name} must be {wanted}, got {value!r}.")
+        raise ValueError(f"{name} must be {wanted}, got {shown(value)}.")
     return float(value)
+
+
+_LARGEST = float(np.finfo(np.float64).max)
+
+
+def _numbers(name: str, value: Any, low: float = 0.0, high: float = math.inf) -> Any:
+    """A number as `_number`, or a tuple of one for each model of a population."""
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        given = list(value)
+        if not given:
+            raise ValueError(f"{name} must be a number, or one for each model, got {shown(value)}.")
+        return tuple(_number(f"{name}[{k}]", one, low, high) for k, one in enumerate(given))
+    return _number(name, value, low, high)
+
+
+def _over(value: Any, divisor: float) -> Any:
+    """A number, or one for each model, divided."""
+    return tuple(x / divisor for x in value) if isinstance(value, tuple) else value / divisor
+
+
+def _ordered(low: Any, high: Any) -> None:
+    """Check a lower and an upper limit, of which each may be one for each model."""
+    if np.any(np.greater(low, high)):
+        raise ValueError(f"high must be at least low, got low={shown(low)} and high={shown(high)}.")
 
 
 def _fix(schedule: Any, /, **values: Any) -> None:
@@ -365,7 +541,7 @@ class Constant(Schedule):
     value: float
 
     def __post_init__(self) -> None:
-        _fix(self, value=_number("value", self.value))
+        _fix(self, value=_numbers("value", self.value))
 
     def _emit(self, text: Text, n: str) -> str:
         return text.let(f"{text.number(self.value)} + 0.0 * {n}")
@@ -389,14 +565,16 @@ class TimeBased(Schedule):
     decay: float
 
     def __post_init__(self) -> None:
-        _fix(self, lr=_number("lr", self.lr), decay=_number("decay", self.decay))
+        _fix(self, lr=_numbers("lr", self.lr), decay=_numbers("decay", self.decay))
 
     def _emit(self, text: Text, n: str) -> str:
         first = 6
-        lr, d = text.number(self.lr), text.number(max(self.decay, 1e-300))
+        lr, d = text.number(self.lr), text.number(self.decay)
         product = "1.0"
         for k in range(1, first):
             product = text.let(f"{product} * " + text.select(f"{n} > {k}.0", f"(1.0 + {d} * {k}.0)", "1.0"))
+        # For the rest a rate that does not overflow there; of a larger one the product is infinite already.
+        d = text.least(text.most(d, "1e-300"), "1e150")
         end = text.most(n, f"{first}.0")
 
         def integral(x: str) -> str:
@@ -444,7 +622,7 @@ class InverseTime(Schedule):
     every: int = 1
 
     def __post_init__(self) -> None:
-        _fix(self, lr=_number("lr", self.lr), decay=_number("decay", self.decay), every=_positive("every", self.every))
+        _fix(self, lr=_numbers("lr", self.lr), decay=_numbers("decay", self.decay), every=_count("every", self.every))
 
     def _emit(self, text: Text, n: str) -> str:
         if self.every > 1:
@@ -470,8 +648,8 @@ class StepDecay(Schedule):
     count: str = field(default="n", kw_only=True)
 
     def __post_init__(self) -> None:
-        _fix(self, lr=_number("lr", self.lr), factor=_number("factor", self.factor))
-        _fix(self, every=_positive("every", self.every))
+        _fix(self, lr=_numbers("lr", self.lr), factor=_numbers("factor", self.factor))
+        _fix(self, every=_count("every", self.every))
         checks.choices("count", [self.count], ["n", "1 + n"])
 
     def extent(self) -> int:
@@ -481,7 +659,7 @@ class StepDecay(Schedule):
     def _emit(self, text: Text, n: str) -> str:
         n = n if self.count == "n" else text.let(f"1.0 + {n}")
         drops = text.let(f"floor({n} / {text.number(self.every)})")
-        return text.let(f"{text.number(self.lr)} * pow({text.number(self.factor)}, {drops})")
+        return text.times(text.number(self.lr), text.let(f"pow({text.number(self.factor)}, {drops})"))
 
 
 @dataclass(frozen=True, repr=False)
@@ -499,14 +677,14 @@ class MultiStep(Schedule):
     factor: float = 0.1
 
     def __post_init__(self) -> None:
-        _fix(self, lr=_number("lr", self.lr), factor=_number("factor", self.factor))
+        _fix(self, lr=_numbers("lr", self.lr), factor=_numbers("factor", self.factor))
         _fix(self, milestones=_rising("milestones", self.milestones))
 
     def _emit(self, text: Text, n: str) -> str:
         drops = "0.0"
         for milestone in self.milestones:
             drops = text.let(f"{drops} + " + text.select(f"{n} >= {text.number(milestone)}", "1.0", "0.0"))
-        return text.let(f"{text.number(self.lr)} * pow({text.number(self.factor)}, {drops})")
+        return text.times(text.number(self.lr), text.let(f"pow({text.number(self.factor)}, {drops})"))
 
 
 def _rising(name: str, values: Any) -> tuple[int, ...]:
@@ -514,10 +692,12 @@ def _rising(name: str, values: Any) -> tuple[int, ...]:
     try:
         given = tuple(values)
     except TypeError:
-        raise TypeError(f"{name} must be a list of steps, got {values!r}.") from None
-    found = tuple(_positive(f"{name}[{k}]", v) for k, v in enumerate(given))
+        raise TypeError(f"{name} must be a list of steps, got {shown(values)}.") from None
+    found = tuple(_count(f"{name}[{k}]", v) for k, v in enumerate(given))
     if not found or any(a >= b for a, b in itertools.pairwise(found)):
-        raise ValueError(f"{name} must be rising and not empty, got {values!r}.")
+        raise ValueError(f"{name} must be rising and not empty, got {shown(values)}.")
+    if found[-1] > 2**53:  # beyond it, neighbours are the same float
+        raise ValueError(f"{name}[{len(found) - 1}] must be at most 2**53, got {found[-1]}.")
     return found
 
 
@@ -548,15 +728,15 @@ class Exponential(Schedule):
         if len(given) != 1:
             raise ValueError(f"give one of decay, factor and half_life, got {', '.join(given) or 'none'}.")
         ((name, value),) = given.items()
-        value = _number(name, value)
-        if name != "decay" and value == 0:
+        value = _number(name, value) if name == "half_life" else _numbers(name, value)
+        if name != "decay" and 0 in (value if isinstance(value, tuple) else (value,)):
             raise ValueError(f"{name} must be positive, got 0.")
-        _fix(self, lr=_number("lr", self.lr), every=_positive("every", self.every), floor=_number("floor", self.floor))
+        _fix(self, lr=_numbers("lr", self.lr), every=_count("every", self.every), floor=_numbers("floor", self.floor))
         _fix(self, **{name: value})
 
     def extent(self) -> int:
         """As `Schedule.extent`."""
-        return int(5 * self.half_life) if self.half_life else max(100, 10 * self.every)
+        return max(1, int(min(5 * self.half_life, _MOST))) if self.half_life else max(100, 10 * self.every)
 
     def _emit(self, text: Text, n: str) -> str:
         if self.every > 1:
@@ -565,11 +745,11 @@ class Exponential(Schedule):
         if self.factor is not None:
             value = f"pow({text.number(self.factor)}, {n})"
         elif self.half_life is not None:
-            value = f"pow(0.5, {n} / {text.number(self.half_life)})"
+            value = f"pow({text.number(0.5)}, {n} / {text.number(self.half_life)})"
         else:
             assert self.decay is not None
             value = f"exp(-{text.number(self.decay)} * {n})"
-        return text.most(text.let(f"{text.number(self.lr)} * {value}"), text.number(self.floor))
+        return text.most(text.times(text.number(self.lr), text.let(value)), text.number(self.floor))
 
 
 @dataclass(frozen=True, repr=False)
@@ -588,7 +768,7 @@ class Linear(Schedule):
 
     def __post_init__(self) -> None:
         _fix(
-            self, start=_number("start", self.start), end=_number("end", self.end), steps=_positive("steps", self.steps)
+            self, start=_numbers("start", self.start), end=_numbers("end", self.end), steps=_count("steps", self.steps)
         )
 
     def _emit(self, text: Text, n: str) -> str:
@@ -618,7 +798,7 @@ class Polynomial(Schedule):
     cycle: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        _fix(self, lr=_number("lr", self.lr), steps=_positive("steps", self.steps), end=_number("end", self.end))
+        _fix(self, lr=_numbers("lr", self.lr), steps=_count("steps", self.steps), end=_numbers("end", self.end))
         _fix(self, power=_number("power", self.power))
 
     def _emit(self, text: Text, n: str) -> str:
@@ -649,7 +829,7 @@ class Cosine(Schedule):
     end: float = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
-        _fix(self, lr=_number("lr", self.lr), steps=_positive("steps", self.steps), end=_number("end", self.end))
+        _fix(self, lr=_numbers("lr", self.lr), steps=_count("steps", self.steps), end=_numbers("end", self.end))
 
     def _emit(self, text: Text, n: str) -> str:
         end, f = text.number(self.end), text.share(n, text.number(self.steps))
@@ -682,8 +862,8 @@ class CosineRestarts(Schedule):
     end: float = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
-        _fix(self, lr=_number("lr", self.lr), steps=_positive("steps", self.steps), end=_number("end", self.end))
-        _fix(self, growth=_positive("growth", self.growth), decay=_number("decay", self.decay, 0.0, 1.0))
+        _fix(self, lr=_numbers("lr", self.lr), steps=_count("steps", self.steps), end=_numbers("end", self.end))
+        _fix(self, growth=_count("growth", self.growth), decay=_number("decay", self.decay, 0.0, 1.0))
 
     def extent(self) -> int:
         """As `Schedule.extent`."""
@@ -746,19 +926,22 @@ class OneCycle(Schedule):
     phases: int = field(default=2, kw_only=True)
 
     def __post_init__(self) -> None:
-        _fix(self, lr=_number("lr", self.lr), steps=_positive("steps", self.steps))
+        _fix(self, lr=_numbers("lr", self.lr), steps=_count("steps", self.steps))
         _fix(self, rise=_number("rise", self.rise, 0.0, 1.0))
         _fix(self, div=_number("div", self.div, 1.0), final_div=_number("final_div", self.final_div, 1.0))
         checks.choices("shape", [self.shape], ["cosine", "linear"])
         if self.phases not in (2, 3):
-            raise ValueError(f"phases must be 2 or 3, got {self.phases!r}.")
-        if self.rise * self.steps <= 1 or (self.phases == 3 and 2 * self.rise * self.steps - 2 >= self.steps - 1):
+            raise ValueError(f"phases must be 2 or 3, got {shown(self.phases)}.")
+        _fix(self, phases=int(self.phases))
+        up = self.rise * self.steps - 1  # where the peak is; the end is at steps - 1
+        if not 0 < up < (self.steps - 1) / (self.phases - 1):
             raise ValueError(
                 f"rise={self.rise} of {self.steps} steps leaves a phase without steps. Take more, or another share."
             )
 
     def _emit(self, text: Text, n: str) -> str:
-        low, final = self.lr / self.div, self.lr / self.div / self.final_div
+        low = _over(self.lr, self.div)
+        final = _over(low, self.final_div)
         up = self.rise * self.steps - 1
         if self.phases == 2:
             ends, values = [0.0, up, self.steps - 1.0], [low, self.lr, final]
@@ -804,12 +987,11 @@ class Cyclic(Schedule):
     gamma: float = field(default=1.0, kw_only=True)
 
     def __post_init__(self) -> None:
-        _fix(self, low=_number("low", self.low), high=_number("high", self.high), up=_positive("up", self.up))
-        _fix(self, down=self.up if self.down is None else _positive("down", self.down))
+        _fix(self, low=_numbers("low", self.low), high=_numbers("high", self.high), up=_count("up", self.up))
+        _fix(self, down=self.up if self.down is None else _count("down", self.down))
         _fix(self, gamma=_number("gamma", self.gamma, 0.0, 1.0))
         checks.choices("mode", [self.mode], ["triangular", "triangular2", "exp_range"])
-        if self.high < self.low:
-            raise ValueError(f"high must be at least low, got high={self.high} and low={self.low}.")
+        _ordered(self.low, self.high)
 
     def extent(self) -> int:
         """As `Schedule.extent`."""
@@ -823,7 +1005,7 @@ class Cyclic(Schedule):
         inside = text.let(f"{n} - {cycle} * {whole}")
         height = text.let(text.select(f"{inside} <= {up}", f"{inside} / {up}", f"({whole} - {inside}) / {down}"))
         if self.mode == "triangular2":
-            height = text.let(f"{height} * pow(0.5, {cycle})")
+            height = text.let(f"{height} * pow({text.number(0.5)}, {cycle})")
         elif self.mode == "exp_range":
             height = text.let(f"{height} * pow({text.number(self.gamma)}, {n})")
         low = text.number(self.low)
@@ -846,7 +1028,7 @@ class InverseSqrt(Schedule):
     warmup_steps: int
 
     def __post_init__(self) -> None:
-        _fix(self, lr=_number("lr", self.lr), warmup_steps=_positive("warmup_steps", self.warmup_steps))
+        _fix(self, lr=_numbers("lr", self.lr), warmup_steps=_count("warmup_steps", self.warmup_steps))
 
     def extent(self) -> int:
         """As `Schedule.extent`."""
@@ -884,10 +1066,9 @@ class WarmupStableDecay(Schedule):
     end: float = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
-        _fix(self, lr=_number("lr", self.lr), steps=_positive("steps", self.steps), end=_number("end", self.end))
-        if self.warmup_steps != 0:
-            _positive("warmup_steps", self.warmup_steps)
-        _positive("decay_steps", self.decay_steps)
+        _fix(self, lr=_numbers("lr", self.lr), steps=_count("steps", self.steps), end=_numbers("end", self.end))
+        _fix(self, warmup_steps=_count("warmup_steps", self.warmup_steps, zero=True))
+        _fix(self, decay_steps=_count("decay_steps", self.decay_steps))
         checks.choices("shape", [self.shape], ["linear", "cosine", "1-sqrt"])
         if self.warmup_steps + self.decay_steps > self.steps:
             raise ValueError(
@@ -930,7 +1111,7 @@ class SlantedTriangular(Schedule):
     ratio: float = field(default=32.0, kw_only=True)
 
     def __post_init__(self) -> None:
-        _fix(self, lr=_number("lr", self.lr), steps=_positive("steps", self.steps))
+        _fix(self, lr=_numbers("lr", self.lr), steps=_count("steps", self.steps))
         _fix(
             self,
             cut_fraction=_number("cut_fraction", self.cut_fraction, 0.0, 1.0),
@@ -1015,38 +1196,27 @@ class Function(Schedule):
     """A function of your own of the step.
 
     Args:
-        function: `function(n)`, a number for the number of updates made before; called with floats. Give it arrays as
-            well if arrays are to be evaluated fast: one that takes none is called for each step.
+        function: `function(n)`, a number for the number of updates made before, which is an int; for a population it
+            may return an array `(population,)`.
 
-    It cannot be saved: pass it again when a state is loaded. For a GPU it must be one that Numba can compile.
+    It cannot be saved: pass it again when a state is loaded. For a GPU it must be one that Numba can compile, of a
+    float64 `n`, and return one number for all models.
     """
 
     function: Callable[[Any], Any]
 
     def __post_init__(self) -> None:
         if not callable(self.function):
-            raise TypeError(f"function must be callable, got {self.function!r}.")
+            raise TypeError(f"function must be callable, got {shown(self.function)}.")
 
     def _emit(self, text: Text, n: str) -> str:
-        name = f"own{len(text.functions)}"
-        many = text.select is _choose
-        text.functions[name] = functools.partial(_each, self.function) if many else self.function
+        name = f"{text.prefix}own{len(text.functions)}"
+        text.functions[name] = self.function
         return text.let(f"{name}({n})")
 
     def to_dict(self) -> dict[str, Any]:
         """Refuse: a function is not data."""
-        raise TypeError(f"{self!r} is a function of your own, which cannot be saved. Pass it again after loading.")
-
-
-def _each(function: Callable[[Any], Any], n: Any) -> Any:
-    """A user's function over an array of steps."""
-    try:
-        found = np.asarray(function(n), np.float64)
-        if found.shape == np.shape(n):
-            return found
-    except (TypeError, ValueError):
-        pass
-    return np.array([float(function(float(x))) for x in np.ravel(n)]).reshape(np.shape(n))
+        raise TypeError(f"{shown(self)} is a function of your own, which cannot be saved. Pass it again after loading.")
 
 
 @dataclass(frozen=True, repr=False)
@@ -1055,9 +1225,12 @@ class Plateau(Schedule):
 
     The object only describes it: called by itself the scale is 1. In an optimizer the scale begins at 1 and
     `opt.observe(metric)` changes it, by the rules of PyTorch's ReduceLROnPlateau: a metric is better if it is below
-    `best (1 - threshold)`, or with threshold_mode "abs" below `best - threshold`; after more than `patience`
+    `best - threshold abs(best)`, or with threshold_mode "abs" below `best - threshold`; after more than `patience`
     observations in a row that are not, the scale is multiplied by `factor`, and the next `cooldown` observations do not
-    count as bad. What it remembers is saved with the optimizer.
+    count as bad. (Of a negative metric PyTorch takes `best (1 - threshold)`, which is not a margin but its opposite.)
+
+    What it remembers is saved with the optimizer. It belongs to this object: where one object stands in several
+    places there is one memory, and a new object begins afresh, be it equal to the one before.
 
     Args:
         schedule: what is multiplied; a number stands for `Constant`.
@@ -1068,6 +1241,7 @@ class Plateau(Schedule):
         mode: "min" if a smaller metric is better, else "max".
         threshold_mode: "rel" or "abs".
         floor: the value never falls below it.
+        eps: a drop that would lower the hyperparameter by no more than this is not made, >= 0.
     """
 
     schedule: Schedule
@@ -1078,15 +1252,15 @@ class Plateau(Schedule):
     mode: str = field(default="min", kw_only=True)
     threshold_mode: str = field(default="rel", kw_only=True)
     floor: float = field(default=0.0, kw_only=True)
+    eps: float = field(default=1e-8, kw_only=True)
 
     def __post_init__(self) -> None:
         if not isinstance(self.schedule, Schedule):
             _fix(self, schedule=Constant(self.schedule))
-        _fix(self, factor=checks.number("factor", self.factor, 0.0, 1.0), floor=_number("floor", self.floor))
-        _fix(self, threshold=_number("threshold", self.threshold))
+        _fix(self, factor=checks.number("factor", self.factor, 0.0, 1.0), floor=_numbers("floor", self.floor))
+        _fix(self, threshold=_number("threshold", self.threshold), eps=_number("eps", self.eps))
         for name in ("patience", "cooldown"):
-            if getattr(self, name) != 0:
-                _positive(name, getattr(self, name))
+            _fix(self, **{name: _count(name, getattr(self, name), zero=True)})
         checks.choices("mode", [self.mode], ["min", "max"])
         checks.choices("threshold_mode", [self.threshold_mode], ["rel", "abs"])
 
@@ -1112,14 +1286,17 @@ class Observed:
     bad: int = 0
     cooling: int = 0
 
-    def observe(self, plateau: Plateau, metric: float) -> None:
-        """Take account of a metric."""
+    def observe(self, plateau: Plateau, metric: float) -> bool:
+        """Take account of a metric; whether it is time to drop."""
         sign = 1.0 if plateau.mode == "min" else -1.0
         if self.best is None:
             better = sign * metric < math.inf
         else:
-            relative = plateau.threshold_mode == "rel"
-            bound = self.best * (1.0 - sign * plateau.threshold) if relative else self.best - sign * plateau.threshold
+            margin = plateau.threshold
+            if plateau.threshold_mode == "abs":
+                bound = self.best - sign * margin
+            else:
+                bound = self.best * (1.0 - sign * math.copysign(margin, self.best))
             better = sign * metric < sign * bound
         if better:
             self.best, self.bad = metric, 0
@@ -1128,9 +1305,10 @@ class Observed:
         if self.cooling > 0:
             self.cooling -= 1
             self.bad = 0
-        if self.bad > plateau.patience:
-            self.scale *= plateau.factor
-            self.cooling, self.bad = plateau.cooldown, 0
+        if self.bad <= plateau.patience:
+            return False
+        self.cooling, self.bad = plateau.cooldown, 0
+        return True
 
 
 # What the methods of `Schedule` make.
@@ -1151,7 +1329,7 @@ class Warmup(Schedule):
 
     def __post_init__(self) -> None:
         _schedule(self.schedule, "schedule")
-        _fix(self, steps=_positive("steps", self.steps), start=_number("start", self.start, 0.0, 1.0))
+        _fix(self, steps=_count("steps", self.steps), start=_number("start", self.start, 0.0, 1.0))
         checks.choices("shape", [self.shape], ["linear", "cosine", "sqrt", "log"])
 
     def extent(self) -> int:
@@ -1183,7 +1361,7 @@ class Then(Schedule):
 
     def __post_init__(self) -> None:
         _schedule(self.first, "first"), _schedule(self.second, "other")
-        _fix(self, at=_positive("at", self.at))
+        _fix(self, at=_count("at", self.at))
 
     def extent(self) -> int:
         """As `Schedule.extent`."""
@@ -1207,7 +1385,7 @@ class Product(Schedule):
     second: Schedule
 
     def _emit(self, text: Text, n: str) -> str:
-        return text.let(f"{self.first._emit(text, n)} * {self.second._emit(text, n)}")
+        return text.times(self.first._emit(text, n), self.second._emit(text, n))
 
     def __repr__(self) -> str:
         return f"{self.first!r} * {self.second!r}"
@@ -1221,10 +1399,10 @@ class Scaled(Schedule):
     factor: float
 
     def __post_init__(self) -> None:
-        _fix(self, factor=_number("factor", self.factor))
+        _fix(self, factor=_numbers("factor", self.factor))
 
     def _emit(self, text: Text, n: str) -> str:
-        return text.let(f"{text.number(self.factor)} * {self.schedule._emit(text, n)}")
+        return text.times(text.number(self.factor), self.schedule._emit(text, n))
 
     def __repr__(self) -> str:
         inner = f"({self.schedule!r})" if isinstance(self.schedule, Product) else repr(self.schedule)
@@ -1242,9 +1420,8 @@ class Clip(Schedule):
     high: float
 
     def __post_init__(self) -> None:
-        _fix(self, low=_number("low", self.low), high=_number("high", self.high))
-        if self.high < self.low:
-            raise ValueError(f"high must be at least low, got low={self.low} and high={self.high}.")
+        _fix(self, low=_numbers("low", self.low), high=_numbers("high", self.high))
+        _ordered(self.low, self.high)
 
     def _emit(self, text: Text, n: str) -> str:
         value = self.schedule._emit(text, n)
@@ -1261,9 +1438,9 @@ class Shift(Schedule):
     by: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.by, bool) or not isinstance(self.by, int | np.integer):
-            raise TypeError(f"by must be a whole number, got {self.by!r}.")
-        _fix(self, by=int(self.by))
+        negative = isinstance(self.by, int | float | np.integer | np.floating) and self.by < 0
+        by = _count("by", -self.by if negative else self.by, zero=True)
+        _fix(self, by=-by if negative else by)
 
     def extent(self) -> int:
         """As `Schedule.extent`."""
@@ -1283,7 +1460,7 @@ class Repeat(Schedule):
     period: int
 
     def __post_init__(self) -> None:
-        _fix(self, period=_positive("period", self.period))
+        _fix(self, period=_count("period", self.period))
 
     def extent(self) -> int:
         """As `Schedule.extent`."""
@@ -1304,7 +1481,7 @@ class PerEpoch(Schedule):
     steps: int
 
     def __post_init__(self) -> None:
-        _fix(self, steps=_positive("steps", self.steps))
+        _fix(self, steps=_count("steps", self.steps))
 
     def extent(self) -> int:
         """As `Schedule.extent`."""

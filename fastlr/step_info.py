@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from . import checks
 from .kernels.sums import fold
 
 __all__ = ["LeafInfo", "StepInfo"]
@@ -71,6 +72,10 @@ class StepInfo:
         self._step, self._lrs = step, lrs
         self._layout, self._reports, self._sums, self._grad_scale = layout, reports, sums, grad_scale
 
+    def __reduce__(self) -> Any:
+        """For copies and pickles: plain numbers, with the rates as they were."""
+        return StepInfo, (self.step, dict(self.lrs), self._layout, self._reports, self._sums, self._grad_scale)
+
     @property
     def step(self) -> int:
         """Number of the step, from 1; skipped steps do not count."""
@@ -116,14 +121,17 @@ class StepInfo:
 
     @property
     def grad_norm(self) -> Any:
-        """Norm of the whole gradient, unscaled and before clipping; None if nothing asked for it."""
+        """Norm of the whole gradient, unscaled and before clipping; None if nothing asked for it.
+
+        NaN if nothing was updated: of a model that is frozen, say.
+        """
         norms = self._reported("grad_norm")
         if norms is not None:
-            return self._plain(self._first(norms, 0.0))
+            return self._plain(self._first(norms, np.nan))
         layout = self._layout
         if layout is None or layout.entry is None or "grad_norm" not in layout.norms:
             return None
-        out = np.zeros(layout.entry.shape[1])
+        out = np.full(layout.entry.shape[1], np.nan)
         for model, entries in enumerate(layout.entry.T):
             squares = self._sums[entries[entries >= 0]][:, [layout.norms["grad_norm"]]].copy()
             if len(squares):
@@ -151,11 +159,21 @@ class StepInfo:
         return self._plain(self._first(finite, 1.0) == 0)
 
     def __getitem__(self, path: str) -> LeafInfo:
-        """The norms of one leaf."""
-        paths = self._layout.paths if self._layout is not None else ()
+        """The norms of one leaf.
+
+        Raises:
+            KeyError: if there is no such leaf, or the step took no norms at all.
+        """
+        if self._layout is None:
+            raise KeyError(
+                f"this step took no norms, of {checks.shown(path)} or any other leaf. Build the optimizer with "
+                "statistics=True for all of them; clip_norm= or skip_nonfinite=True take those of the gradients."
+            )
+        paths = self._layout.paths
         if path not in paths:
-            close = difflib.get_close_matches(str(path), paths, n=1) or list(paths[:5])
-            raise KeyError(f"no leaf {path!r}; there is {', '.join(close)}")
+            close = difflib.get_close_matches(str(path), paths, n=1)
+            known = f"did you mean {close[0]!r}?" if close else f"there are {checks.shown(list(paths))}"
+            raise KeyError(f"no leaf {checks.shown(path)}; {known}")
         k = list(paths).index(path)
         found = [
             None if values is None else self._plain(values[k])

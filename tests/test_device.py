@@ -14,8 +14,12 @@ from emulation import on_device
 
 import fastlr
 from fastlr import device_arrays, devices, places
+from fastlr.kernels import emulation as kernel_emulation
+from fastlr.kernels import grid
 from fastlr.kernels.formats import FORMATS
+from fastlr.kernels.staging import define
 from fastlr.kernels.sums import BLOCK
+from fastlr.scheduled import distinguished
 
 STEPS = 4
 SIZES = [0, 1, 2, 3, 5, 8, 127, 1009, BLOCK - 1, BLOCK + 1, 2 * BLOCK + 17]
@@ -705,14 +709,70 @@ def test_schedules_in_a_graph(device, rng):
     assert_same(theirs, ours)
 
 
-def test_groups_of_different_kinds_are_refused_on_a_gpu():
+@pytest.mark.parametrize("capturable", [False, True])
+def test_groups_may_follow_schedules_of_different_kinds(device, rng, capturable):
+    """A row says which kind it follows, and none is one of them: any group can be set at any time."""
     s = fastlr.schedules
-    opt = _params(lr=s.Cosine(0.1, 9), clip_norm=1.0, groups={"b": {"lr": s.Linear(0.1, 0.0, 9)}})
-    with pytest.raises(ValueError, match="all groups must have the same kind of schedule for lr"):
-        opt.step(opt.params)
-    opt = _params(lr=s.Cosine(0.1, 9), clip_norm=1.0, groups={"b": {"lr": 0.1}})
-    with pytest.raises(ValueError, match="all groups must have a schedule for lr if one has"):
-        opt.step(opt.params)
+    start = {name: rng.standard_normal(20).astype(np.float32) for name in "abcd"}
+    here, there = tree_map(np.copy, start), tree_map(on_device, start)
+    groups = {
+        "b": {"lr": s.Plateau(s.StepDecay(0.1, 0.5, 2), patience=0)},
+        "c": {"lr": 0.01},
+        "d": {"lr": s.Cosine(0.3, 4), "weight_decay": lambda n: 0.1 / (1.0 + n)},
+    }
+    ours = fastlr.Adam(here, lr=s.Cosine(0.1, 5), weight_decay=0.0, groups=groups, backend="numpy")
+    theirs = fastlr.Adam(there, lr=s.Cosine(0.1, 5), weight_decay=0.0, groups=groups, capturable=capturable)
+
+    def steps():
+        for _ in range(3):
+            g = tree_map(lambda x: rng.standard_normal(x.shape).astype(np.float32), start)
+            assert dict(theirs.step(tree_map(on_device, g)).lrs) == dict(ours.step(g).lrs)
+            for opt in (ours, theirs):
+                opt.observe(1.0)
+        assert_same(theirs, ours)
+
+    steps()
+    for lr in (s.Linear(0.1, 0.0, 9), 0.1):  # in one group after the other
+        for pattern in (None, "b", "c", "d"):
+            for opt in (ours, theirs):
+                group = opt if pattern is None else opt.groups[pattern]
+                group.lr = s.Plateau(lr, patience=0) if pattern == "b" else lr
+        steps()
+
+
+def test_a_population_follows_schedules_of_arrays_on_a_gpu(device, rng):
+    s = fastlr.schedules
+    rates = np.geomspace(1e-3, 0.1, 3)
+    here = fastlr.flatten({"w": np.ones(5)}, population=3)
+    there = fastlr.flatten({"w": np.ones(5)}, population=3, device="cuda")
+    lr = rates * s.Cosine(1.0, 6).clip(1e-3, rates)
+    ours = fastlr.SGD(here, lr=lr, backend="numpy")
+    theirs = fastlr.SGD(there, lr=lr)
+    for _ in range(3):
+        g = rng.standard_normal((3, 5))
+        info = theirs.step({"w": on_device(g)})
+        assert info.lr.tolist() == ours.step({"w": g}).lr.tolist() == lr(info.step - 1).tolist()
+    assert_same(theirs, ours)
+
+
+def test_extreme_schedules_in_a_kernel():
+    """As on the host, to the last bit: overflow, periods at the end of the integers, powers of numbers that are off."""
+    s = fastlr.schedules
+    tried = [
+        s.StepDecay(1e-6, 2.0, every=1).clip(0.0, 1.0),
+        s.Exponential(0.0, factor=1e300),
+        0.0 * s.Exponential(1e-6, factor=1.2).repeat(5).per_epoch(3),
+        s.Exponential(0.1, half_life=3.7),
+        s.Cyclic(0.0, 0.1, 3, mode="triangular2"),
+        s.TimeBased(0.1, 1e308),
+        s.CosineRestarts(0.1, 3, growth=2, decay=0.9),
+    ]
+    source, _ = distinguished(tried)
+    function = kernel_emulation.TARGET.function(define(source, "value", grid._FORMULAS))
+    for kind, schedule in enumerate(tried, 1):
+        numbers = np.array([kind, *schedule._carried_out().numbers], np.float64)
+        for n in (0, 1, 2, 10, 11, 3894, 10**6, 2**53 - 2, 2**53):
+            assert function(float(n), numbers) == schedule(n), (schedule, n)
 
 
 def test_a_function_that_numba_cannot_compile():

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import json
 import math
+import pickle
+import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -184,12 +189,374 @@ def test_continuous_where_promised():
         assert np.abs(np.diff(schedule(np.arange(1100)))).max() < jump
 
 
+def test_no_steps_of_warmup_are_no_warmup():
+    line = s.Linear(1.0, 0.5, steps=10)
+    assert line.warmup(0) is line and line.warmup(0.0, 0.5, "log", included=True) is line
+    with pytest.raises(TypeError, match="shape 'square' is not known"):
+        line.warmup(0, shape="square")
+    with pytest.raises(ValueError, match="steps must be at least"):
+        line.warmup(-1)
+
+
+def test_whole_numbers_may_be_written_as_floats():
+    assert s.Cosine(0.1, steps=1e4) == s.Cosine(0.1, steps=10_000)
+    assert repr(s.Cosine(0.1, steps=np.float32(100))) == "Cosine(0.1, 100)"
+    assert s.MultiStep(0.1, (5.0, 1e2)).milestones == (5, 100)
+    assert s.Constant(0.1).shift(-1e2).shift(3.0).repeat(1e1).per_epoch(2.0) == (
+        s.Constant(0.1).shift(-100).shift(3).repeat(10).per_epoch(2)
+    )
+    assert s.Plateau(0.1, patience=2.0, cooldown=0.0).patience == 2
+    assert s.WarmupStableDecay(0.1, 1e2, warmup_steps=1e1, decay_steps=2e1).extent() == 100
+    for steps in (1e4 + 0.5, math.inf, math.nan, True):
+        with pytest.raises((TypeError, ValueError), match="steps must be a whole number"):
+            s.Cosine(0.1, steps=steps)
+    for steps in (10**30, 10**5000):
+        with pytest.raises(ValueError, match="steps must be") as raised:
+            s.Cosine(0.1, steps=steps)
+        assert len(str(raised.value)) < 300
+
+
+# Extreme numbers
+
+GROWING = [
+    s.Exponential(1e-6, factor=1.2),
+    s.Exponential(1e300, factor=1e300, every=7),
+    s.Exponential(0.0, factor=3.0),
+    s.StepDecay(1e-6, 2.0, every=1),
+    s.StepDecay(0.0, 1e300, every=1),
+    s.MultiStep(1e-3, tuple(range(1, 40)), 1e20),
+    s.Cyclic(0.0, 1e308, 1, mode="triangular2"),
+    s.TimeBased(0.1, 1e308),
+    s.TimeBased(1e308, 1e-308),
+    s.InverseTime(1e308, 1e308, 3),
+    s.Exponential(1e308, 1e308),
+    s.Exponential(0.1, half_life=1e-300),
+    s.Polynomial(1e308, 3, 1e308, end=1e308, cycle=True),
+    s.CosineRestarts(1e308, 1, growth=2, decay=1e-300),
+    s.CosineRestarts(0.1, 3, growth=10**9),
+    s.SlantedTriangular(1e308, 10, ratio=1e308),
+    s.Interpolated((1, 2**53 - 1), (1e308, 0.0, 1e308)),
+    s.OneCycle(1e308, 10, div=1e308, final_div=1e308),
+]
+STEPS = st.one_of(st.integers(0, 5000), st.integers(0, 2**53), st.integers(2**53 - 5000, 2**53))
+
+
+def compositions():
+    """Schedules of schedules, extreme ones among them."""
+    count = st.one_of(st.integers(1, 50), st.integers(1, 2**53 - 1))
+    factor = st.sampled_from([0.0, 5e-324, 1e-30, 0.5, 3.0, 1e308])
+
+    def more(inner):
+        return st.one_of(
+            st.builds(lambda a, b: a * b, inner, inner),
+            st.builds(lambda a, f: f * a, inner, factor),
+            st.builds(lambda a, b, at: a.then(b, at), inner, inner, count),
+            st.builds(lambda a, low, high: a.clip(min(low, high), max(low, high)), inner, factor, factor),
+            st.builds(lambda a, by: a.shift(by), inner, st.one_of(count, count.map(lambda n: -n))),
+            st.builds(lambda a, n: a.repeat(n), inner, count),
+            st.builds(lambda a, n: a.per_epoch(n), inner, count),
+            st.builds(lambda a, n, x: a.warmup(n, shape=x), inner, count, st.sampled_from(["linear", "log", "cosine"])),
+            st.builds(lambda a, f: s.Plateau(a, floor=f), inner, factor),
+        )
+
+    return st.recursive(st.sampled_from(GROWING + ALL), more, max_leaves=4)
+
+
+@settings(max_examples=150, deadline=None)
+@given(compositions(), st.lists(STEPS, min_size=1, max_size=8))
+def test_one_step_and_many_are_the_same_for_all_numbers(schedule, steps):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        one, many = [schedule(n) for n in steps], schedule(np.array(steps)).tolist()
+    assert one == many  # so none is NaN
+    assert min(one) >= 0.0
+
+
+@pytest.mark.parametrize("schedule", GROWING, ids=repr)
+def test_what_is_too_large_is_clipped(schedule):
+    steps = np.array([0, 1, 2, 700, 3894, 10**6, 2**53])
+    limited, free = schedule.clip(1e-3, 1.0), schedule(steps)
+    assert [limited(int(n)) for n in steps] == limited(steps).tolist() == np.clip(free, 1e-3, 1.0).tolist()
+    w = np.ones(1)
+    opt = fastlr.SGD(w, lr=limited, backend="numpy")
+    opt.load_state_dict({**opt.state_dict(), **_at_step(opt, 3894)})
+    assert opt.step(np.zeros(1)).lr == limited(3894)
+
+
+def _at_step(opt, step):
+    """What makes a state one of a later step."""
+    state = opt.state_dict()
+    description = json.loads(bytes(state["fastlr"])) | {"steps": step}
+    clock = np.full_like(state["clock"], step)
+    return {"fastlr": np.frombuffer(json.dumps(description).encode(), np.uint8), "clock": clock, "step": clock}
+
+
+def test_too_large_a_rate_is_refused(rng):
+    opt = fastlr.SGD(np.ones(1), lr=s.StepDecay(1e300, 1e10, 1), backend="numpy")
+    opt.step(np.zeros(1))
+    with pytest.raises(
+        ValueError, match=r"lr must be non-negative and finite, but StepDecay\(.*\) gives inf at step 1."
+    ):
+        opt.step(np.zeros(1))
+
+
+def test_what_is_not_a_number_is_not_clipped_away():
+    own = s.Function(lambda n: math.nan)
+    assert math.isnan(own.clip(0.1, 0.2)(0)) and math.isnan((s.Constant(1.0) * own)(0))
+
+
+def test_a_cycle_needs_steps_on_both_sides():
+    with pytest.raises(ValueError, match="rise=1.0 of 100 steps leaves a phase without steps"):
+        s.OneCycle(0.1, 100, rise=1.0)
+
+
+# Copies
+
+
+@pytest.mark.parametrize("schedule", ALL, ids=repr)
+def test_schedules_are_copied_and_pickled_after_use(schedule):
+    before = schedule(7)
+    for again in (pickle.loads(pickle.dumps(schedule)), copy.deepcopy(schedule), copy.copy(schedule)):
+        assert again == schedule and again(7) == before and again(np.array([7]))[0] == before
+
+
+def _third(n):
+    return 1 / (n + 3)
+
+
+def test_pickles_of_functions():
+    named, nameless = s.Function(_third).warmup(2), s.Function(lambda n: 0.1)
+    assert named(5) == nameless(0) + named(5) - 0.1
+    assert pickle.loads(pickle.dumps(named))(5) == named(5)
+    with pytest.raises((pickle.PicklingError, AttributeError), match="lambda"):
+        pickle.dumps(nameless)
+
+
+def test_reports_are_copied_and_pickled(rng):
+    tree = {"a": rng.standard_normal(3), "b": rng.standard_normal(2)}
+    options = {"clip_norm": 0.1, "statistics": True, "groups": {"b": {"lr": s.Constant(0.5)}}, "backend": "numpy"}
+    for lr in (0.1, s.Cosine(0.1, 10), lambda n: 0.1):
+        opt = fastlr.SGD(tree, lr=lr, **options)
+        opt.step({k: np.ones_like(v) for k, v in tree.items()})
+        info = opt.step({"a": np.ones(3), "b": None})
+        for again in (pickle.loads(pickle.dumps(info)), copy.deepcopy(info)):
+            opt.step({k: np.ones_like(v) for k, v in tree.items()})
+            assert again.asdict() == info.asdict() and again["a"] == info["a"] and repr(again) == repr(info)
+    plain = fastlr.SGD(np.ones(2), backend="numpy").step(np.ones(2))
+    assert pickle.loads(pickle.dumps(plain)).asdict() == plain.asdict()
+
+
+# Functions of the user's
+
+
 def test_functions_of_ones_own():
     own = s.Function(lambda n: 0.1 / math.sqrt(1 + n))
     assert own(3) == 0.05 and own(np.array([3, 8]))[0] == 0.05
     assert (2 * own).warmup(2)(5) == 0.2 / math.sqrt(4)
     with pytest.raises(TypeError, match="cannot be saved. Pass it again after loading"):
         own.to_dict()
+
+
+def test_functions_are_called_with_an_int():
+    table, seen = [0.1, 0.05, 0.01], []
+
+    def rate(n):
+        seen.append(n)
+        return table[n]
+
+    opt = fastlr.SGD(np.ones(1), lr=s.Function(rate).shift(1), backend="numpy")
+    assert [opt.step(np.ones(1)).lr for _ in range(3)] == [0.1, 0.1, 0.05]
+    assert s.Function(rate)(np.array([[2, 1]])).tolist() == [[0.01, 0.05]]
+    assert {type(n) for n in seen} == {int}
+
+
+def half(n):
+    return {0: 0.5, 1: np.float32(0.5), 2: np.array(0.5), 3: 1}[n]
+
+
+def test_what_functions_may_return():
+    assert s.Function(half)(np.arange(4)).tolist() == [0.5, 0.5, 0.5, 1.0]
+    wrong = [None, "0.1", True, 0.1j, np.array([0.1]), [0.1, 0.2], np.zeros((2, 2)), {}, np.array("0.1")]
+    for value in wrong:
+        w = np.ones(2)
+        opt = fastlr.SGD(w, lr=lambda n, value=value: value, backend="numpy")
+        with pytest.raises(
+            (TypeError, ValueError), match="the function .*lambda.* must return a number, but at step 0"
+        ):
+            opt.step(np.ones(2))
+        assert w.tolist() == [1.0, 1.0] and opt.steps == 0
+
+
+def broken(n):
+    raise LookupError(f"no rate for {n}")
+
+
+def test_exceptions_of_functions_say_at_which_step():
+    opt = fastlr.SGD(np.ones(1), lr=s.Constant(0.1).then(s.Function(broken), at=1), backend="numpy")
+    with pytest.raises(LookupError, match="no rate for 0") as raised:
+        opt.step(np.ones(1))
+    assert "by the function broken, which a hyperparameter follows, at step 0" in getattr(
+        raised.value, "__notes__", ["by the function broken, which a hyperparameter follows, at step 0"]
+    )[0].replace("This was raised ", "")
+
+
+# Populations
+
+
+def fleet(models=4):
+    return fastlr.flatten({"w": np.ones(3)}, population=models)
+
+
+RATES = np.geomspace(1e-3, 1.0, 4)
+PER_MODEL = [
+    (s.Cosine(RATES, 10), lambda r, n: s.Cosine(r, 10)(n)),
+    (RATES * s.Cosine(1.0, 10), lambda r, n: r * s.Cosine(1.0, 10)(n)),
+    (s.Cosine(1.0, 10) * list(RATES), lambda r, n: r * s.Cosine(1.0, 10)(n)),
+    (RATES * s.Cosine(RATES, 10).warmup(3), lambda r, n: r * s.Cosine(r, 10).warmup(3)(n)),
+    (s.Exponential(0.1, factor=RATES), lambda r, n: s.Exponential(0.1, factor=r)(n)),
+    (s.TimeBased(0.1, RATES), lambda r, n: s.TimeBased(0.1, r)(n)),
+    (s.OneCycle(RATES, 9).clip(1e-4, RATES), lambda r, n: s.OneCycle(r, 9).clip(1e-4, r)(n)),
+    (s.Function(lambda n: RATES * 0.9**n), lambda r, n: r * 0.9**n),
+    (s.Function(lambda n: RATES * 0.9**n).clip(0.01, 0.5).warmup(2), lambda r, n: None),
+    (s.Plateau(RATES, patience=0), lambda r, n: r),
+]
+
+
+@pytest.mark.parametrize(("schedule", "one"), PER_MODEL, ids=lambda x: repr(x)[:40] if isinstance(x, Schedule) else "")
+def test_a_population_follows_a_schedule_of_arrays(schedule, one):
+    params = fleet()
+    opt = fastlr.SGD(params, lr=schedule, groups={"w": {"weight_decay": 0.1 * schedule}}, backend="numpy")
+    for n in range(4):
+        before, info = params["w"].copy(), opt.step({"w": np.ones((4, 3))})
+        assert info.lr.shape == (4,) and info.lr.tolist() == schedule(n).tolist()
+        if one(0.1, n) is not None:
+            assert info.lr.tolist() == [one(float(r), n) for r in RATES]
+        decay = 0.1 * info.lr[:, None]
+        np.testing.assert_allclose(before - params["w"], info.lr[:, None] * (1 + decay * before), atol=1e-15)
+    assert schedule(np.arange(3)).shape == (3, 4) and schedule(np.zeros((0, 2), int)).shape[:2] == (0, 2)
+    assert (schedule(np.arange(3))[2] == schedule(2)).all()
+
+
+def test_schedules_of_arrays_are_schedules(tmp_path):
+    schedule = RATES * s.Cosine(RATES, 10).warmup(3)
+    assert schedule == Schedule.from_dict(json.loads(json.dumps(schedule.to_dict()))) and hash(schedule)
+    assert eval(repr(schedule), vars(s)) == schedule == plots.parse(repr(schedule)) == copy.deepcopy(schedule)
+    assert isinstance(np.float64(2) * s.Constant(1.0), Schedule) and isinstance(
+        np.array(2.0) * s.Constant(1.0), Schedule
+    )
+    opt = fastlr.SGD(fleet(), lr=schedule, backend="numpy")
+    opt.step({"w": np.ones((4, 3))})
+    opt.save(tmp_path / "x.npz")
+    again = fastlr.SGD(fleet(), lr=0.1, backend="numpy")
+    again.load(tmp_path / "x.npz")
+    assert again.lr == schedule and again.step({"w": np.ones((4, 3))}).lr.tolist() == schedule(1).tolist()
+
+
+def test_schedules_of_arrays_that_do_not_fit():
+    lr = s.Cosine(RATES, 10)
+    with pytest.raises(ValueError, match="lr follows a schedule of 4 numbers, expected one for all: only a population"):
+        fastlr.SGD(np.ones(4), lr=lr)
+    with pytest.raises(
+        ValueError, match="lr follows a schedule of 4 numbers, expected one, or one for each of the 3 mod"
+    ):
+        fastlr.SGD(fleet(3), lr=lr)
+    with pytest.raises(ValueError, match=r"betas\[1\] follows a schedule of 4 numbers"):
+        fastlr.Adam(fleet(3), betas=(0.9, s.Constant(RATES / 2)))
+    with pytest.raises(ValueError, match="a schedule has numbers for 2 and for 4 models"):
+        fastlr.SGD(fleet(), lr=s.Constant([0.1, 0.2]) * lr)
+    for bad in (np.ones((2, 2)), np.array([-1.0, 1.0]), np.array(["a"]), []):
+        with pytest.raises((TypeError, ValueError), match="lr"):
+            s.Cosine(bad, 10)
+    opt = fastlr.SGD(fleet(), lr=lambda n: RATES[:3], backend="numpy")
+    with pytest.raises(
+        ValueError, match=r"for each model, an array \(4,\), but at step 0 it returned an array of shape \(3"
+    ):
+        opt.step({"w": np.ones((4, 3))})
+    opt = fastlr.SGD(fleet(), lr=lambda n: -RATES, backend="numpy")
+    with pytest.raises(ValueError, match=r"lr must be non-negative and finite, but Function\(.*gives -0.001 at step 0"):
+        opt.step({"w": np.ones((4, 3))})
+
+
+def test_no_message_prints_hundreds_of_numbers():
+    many, params = np.linspace(2.0, 3.0, 500), fleet(500)
+    opt = fastlr.Adam(params, backend="numpy")
+    refused = [
+        lambda: fastlr.SGD(np.ones(3), lr=s.Cosine(many, 10)),
+        lambda: s.Cosine(-many, 10),
+        lambda: s.MultiStep(0.1, many),
+        lambda: s.MultiStep(0.1, (*range(500, 1, -1),)),
+        lambda: s.Constant(0.1)(many),
+        lambda: Schedule.from_dict({"type": "Sine", "lr": many.tolist()}),
+        lambda: setattr(opt, "betas", (s.Constant(many), 0.9)),
+        lambda: setattr(opt, "betas", many),
+        lambda: setattr(opt, "amsgrad", many),
+        lambda: setattr(opt, "frozen", many),
+        lambda: fastlr.SGD(params, lr=lambda n: many.tolist() * 2, backend="numpy").step(params),
+        lambda: fastlr.SGD(params, lr=lambda n: str(many.tolist()), backend="numpy").step(params),
+        lambda: fastlr.SGD(params, groups=many),
+        lambda: fastlr.SGD(params, groups={"w": many}),
+        lambda: s.Constant(0.1).then(many, at=1),
+    ]
+    for call in refused:
+        with pytest.raises((TypeError, ValueError)) as raised:
+            call()
+        assert len(str(raised.value)) < 600
+
+
+# What is refused leaves the old value
+
+
+def test_a_schedule_that_does_not_fit_is_refused_where_it_is_set():
+    tree = {"a": np.ones(2), "b": np.ones(2)}
+    grads = {k: np.ones(2) for k in tree}
+    opt = fastlr.Adam(tree, lr=0.1, groups={"b": {"lr": 0.2}}, backend="numpy")
+    for _ in range(3):
+        opt.step(grads)
+    late = s.Linear(0.9, 1.1, steps=4)  # 1.05 at step 3
+    refused = [
+        (opt, "lr", lambda n: 0.1 - n, r"^lr must be non-negative and finite, but Function\(.*gives -2.9 at step 3"),
+        (opt, "lr", lambda n: None, "must return a number, but at step 3 it returned None"),
+        (opt, "lr", s.Cosine(RATES, 10), "only a population"),
+        (opt, "lr", lambda n: [0.1][n], "list index out of range"),
+        (opt, "betas", (0.9, late), r"^betas\[1\] must be in \[0, 1\), but Linear\(0.9, 1.1, 4\) gives 1.05 at step 3"),
+        (opt.groups["b"], "lr", s.StepDecay(1.0, 1e200, 1), r"^groups\['b'\]: lr must be .*gives inf at step 3"),
+        (opt.groups["b"], "betas", (late, late), r"^groups\['b'\]: betas\[0\] must be"),
+    ]
+    for target, name, value, message in refused:
+        with pytest.raises((TypeError, ValueError, IndexError), match=message):
+            setattr(target, name, value)
+        assert dict(opt.step(grads).lrs) == {"": 0.1, "b": 0.2} and opt.betas == (0.9, 0.999)
+        assert "betas" not in opt.groups["b"]._values
+        opt.restore(opt.snapshot())
+        opt._rows.counters[:, 1] = 3
+    opt.lr = s.Linear(1.0, 0.0, 10)
+    assert opt.step(grads).lr == 0.7
+
+
+def test_a_schedule_cannot_ask_for_a_state_that_is_not_there():
+    opt = fastlr.SGD(np.ones(2), lr=0.1, backend="numpy")
+    with pytest.raises(ValueError, match="need other states than those that exist"):
+        opt.momentum = s.Constant(0.9)
+    assert opt.momentum == 0.0 and opt.step(np.ones(2)).lr == 0.1
+
+
+def test_setting_schedules_keeps_nothing_alive():
+    opt = fastlr.SGD(np.ones(2), lr=0.1, backend="numpy")
+    opt.lr = s.Constant(0.1)
+    opt.step(np.ones(2))
+    gone = weakref.ref(opt)
+    gc.disable()
+    try:
+        del opt
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_a_rate_that_all_groups_override_is_a_number_in_the_report():
+    opt = fastlr.SGD({"w": np.ones(2)}, lr=s.Linear(1.0, 0.0, 10), groups={"*": {"lr": 0.5}}, backend="numpy")
+    opt.step({"w": np.ones(2)})
+    assert dict(opt.step({"w": np.ones(2)}).lrs) == {"": 0.9, "*": 0.5}
 
 
 BAD = [
@@ -487,6 +854,106 @@ def test_plateau_is_pytorchs(tmp_path, rng):
         opt.observe("good")
 
 
+def rates_after(metrics, **settings):
+    opt = fastlr.SGD(np.zeros(1), lr=s.Plateau(0.1, **{"patience": 1, **settings}), backend="numpy")
+    out = []
+    for metric in metrics:
+        opt.observe(metric)
+        out.append(float(f"{opt.step(np.zeros(1)).lr:.1g}"))
+    return out
+
+
+@pytest.mark.parametrize("level", [1.0, -1.0, 1e-9, -1e9])
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_a_margin_is_one_for_metrics_of_either_sign(level, mode):
+    assert rates_after([level] * 6, mode=mode) == [0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
+    better = -abs(level) if mode == "min" else abs(level)
+    quickly = [level + better * 2e-4 * k for k in range(6)]
+    assert rates_after(quickly, mode=mode) == [0.1] * 6
+    worse = [level - better * 2e-4 * k for k in range(6)]
+    assert rates_after(worse, mode=mode)[-1] == 0.001
+
+
+@pytest.mark.parametrize(("eps", "floor"), [(1e-8, 0.0), (1e-8, 1e-5), (5e-3, 0.0), (0.0, 1e-4), (0.2, 0.0)])
+def test_a_plateaus_smallest_drop_is_pytorchs(eps, floor):
+    torch = pytest.importorskip("torch")
+    theirs = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(theirs, patience=1, eps=eps, min_lr=floor)
+    opt = fastlr.SGD(np.zeros(1), lr=s.Plateau(0.1, patience=1, eps=eps, floor=floor), backend="numpy")
+    for _ in range(30):
+        theirs.step()
+        scheduler.step(1.0)
+        opt.observe(1.0)
+        assert opt.step(np.zeros(1)).lr == pytest.approx(theirs.param_groups[0]["lr"], rel=1e-12)
+
+
+def test_a_new_plateau_begins_at_its_own_rate(tmp_path):
+    first, g = s.Plateau(0.1, patience=0), {"a": np.zeros(1), "b": np.zeros(1)}
+
+    def make(lr, other):
+        return fastlr.SGD({"a": np.zeros(1), "b": np.zeros(1)}, lr=lr, groups={"b": {"lr": other}}, backend="numpy")
+
+    opt = make(first, 0.5 * first)  # one memory in two places
+    for _ in range(3):
+        opt.observe(1.0)
+    assert list(opt.step(g).lrs.values()) == pytest.approx([1e-3, 0.5e-3])
+    opt.lr = s.Plateau(0.1, patience=0)  # equal, but another
+    assert list(opt.step(g).lrs.values()) == pytest.approx([0.1, 0.5e-3])
+    opt.observe(1.0)
+    opt.observe(1.0)
+    assert list(opt.step(g).lrs.values()) == pytest.approx([1e-2, 0.5e-5])
+    opt.save(tmp_path / "x.npz")
+    fresh = make(0.3, 0.2)
+    fresh.load(tmp_path / "x.npz")
+    moved, rebuilt = opt.to("cpu"), make(0.3, 0.2)
+    rebuilt.restore(opt.snapshot())
+    rebuilt.rebuild({"a": np.zeros(1), "b": np.zeros(1), "c": np.zeros(1)})
+    rebuilt.rebuild({"a": np.zeros(1), "b": np.zeros(1)})
+    for one in (opt, fresh, moved, rebuilt):  # each goes on by itself
+        one.observe(1.0)
+        assert list(one.step(g).lrs.values()) == pytest.approx([1e-3, 0.5e-6])
+
+
+def test_plateaus_over_functions_are_restored():
+    def make():
+        return fastlr.SGD(np.zeros(1), lr=s.Plateau(s.Function(lambda n: 0.1), patience=0), backend="numpy")
+
+    opt, again = make(), make()
+    opt.observe(1.0)
+    opt.observe(1.0)
+    again.load_state_dict(opt.state_dict())
+    assert again.step(np.zeros(1)).lr == opt.step(np.zeros(1)).lr == pytest.approx(0.01)
+
+
+def test_what_plateaus_remember_in_states_of_before():
+    """They had it by the code of the plateau."""
+    lr = s.Plateau(0.1, patience=0)
+    opt = fastlr.SGD({"a": np.zeros(1), "b": np.zeros(1)}, lr=lr, groups={"b": {"lr": 2 * lr}}, backend="numpy")
+    state = opt.state_dict()
+    description = json.loads(bytes(state["fastlr"]))
+    description["observed"] = {repr(lr): {"scale": 0.25, "best": 3.0, "bad": 0, "cooling": 0}}
+    state["fastlr"] = np.frombuffer(json.dumps(description).encode(), np.uint8)
+    opt.load_state_dict(state)
+    assert list(opt.step({"a": np.zeros(1), "b": np.zeros(1)}).lrs.values()) == [0.025, 0.05]
+
+
+def test_a_metric_that_cannot_be_taken_changes_nothing():
+    calls = []
+
+    def rate(n):
+        if calls:
+            raise RuntimeError("no more")
+        return 0.1
+
+    opt = fastlr.SGD(np.zeros(1), lr=s.Plateau(s.Function(rate), patience=0), backend="numpy")
+    opt.observe(1.0)
+    before = opt.state_dict()["fastlr"].tobytes()
+    calls.append(1)
+    with pytest.raises(RuntimeError, match="no more"):
+        opt.observe(1.0)
+    assert opt.state_dict()["fastlr"].tobytes() == before
+
+
 @pytest.mark.parametrize("case", [c for c in CASES if c.name in ("sgd-momentum", "nadam", "lamb")], ids=repr)
 def test_every_numeric_hyperparameter_takes_one(case):
     opt = case.make(np.ones(4), backend="numpy", **case.settings)
@@ -543,8 +1010,76 @@ def test_a_picture_in_the_terminal(capsys):
         ("Cosine(1e-3, steps=", "is not an expression"),
         ("Cosine(1e-3)", "missing 1 required positional argument: 'steps'"),
         ("Cosine(1e-3, steps=-5)", "steps must be at least 1, got -5."),
+        ("Cosine(0.1, 5) * 'x'", "multiplies a schedule by what is no number"),
+        ("2 * True * Cosine(0.1, 5)", "multiplies no schedule"),
+        ("Cosine(0.1, 5)" + ".warmup(5)" * 500, "is nested more than 50 deep"),
+        ("0.5 * " * 900 + "Cosine(0.1, 5)", "is nested more than 50 deep"),
+        ("(" * 150 + "Cosine(0.1, 5)" + ")" * 150, ""),
+        ("(" * 4000 + "1" + ")" * 4000, "is not an expression: too many nested parentheses"),
+        ("1 * " + "-" * 9000 + "1", "is nested more than 50 deep"),
+        ("[" * 120 + "]" * 120, "is nested more than 50 deep"),
+        ("Cosine(0.1, 5" + ", 5" * 10_000 + ")", "an expression has at most 10,000 characters, got 30,014."),
+        ("Cosine(0.1, 10**10**10)", "'10 ** 10 ** 10' cannot stand here"),
+        ("Cosine(0.1, " + "9" * 5000 + ")", "is not an expression: Exceeds the limit"),
+        ("Cosine(0.1, " + "9" * 4000 + ")", "steps must be"),
+        ("Cosine(" + "9" * 4000 + ", 5)", "lr must be"),
+        ("Cosine(0.1, 1e999)", "steps must be a whole number, got inf."),
+        ("Cosine(1e999, 5)", "lr must be at least 0 and finite, got inf."),
+        ("Piecewise((" + "1, " * 3000 + "), 0.1)", "boundaries must be rising and not empty"),
+        ("'a' * 10000000000", "multiplies no schedule"),
+        ("(1, 2) * 1000000000", "multiplies no schedule"),
+        ("Cosine(0.1, 5, end=None)", "'None' cannot stand here"),
+        ("Cosine(0.1, 5j)", "'5j' cannot stand here"),
+        ("lambda: Cosine(0.1, 5)", "cannot stand here"),
+        ("(x := Cosine(0.1, 5))", "cannot stand here"),
+        ("f'{Cosine(0.1, 5)}'", "cannot stand here"),
+        ("Cosine(0.1, 5, steps=5)", "got multiple values for argument 'steps'"),
+        ("Cosine(0.1, steps=5, steps=5)", "gives an argument twice"),
+        ("Cosine(0.1, '\\d')", "steps must be a whole number"),
+        ("Cosine(0.1, '\udcff')", "is not an expression"),
+        ("Cosine(0.1, 5)\0", "is not an expression"),
+        ("Cosine", "cannot stand here"),
+        ("Cosine(0.1, 5).warmup", "cannot stand here"),
+        ("Linear((0.1, 0.2), (1, 2, 3), 5)", "a schedule has numbers for 2 and for 3 models"),
+        ("", "is not an expression"),
+        ("\n", "is not an expression"),
+    ],
+    ids=lambda text: text[:30].encode("ascii", "replace").decode() or "nothing",
+)
+def test_expressions_that_are_refused(expression, message, capsys, monkeypatch):
+    monkeypatch.setattr(plots, "show", lambda curves, **labels: None)
+    accepted = not message
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cli.main(["plot", expression]) == (0 if accepted else 2)
+    said = capsys.readouterr().err
+    assert message in said and len(said) < 900 and said.count("\n") == (0 if accepted else 1)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "StepDecay(1.0, 10.0, 1)",
+        "Cosine(1e308, 100)",
+        "Exponential(0.1, half_life=1e308)",
+        "Cosine(0.1, 9007199254740991)",
+        "CosineRestarts(0.1, 9007199254740991, growth=9007199254740991)",
+        "(0.1, 0.2) * Cosine(1.0, 10)",
     ],
 )
-def test_expressions_that_are_refused(expression, message, capsys):
-    assert cli.main(["plot", expression]) == 2
-    assert message in capsys.readouterr().err
+def test_pictures_of_extreme_numbers(expression, capsys, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "show", lambda curves, **labels: drawn.append(curves))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cli.main(["plot", expression, "--steps", "2k"]) == cli.main(["plot", expression]) == 0
+    for curves in drawn:
+        for x, y in curves.values():
+            assert len(x) == len(y) > 0 and np.isfinite(y).all() and x.min() >= 0
+
+
+@pytest.mark.parametrize("steps", ["0", "-5", "1e30", "x", "1,2", "1.5", "nan", "inf"])
+def test_numbers_of_steps_that_cannot_be_drawn(steps, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["plot", "Cosine(0.1, 5)", f"--steps={steps}"])
+    assert ended.value.code == 2 and "whole number" in capsys.readouterr().err
