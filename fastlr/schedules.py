@@ -8,6 +8,9 @@ alone. Schedules are built by their names and by what every schedule can do:
     Constant(1e-3).then(Linear(1e-3, 0.0, steps=100), at=1000)
     0.5 * a, a * b, a.clip(1e-6, 1e-2), a.shift(100), a.repeat(50), a.per_epoch(steps=390)
 
+For a population, rates, decays, factors and limits may be arrays with a number for each model: `Cosine(rates, 100)`,
+`rates * Cosine(1.0, 100)`. Whole numbers may be written as floats: `steps=1e4`.
+
 The equation of each is in its docstring, with n for the step. Each is written once, in text (`_emit`), which is carried
 out for one step in Python, for an array of steps by NumPy, and in a kernel on a GPU.
 """
@@ -19,9 +22,9 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 
@@ -51,6 +54,9 @@ __all__ = [
     "TimeBased",
     "WarmupStableDecay",
 ]
+
+
+Numbers: TypeAlias = float | Sequence[float] | np.ndarray  # one, or one for each model of a population
 
 
 class Text:
@@ -391,7 +397,7 @@ class Schedule(abc.ABC):
         """This schedule for the first `at` steps, then the other from its own step 0: `b(n - at)`."""
         return Then(self, other, at)
 
-    def clip(self, low: float, high: float) -> Schedule:
+    def clip(self, low: Numbers, high: Numbers) -> Schedule:
         """Limited to the range from `low` to `high`."""
         return Clip(self, low, high)
 
@@ -538,7 +544,7 @@ class Constant(Schedule):
         value: >= 0.
     """
 
-    value: float
+    value: Numbers
 
     def __post_init__(self) -> None:
         _fix(self, value=_numbers("value", self.value))
@@ -561,8 +567,8 @@ class TimeBased(Schedule):
         decay: >= 0.
     """
 
-    lr: float
-    decay: float
+    lr: Numbers
+    decay: Numbers
 
     def __post_init__(self) -> None:
         _fix(self, lr=_numbers("lr", self.lr), decay=_numbers("decay", self.decay))
@@ -617,8 +623,8 @@ class InverseTime(Schedule):
         every: steps of the staircase; default 1: none.
     """
 
-    lr: float
-    decay: float
+    lr: Numbers
+    decay: Numbers
     every: int = 1
 
     def __post_init__(self) -> None:
@@ -642,8 +648,8 @@ class StepDecay(Schedule):
             textbooks): one update earlier.
     """
 
-    lr: float
-    factor: float
+    lr: Numbers
+    factor: Numbers
     every: int
     count: str = field(default="n", kw_only=True)
 
@@ -672,9 +678,9 @@ class MultiStep(Schedule):
         factor: of each drop, >= 0.
     """
 
-    lr: float
+    lr: Numbers
     milestones: tuple[int, ...]
-    factor: float = 0.1
+    factor: Numbers = 0.1
 
     def __post_init__(self) -> None:
         _fix(self, lr=_numbers("lr", self.lr), factor=_numbers("factor", self.factor))
@@ -716,12 +722,12 @@ class Exponential(Schedule):
         floor: the rate never falls below it.
     """
 
-    lr: float
-    decay: float | None = None
-    factor: float | None = field(default=None, kw_only=True)
+    lr: Numbers
+    decay: Numbers | None = None
+    factor: Numbers | None = field(default=None, kw_only=True)
     half_life: float | None = field(default=None, kw_only=True)
     every: int = field(default=1, kw_only=True)
-    floor: float = field(default=0.0, kw_only=True)
+    floor: Numbers = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
         given = {k: getattr(self, k) for k in ("decay", "factor", "half_life") if getattr(self, k) is not None}
@@ -762,8 +768,8 @@ class Linear(Schedule):
         steps: >= 1.
     """
 
-    start: float
-    end: float
+    start: Numbers
+    end: Numbers
     steps: int
 
     def __post_init__(self) -> None:
@@ -791,10 +797,10 @@ class Polynomial(Schedule):
             `steps ceil(n / steps)` (Keras, TensorFlow).
     """
 
-    lr: float
+    lr: Numbers
     steps: int
     power: float = 1.0
-    end: float = field(default=0.0, kw_only=True)
+    end: Numbers = field(default=0.0, kw_only=True)
     cycle: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -824,9 +830,9 @@ class Cosine(Schedule):
     Source: Loshchilov and Hutter 2017, arXiv:1608.03983, eq. 5, without restarts.
     """
 
-    lr: float
+    lr: Numbers
     steps: int
-    end: float = field(default=0.0, kw_only=True)
+    end: Numbers = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
         _fix(self, lr=_numbers("lr", self.lr), steps=_count("steps", self.steps), end=_numbers("end", self.end))
@@ -855,11 +861,11 @@ class CosineRestarts(Schedule):
     Source: Loshchilov and Hutter 2017, arXiv:1608.03983, eq. 5, T_0 and T_mult.
     """
 
-    lr: float
+    lr: Numbers
     steps: int
     growth: int = field(default=1, kw_only=True)
     decay: float = field(default=1.0, kw_only=True)
-    end: float = field(default=0.0, kw_only=True)
+    end: Numbers = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
         _fix(self, lr=_numbers("lr", self.lr), steps=_count("steps", self.steps), end=_numbers("end", self.end))
@@ -917,7 +923,7 @@ class OneCycle(Schedule):
     Source: Smith and Topin 2018, arXiv:1708.07120, section 3; defaults of PyTorch.
     """
 
-    lr: float
+    lr: Numbers
     steps: int
     rise: float = field(default=0.3, kw_only=True)
     div: float = field(default=25.0, kw_only=True)
@@ -979,8 +985,8 @@ class Cyclic(Schedule):
     Source: Smith 2017, arXiv:1506.01186, section 3; modes and names of PyTorch's CyclicLR.
     """
 
-    low: float
-    high: float
+    low: Numbers
+    high: Numbers
     up: int
     down: int | None = field(default=None, kw_only=True)
     mode: str = field(default="triangular", kw_only=True)
@@ -1024,7 +1030,7 @@ class InverseSqrt(Schedule):
     step_num is n + 1.
     """
 
-    lr: float
+    lr: Numbers
     warmup_steps: int
 
     def __post_init__(self) -> None:
@@ -1058,12 +1064,12 @@ class WarmupStableDecay(Schedule):
     Source: Hu et al. 2024, arXiv:2404.06395, section 4; 1-sqrt: Haegele et al. 2024, arXiv:2405.18392, section 3.
     """
 
-    lr: float
+    lr: Numbers
     steps: int
     warmup_steps: int = field(default=0, kw_only=True)
     decay_steps: int = field(kw_only=True)
     shape: str = field(default="1-sqrt", kw_only=True)
-    end: float = field(default=0.0, kw_only=True)
+    end: Numbers = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
         _fix(self, lr=_numbers("lr", self.lr), steps=_count("steps", self.steps), end=_numbers("end", self.end))
@@ -1105,7 +1111,7 @@ class SlantedTriangular(Schedule):
     `steps - cut`, which it is for whole numbers.
     """
 
-    lr: float
+    lr: Numbers
     steps: int
     cut_fraction: float = field(default=0.1, kw_only=True)
     ratio: float = field(default=32.0, kw_only=True)
@@ -1251,7 +1257,7 @@ class Plateau(Schedule):
     cooldown: int = 0
     mode: str = field(default="min", kw_only=True)
     threshold_mode: str = field(default="rel", kw_only=True)
-    floor: float = field(default=0.0, kw_only=True)
+    floor: Numbers = field(default=0.0, kw_only=True)
     eps: float = field(default=1e-8, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -1396,7 +1402,7 @@ class Scaled(Schedule):
     """A schedule times a number."""
 
     schedule: Schedule
-    factor: float
+    factor: Numbers
 
     def __post_init__(self) -> None:
         _fix(self, factor=_numbers("factor", self.factor))
@@ -1416,8 +1422,8 @@ class Clip(Schedule):
     _method = "clip"
 
     schedule: Schedule
-    low: float
-    high: float
+    low: Numbers
+    high: Numbers
 
     def __post_init__(self) -> None:
         _fix(self, low=_numbers("low", self.low), high=_numbers("high", self.high))
