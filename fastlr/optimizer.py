@@ -542,13 +542,11 @@ class Optimizer:
         number = metric_of(metric)
         if self._staged is None or self._hyper.changed:
             self._refresh()
+        self._hyper.changed.add("lr")  # after an interrupt the next step takes over what has been observed
         self._scheduled.observe(number, self.steps)
-        self._put(_lrs=self._scheduled.parts(self._hyper.lr))
-        if not self._on_host:
-            self._table[:, len(self._staged.uniforms) :] = self._scheduled.numbers(self._table)
-            self._rows.settings_known = False
-            if self._capturable:
-                self._rows.push()
+        self._refresh()
+        if self._capturable:
+            self._rows.push()
 
     def _scale_of(self, grad_scale: Any) -> Any:
         """What the gradients of a step are to be divided by; 1.0 if by nothing."""
