@@ -416,6 +416,32 @@ def count(name: str, value: Any) -> int:
     return int(value)
 
 
+def counted(name: str, value: Any) -> int:
+    """A whole number that something has counted: from 0 to 2**53, up to which float64 knows every one.
+
+    Raises:
+        ValueError: if it is something else.
+    """
+    if type(value) is not int or not 0 <= value < 2**53:
+        raise ValueError(f"{name} must be a whole number from 0 to 2**53, got {shown(value)}.")
+    return value
+
+
+def finite_float(name: str, value: int | float) -> float:
+    """A number as float64.
+
+    Raises:
+        ValueError: if it is NaN, infinite or too large.
+    """
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {shown(value)}.")
+    return number
+
+
 def choices(name: str, given: Iterable[str], known: Iterable[str]) -> None:
     """Check names against those that exist.
 

@@ -205,10 +205,20 @@ class Columns:
 
     def encode_shadow(self) -> None:
         """Bring the copy in low precision up to date with the parameters."""
+        for shadow, bits in zip(self.arrays.get("shadow", ()), self.encoded(self._parameters.leaves), strict=True):
+            self._place.copy(shadow, bits)
+
+    def encoded(self, leaves: Sequence[Any]) -> list[np.ndarray]:
+        """Parameters in low precision, as bits; none if nobody asks for them.
+
+        Args:
+            leaves: the parameters, here or on the host.
+        """
         if self._format is None:
-            return
+            return []
         _, encode = FORMATS[self._format].make(np.where)
         narrow = to_float32(np.where) if self._parameters.dtype == np.float64 else np.asarray
         with np.errstate(all="ignore"):
-            for shadow, leaf in zip(self.arrays["shadow"], self._parameters.leaves, strict=True):
-                self._place.copy(shadow, encode(narrow(self._place.to_host(leaf))))
+            return [
+                encode(narrow(leaf if isinstance(leaf, np.ndarray) else self._place.to_host(leaf))) for leaf in leaves
+            ]

@@ -90,6 +90,39 @@ def plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, np.ndarray) else value
 
 
+def given(label: str, value: Any, like: Any, own: Any = None) -> Any:
+    """What `plain` made, in the form in which a user would give it; whether it is right is for others to check.
+
+    Args:
+        label: what it is called in messages.
+        value: as JSON has it.
+        like: a value of the right kind: a tuple for pairs, anything else for one value.
+        own: a function of the user's that stands in for one that was not saved.
+
+    Raises:
+        ValueError: if it cannot stand for a value of this kind, or is a function that was not saved.
+    """
+    if isinstance(value, dict):
+        if value.get("type") is not None:
+            return Schedule.from_dict(value)
+        if isinstance(own, Schedule):
+            return own
+        raise ValueError(
+            f"{label} followed {str(value.get('code'))[:100]}, a function of yours, which cannot be saved. Build "
+            "the optimizer with that function and load with hyperparameters=False: then it keeps its own."
+        )
+    if not isinstance(value, list):
+        return value
+    if isinstance(like, tuple):
+        owned = own if isinstance(own, tuple) and len(own) == len(value) else (None,) * len(value)
+        return tuple(given(f"{label}[{k}]", v, None, o) for k, (v, o) in enumerate(zip(value, owned, strict=True)))
+    if value and all(isinstance(v, bool) for v in value):
+        return np.array(value)
+    if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in value):
+        raise ValueError(f"{label} must be numbers, got {checks.shown(value)}.")
+    return np.array([checks.finite_float(label, v) for v in value])
+
+
 class Group:
     """The hyperparameters of the leaves that match a pattern; read and set as attributes, between any two steps.
 
@@ -257,7 +290,44 @@ class Groups(Mapping[str, Group]):
         """The learning rate of the optimizer, under "", and of each group."""
         return MappingProxyType({"": self.defaults.lr, **{p: g.lr for p, g in self._groups.items()}})
 
+    def everything(self) -> dict[str, dict[str, Any]]:
+        """What each group sets; `""` stands for the optimizer."""
+        return {p: dict(g._values) for p, g in {"": self.defaults, **self._groups}.items()}
+
     def export(self) -> dict[str, dict[str, Any]]:
         """What each group sets, as plain numbers, lists and dicts; `""` stands for the optimizer."""
-        groups = {"": self.defaults, **self._groups}
-        return {p: {k: plain(v) for k, v in g._values.items()} for p, g in groups.items()}
+        return {p: {k: plain(v) for k, v in values.items()} for p, values in self.everything().items()}
+
+    def read(self, exported: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        """What `export` returned, as `everything` has it; not checked yet.
+
+        Raises:
+            ValueError: if something in it cannot be a hyperparameter.
+        """
+        kinds = self.defaults._values
+        return {
+            pattern: {
+                name: given(f"groups[{pattern!r}]: {name}" if pattern else name, value, kinds.get(name))
+                for name, value in values.items()
+            }
+            for pattern, values in exported.items()
+        }
+
+    def with_values(self, values: Mapping[str, Mapping[str, Any]], paths: Sequence[str]) -> Groups:
+        """Groups of the same optimizer with other values, checked as those of a user.
+
+        Args:
+            values: as `everything` has them.
+            paths: the leaves.
+
+        Raises:
+            TypeError: if a hyperparameter is unknown or of the wrong kind.
+            ValueError: if a value is outside its range, or a pattern matches nothing.
+        """
+        own = {name: value for name, value in self.defaults._values.items() if name != "frozen"}
+        overrides = {pattern: override for pattern, override in values.items() if pattern}
+        new = Groups(own, overrides, paths, self._population, self._spelling)
+        for name, value in values[""].items():
+            new.set(new.defaults, name, value)
+        new.users, new.examine = self.users, self.examine
+        return new

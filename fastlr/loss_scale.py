@@ -119,15 +119,40 @@ class LossScale:
         Raises:
             ValueError: if it is something else; then nothing is changed.
         """
-        try:
-            scale, good = np.asarray(state["scale"], np.float64), np.asarray(state["good"], np.int64)
-        except (KeyError, TypeError, ValueError):
-            raise ValueError(f"this is not the state of a LossScale: {checks.shown(state)}.") from None
-        if not (np.isfinite(scale) & (scale > 0)).all() or scale.ndim > 1:
-            raise ValueError(f"this is not the state of a LossScale: its scale is {state['scale']!r}.")
+        scale, good = self.read(state)
         self._catch_up()
         self.__dict__.update(_scale=scale, _good=good)
         self._put()
+
+    @staticmethod
+    def read(state: Any, population: int | None = None, alone: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        """The scale and the good steps so far in what `state_dict` returned, checked.
+
+        Args:
+            state: what it returned.
+            population: number of models of the optimizer that it is for, or None.
+            alone: whether it is for no optimizer, so that it may be of any number of models.
+
+        Raises:
+            ValueError: if it is something else.
+        """
+        try:
+            scale, good = np.array(state["scale"]), np.array(state["good"])
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
+            raise ValueError(f"this is not the state of a LossScale: {checks.shown(state)}.") from None
+        models = {scale.shape, good.shape} - {()}
+        fits = len(models) < 2 and scale.ndim < 2 if alone else models <= {(population,)}
+        if not fits or scale.dtype.kind not in "iuf" or good.dtype.kind not in "iu":
+            raise ValueError(f"this is not the state of a LossScale: {checks.shown(state)}.")
+        scale = scale.astype(np.float64)
+        if not (np.isfinite(scale) & (scale > 0)).all():
+            raise ValueError(
+                f"this is not the state of a LossScale: its scale is {checks.shown(state['scale'])}, which must be "
+                "positive and finite."
+            )
+        if not ((good >= 0) & (good < 2**53)).all():
+            raise ValueError(f"this is not the state of a LossScale: its good steps are {checks.shown(state['good'])}.")
+        return scale, good.astype(np.int64)
 
     def copy(self) -> LossScale:
         """Another one in the same state."""

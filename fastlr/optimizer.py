@@ -1042,55 +1042,79 @@ class Optimizer:
         Returns:
             "<state>.<path>" for each state and leaf ("exp_avg.w"), the average among them ("ema.w"); "step", "clock",
             "skipped" and what the rule keeps of a group, shape `(leaves, models)`; "fastlr", the description in JSON
-            as bytes. It works with `np.savez(file, **state)`.
+            as bytes. It works with `np.savez(file, **state)`; for names that NumPy's files cannot hold use `save`.
         """
         return checkpoints.collect(self, params)
 
     @exclusive
-    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
-        """Take over what `state_dict` returned, hyperparameters and groups included.
+    def load_state_dict(self, state: Mapping[str, np.ndarray], *, hyperparameters: bool = True) -> None:
+        """Take over what `state_dict` returned.
+
+        By default everything comes from the state, hyperparameters, schedules and groups included, and what is not in
+        it, a function of yours that a hyperparameter followed, is refused. With `hyperparameters=False` the optimizer
+        keeps all of its own, functions and schedules alike, and takes the states, counters, the loss scale and what a
+        `Plateau` in the same place remembers.
 
         Args:
-            state: from an optimizer of the same rule over parameters of the same paths, shapes and dtype; parameters
-                in it are copied into this optimizer's.
+            state: from an optimizer of the same rule over parameters of the same paths (in any order), shapes and
+                dtype; parameters in it are copied into this optimizer's.
+            hyperparameters: True: take those of the state, which must be of the same class: with the hyperparameters
+                of an Adam an AdamW would no longer decay. False: keep this optimizer's, of whatever class that state
+                is, if it has the same rule.
 
         Raises:
-            ValueError: if it is from something else, or incomplete; then nothing is changed.
+            TypeError: if it is no dict.
+            ValueError: if it is from something else, incomplete or damaged; then nothing is changed.
         """
-        checkpoints.apply(self, state)
+        checkpoints.apply(self, state, hyperparameters)
 
     @exclusive
-    def save(self, path: str | os.PathLike[str], *, params: bool = True) -> None:
+    def save(
+        self, path: str | os.PathLike[str], *, params: bool = True, extra: Mapping[str, Any] | None = None
+    ) -> None:
         """Write the optimizer to a file; a crash at any moment leaves the old file or the new one, whole.
 
+        A link is followed, and a file that is replaced hands on its mode. Nothing is copied in memory on the way.
+
         Args:
-            path: ends in ".npz" (NumPy alone, no pickle) or ".safetensors" (needs the package safetensors).
+            path: ends in ".npz" (NumPy reads it) or ".safetensors" (the package safetensors reads it). In its names
+                a few characters that such files cannot hold stand as "%" and their code.
             params: write the parameters as well, so that `load` restores the whole run.
+            extra: what you want to have back from `load`, such as `{"epoch": 3, "rng": rng.bit_generator.state}`:
+                numbers, strings, None, NumPy arrays of numbers, and dicts, lists and tuples of those.
 
         Raises:
-            ValueError: if the ending is another one.
-            ImportError: if safetensors is asked for and missing.
+            TypeError: if there is something else in `extra`.
+            ValueError: if the ending is another one, or a name is too long for a file.
         """
-        checkpoints.write(checkpoints.collect(self, params), path)
+        checkpoints.save(self, path, params, extra)
 
     @exclusive
-    def load(self, path: str | os.PathLike[str]) -> None:
+    def load(self, path: str | os.PathLike[str], *, hyperparameters: bool = True) -> dict[str, Any]:
         """Read what `save` wrote; continuing equals never having stopped, bit for bit.
+
+        Args:
+            path: of the file.
+            hyperparameters: True: take those of the file. False: keep this optimizer's, schedules, functions and groups
+                included; see `load_state_dict`.
+
+        Returns:
+            What was saved as `extra`; an empty dict if nothing was.
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if it is cut short, not fastlr's, or of another optimizer; then nothing is changed.
+            ValueError: if it is damaged, not fastlr's, or of another optimizer; then nothing is changed.
         """
-        checkpoints.apply(self, checkpoints.read(path))
+        return checkpoints.load(self, path, hyperparameters)
 
     @exclusive
     def snapshot(self) -> dict[str, np.ndarray]:
         """A copy of parameters, states, counters and hyperparameters in memory, for `restore`."""
-        return checkpoints.collect(self, True)
+        return checkpoints.snapshot(self)
 
     @exclusive
     def restore(self, snapshot: Mapping[str, np.ndarray]) -> None:
-        """Go back to a snapshot: parameters, states, counters and hyperparameters, bit for bit."""
+        """Go back to a snapshot: parameters, states, counters and hyperparameters, functions included, bit for bit."""
         checkpoints.apply(self, snapshot)
 
     @exclusive
@@ -1170,10 +1194,7 @@ class Optimizer:
                 f"the new parameters are {theirs.dtype} with population={theirs.population}, the old ones {ours.dtype} "
                 f"with population={ours.population}. Build a new optimizer."
             )
-        values = {n: v for n, v in self._hyper.defaults._values.items() if n != "frozen"}
-        given = {pattern: group._values for pattern, group in self._hyper.items()}
-        hyper = Groups(values, given, new._params.paths, new._params.population, self._spelling)
-        hyper.defaults.frozen = self._hyper.defaults.frozen
+        hyper = self._hyper.with_values(self._hyper.everything(), new._params.paths)
         new._put(_hyper=hyper, _partition=None, _accumulated=None, _adding={}, _observed=self._observed.copy())
         if new._capturable and new._on_host:
             raise ValueError("this optimizer is capturable, but the new parameters are on the CPU. Build a new one.")

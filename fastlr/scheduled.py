@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -374,16 +375,33 @@ def saved(hyper: Groups, observed: Remembered) -> dict[str, Any]:
     return {place: asdict(observed.of(plateau)) for place, plateau in _places(hyper)}
 
 
-def restored(hyper: Groups, data: Mapping[str, Any]) -> Remembered:
+def restored(hyper: Groups, data: Any) -> Remembered:
     """What `saved` returned, for the plateaus that are in these places now.
 
     States of fastlr 0.1 have it by the code of the plateau, equal ones together.
+
+    Raises:
+        ValueError: if it is something else.
     """
+    kinds = {f.name: f.type for f in fields(Observed)}
+
+    def one(name: str, value: Any) -> Any:
+        if kinds[name] == "int":
+            return checks.counted(f"{name} of a Plateau", value)
+        if kinds[name] == "float | None" and value is None:
+            return None
+        if type(value) is not float or math.isnan(value) or (kinds[name] == "float" and not 0 <= value < math.inf):
+            raise ValueError(f"{name} of a Plateau cannot be {checks.shown(value)}.")
+        return value
+
+    if not isinstance(data, dict) or not all(isinstance(s, dict) and s.keys() <= kinds.keys() for s in data.values()):
+        raise ValueError(f"this is not what plateaus remember: {checks.shown(data)}.")
+    states = {name: Observed(**{k: one(k, v) for k, v in state.items()}) for name, state in data.items()}
     observed = Remembered()
     for place, plateau in _places(hyper):
-        state = data.get(place, data.get(repr(plateau)))
+        state = states.get(place, states.get(repr(plateau)))
         if state is not None:
-            observed.put(plateau, Observed(**state))
+            observed.put(plateau, replace(state))
     return observed
 
 

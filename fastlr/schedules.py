@@ -475,7 +475,11 @@ class Schedule(abc.ABC):
             rest = dict(data)
             cls = Schedule._names[rest.pop("type")]
             made = cls(**{name: full(value) for name, value in rest.items()})
-        except (KeyError, TypeError, AttributeError) as error:
+            for f in dataclasses.fields(made):
+                kind = {"Schedule": Schedule, "bool": bool}.get(str(f.type), object)
+                if not isinstance(getattr(made, f.name), kind):
+                    raise TypeError(f"{f.name} cannot be {shown(getattr(made, f.name))}")
+        except (KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise ValueError(f"this is not a schedule: {shown(data)} ({error}).") from None
         return made
 

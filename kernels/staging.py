@@ -114,6 +114,14 @@ class Rule(Source):
             self._staged[key] = Stager(self, static, on).run(before, after)
         return self._staged[key]
 
+    def _by_default(self) -> Staged:
+        return self.stage({k: v for k, v in self.defaults.items() if isinstance(v, bool)})
+
     def show(self) -> None:
         """Print the code staged for the defaults."""
-        self.stage({k: v for k, v in self.defaults.items() if isinstance(v, bool)}).show()
+        self._by_default().show()
+
+    @property
+    def sums_anything(self) -> bool:
+        """Whether it sums over elements, so that state of the group can follow from gradients."""
+        return bool(self._by_default().sums)

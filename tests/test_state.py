@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
 from cases import CASES, PLAIN, Case
 
 import fastlr
-from fastlr import checkpoints
+from fastlr import schedules
 
 ADAMW = next(case for case in PLAIN if case.name == "adamw")
 
@@ -152,7 +153,8 @@ def test_a_crash_while_writing_leaves_the_old_file(rng, tmp_path, monkeypatch):
         assert os.listdir(tmp_path) == ["run.npz"]
     opt.save(path)
     assert path.read_bytes() != old
-    assert oct(path.stat().st_mode & 0o777) == oct(0o666 & ~checkpoints._umask())
+    (tmp_path / "ordinary").touch()
+    assert path.stat().st_mode == (tmp_path / "ordinary").stat().st_mode
 
 
 def test_files_and_states_that_do_not_fit(rng, tmp_path):
@@ -210,26 +212,467 @@ def test_files_and_states_that_do_not_fit(rng, tmp_path):
     assert_same(bits(params, opt), before)
 
 
-def test_a_damaged_safetensors_file(rng, tmp_path):
-    pytest.importorskip("safetensors")
-    _, opt = trainer(PLAIN[0], rng)
-    path = tmp_path / "run.safetensors"
-    opt.save(path)
-    path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(ValueError, match="cut short or not a .safetensors file"):
-        opt.load(path)
-
-
-def test_safetensors_that_is_not_installed(rng, tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "safetensors", None)
-    monkeypatch.setitem(__import__("sys").modules, "safetensors.numpy", None)
-    _, opt = trainer(PLAIN[0], rng)
-    with pytest.raises(ImportError, match="needs the package safetensors: pip install safetensors"):
-        opt.save(tmp_path / "run.safetensors")
-
-
 def test_a_state_of_other_settings(rng):
     a = fastlr.Adam(np.ones(3), amsgrad=True)
     b = fastlr.Adam(np.ones(3))
     with pytest.raises(ValueError, match="its states is"):
         b.load_state_dict(a.state_dict())
+
+
+# Hyperparameters, of the state or one's own
+
+
+def test_hyperparameters_of_the_state_or_ones_own(rng, tmp_path):
+    def make(lr, **settings):
+        return fastlr.AdamW(np.ones(2), lr=lr, backend="numpy", **settings)
+
+    a = make(schedules.Cosine(1e-3, steps=10), weight_decay=0.5)
+    a.step(np.ones(2))
+    a.save(tmp_path / "run.npz")
+    for lr in (schedules.Cosine(1e-3, steps=1000), lambda n: 5e-5, 0.25):
+        b = make(lr, groups={"*": {"weight_decay": 0.125}})
+        b.load(tmp_path / "run.npz", hyperparameters=False)
+        own = b.lr
+        assert (own.function if callable(lr) and not isinstance(lr, schedules.Schedule) else own) == lr
+        assert b.groups["*"].weight_decay == 0.125 and b.weight_decay == make(1.0).weight_decay
+        assert b.steps == 1 and np.array_equal(b.params, a.params)
+        assert_same(
+            {k: v for k, v in b.state_dict().items() if k != "fastlr"},
+            {k: v for k, v in a.state_dict().items() if k != "fastlr"},
+        )
+        assert b.step(np.ones(2)).lr == (lr(1) if callable(lr) else lr)
+        b.load(tmp_path / "run.npz")
+        assert b.lr == a.lr and b.weight_decay == 0.5 and not b.groups
+
+
+def test_a_function_is_never_replaced_by_another_without_a_word(rng):
+    a = fastlr.SGD(np.ones(2), lr=lambda n: 1e-3, backend="numpy")
+    a.step(np.ones(2))
+    for lr in (lambda n: 5e-5, 0.1, schedules.Constant(0.1)):
+        b = fastlr.SGD(np.ones(2), lr=lr, backend="numpy")
+        with pytest.raises(ValueError, match=r"a function of yours, which cannot be saved.*hyperparameters=False"):
+            b.load_state_dict(a.state_dict())
+        b.load_state_dict(a.state_dict(), hyperparameters=False)
+        assert b.steps == 1
+
+
+def test_a_snapshot_has_functions_too(rng):
+    first, second = (lambda n: 0.5), (lambda n: 0.25)
+    opt = fastlr.Adam(np.ones(2), lr=first, groups={"*": {"betas": (first, 0.5)}}, backend="numpy")
+    kept = opt.snapshot()
+    opt.lr = 7.0
+    opt.groups["*"].betas = (second, 0.5)
+    opt.restore(kept)
+    assert opt.lr.function is first and opt.groups["*"].betas[0].function is first
+    assert opt.step(np.ones(2)).lr == 0.5
+
+
+def test_a_state_of_another_class(rng):
+    adam = fastlr.Adam(np.ones(2), lr=0.1, backend="numpy")
+    adam.step(np.ones(2))
+    w = np.ones(2)
+    adamw = fastlr.AdamW(w, lr=0.1, weight_decay=0.5, backend="numpy")
+    before = adamw.state_dict()
+    with pytest.raises(ValueError, match=r"of 'Adam', this optimizer is 'AdamW'.*hyperparameters=False"):
+        adamw.load_state_dict(adam.state_dict())
+    assert_same(before, adamw.state_dict())
+    adamw.load_state_dict(adam.state_dict(), hyperparameters=False)
+    assert adamw.steps == 1 and adamw.weight_decay == 0.5 and adamw.decoupled_weight_decay
+    old = adam.state_dict()  # older files do not say their class
+    description = json.loads(bytes(old["fastlr"]))
+    del description["optimizer"]
+    old["fastlr"] = np.frombuffer(json.dumps(description).encode(), np.uint8)
+    fastlr.Adam(np.ones(2), backend="numpy").load_state_dict(old)
+
+
+def test_a_plateau_of_ones_own_goes_on(rng):
+    def make():
+        return fastlr.SGD(np.zeros(2), lr=schedules.Plateau(1.0, patience=1), backend="numpy")
+
+    a, b = make(), make()
+    for _ in range(4):
+        a.observe(1.0)
+    b.load_state_dict(a.state_dict(), hyperparameters=False)
+    assert b.step(np.zeros(2)).lr == a.step(np.zeros(2)).lr < 1.0
+
+
+# Leaves
+
+
+def test_leaves_in_another_order(rng):
+    """Everything goes by path: counters and what a rule keeps of a group, too."""
+    start = {name: rng.standard_normal(3) for name in "abc"}
+
+    def make(order):
+        params = {name: start[name].copy() for name in order}
+        return params, fastlr.NAdam(params, lr=0.1, groups={"b": {"lr": 0.3}}, backend="numpy")
+
+    (pa, a), (pb, b) = make("abc"), make("cab")
+    for k in range(6):
+        a.step({name: rng.standard_normal(3) if k % (i + 1) == 0 else None for i, name in enumerate("abc")})
+    assert len(set(a.state_dict()["step"].ravel())) == 3
+    b.load_state_dict(a.state_dict(params=True))
+    g = {name: rng.standard_normal(3) for name in "abc"}
+    a.step(g)
+    b.step(g)
+    for name in "abc":
+        assert np.array_equal(pa[name], pb[name]), name
+    for key in ("step", "clock", "skipped", "mu_product"):
+        assert np.array_equal(a.state_dict()[key][[2, 0, 1]], b.state_dict()[key]), key
+
+
+def test_parameters_given_in_memory_that_is_written(rng):
+    w = {"a": np.ones(2), "b": np.full(2, 2.0)}
+    opt = fastlr.SGD(w, lr=0.1, backend="numpy")
+    opt.load_state_dict({**opt.state_dict(), "params.a": w["b"], "params.b": w["a"]})
+    assert w["a"].tolist() == [2.0, 2.0] and w["b"].tolist() == [1.0, 1.0]
+
+
+def test_parameters_that_have_become_read_only(rng):
+    w = {"a": np.ones(2), "b": np.ones(2)}
+    opt = fastlr.SGD(w, lr=0.1, momentum=0.9, backend="numpy")
+    state = fastlr.SGD({"a": np.zeros(2), "b": np.zeros(2)}, lr=0.5, momentum=0.9).state_dict(params=True)
+    w["b"].flags.writeable = False
+    with pytest.raises(ValueError, match="has become read-only"):
+        opt.load_state_dict(state)
+    assert opt.lr == 0.1 and w["a"].tolist() == [1.0, 1.0]
+
+
+# Any state of one's own can be loaded
+
+_RULES = [
+    (fastlr.SGD, {"momentum": 0.9}),
+    (fastlr.Adam, {}),
+    (fastlr.AdamW, {"weight_decay": 0.1}),
+    (fastlr.RMSprop, {"centered": True}),
+    (fastlr.NAdam, {}),
+    (fastlr.LAMB, {}),
+    (fastlr.LARS, {}),
+    (fastlr.DoG, {}),
+    (fastlr.Prodigy, {}),
+    (fastlr.ScheduleFreeAdamW, {}),
+]
+
+
+def _random_optimizer(seed):
+    """An optimizer of any settings; the same for the same seed."""
+    rng = np.random.default_rng(seed)
+    make, settings = _RULES[rng.integers(len(_RULES))]
+    population = (None, 1, 2, 3)[rng.integers(4)]
+
+    def number(low, high, scheduled=True):
+        kind = rng.integers(4)
+        if kind == 0 and population:
+            return rng.uniform(low, high, population)
+        if kind == 1 and scheduled:
+            return schedules.Linear(rng.uniform(low, high), rng.uniform(low, high), 5)
+        return rng.uniform(low, high)
+
+    def hyperparameters(names):
+        found = {}
+        for name in names:
+            if rng.random() < 0.5:
+                continue
+            if name == "betas":
+                found[name] = (number(0.1, 0.9), number(0.1, 0.9))
+            elif name == "frozen":
+                found[name] = bool(rng.integers(2)) if population is None else rng.random(population) < 0.3
+            else:
+                found[name] = number(0.01, 0.5)
+        return found
+
+    probe = make(np.ones(1), backend="numpy", **settings)
+    names = [n for n in ("lr", "betas", "weight_decay", "clip_norm", "clip_value") if n in probe._hyper.names]
+    names = [n for n in names if make is not fastlr.DoG or n == "lr"]
+    settings = {**settings, **hyperparameters(names)}
+    groups = {
+        p: hyperparameters([n for n in names if "clip" not in n] + ["frozen"]) for p in ("b", "*.c")[: rng.integers(3)]
+    }
+    options = {"ema": number(0.5, 0.9, False)} if rng.integers(2) else {}
+    params = fastlr.flatten({"w": np.full((2, 2), 0.5), "b": np.ones(2), "d": {"c": np.ones(1)}}, population=population)
+    return params, make(params, groups=groups, backend="numpy", **{**settings, **options})
+
+
+def test_any_state_of_ones_own_can_be_loaded():
+    done = 0
+    for seed in range(120):
+        rng = np.random.default_rng(seed)
+        try:
+            params, opt = _random_optimizer(seed)
+            opt.step(rng.standard_normal(params.size))
+        except ValueError:  # settings that do not go together
+            continue
+        state = opt.state_dict(params=True)
+        other, again = _random_optimizer(seed)
+        if seed % 2:  # of any hyperparameters
+            again.groups.defaults.lr = 0.125
+            for group in again.groups.values():
+                group.lr = 0.25
+        again.load_state_dict(state)
+        assert_same(again.state_dict(params=True), state)
+        g = rng.standard_normal(params.size)
+        opt.step(g)
+        again.step(g)
+        assert_same(again.state_dict(params=True), opt.state_dict(params=True))
+        done += 1
+    assert done > 90
+
+
+# States that are damaged
+
+
+def _redescribed(state, change):
+    description = json.loads(bytes(state["fastlr"]))
+    change(description)
+    return {**state, "fastlr": np.frombuffer(json.dumps(description).encode(), np.uint8)}
+
+
+def _nested(depth):
+    inner = {"type": "Constant", "value": 0.1}
+    for _ in range(depth):
+        inner = {"type": "Scaled", "schedule": inner, "factor": 1.0}
+    return inner
+
+
+def _set(*keys):
+    *path, last, value = keys
+
+    def change(description):
+        for key in path:
+            description = description[key]
+        description[last] = value
+
+    return change
+
+
+_OWN = ("groups", "")
+_NONSENSE = [
+    _set(*_OWN, "lr", float("nan")),
+    _set(*_OWN, "lr", -1.0),
+    _set(*_OWN, "lr", 10**400),
+    _set(*_OWN, "lr", 1e400),
+    _set(*_OWN, "lr", "0.1"),
+    _set(*_OWN, "lr", ["0.1", "0.2"]),
+    _set(*_OWN, "lr", [10**400, 1]),
+    _set(*_OWN, "lr", [0.1, 0.2, 0.3]),
+    _set(*_OWN, "lr", True),
+    _set(*_OWN, "lr", None),
+    _set(*_OWN, "lr", {}),
+    _set(*_OWN, "lr", {"type": "Function", "function": "print"}),
+    _set(*_OWN, "lr", {"type": "Product", "first": 1.0, "second": 2.0}),
+    _set(*_OWN, "lr", {"type": "Clip", "schedule": 0.1, "low": 0.0, "high": 1.0}),
+    _set(*_OWN, "lr", {"type": "Cosine", "lr": 10**400, "steps": 10}),
+    _set(*_OWN, "lr", {"type": ["Cosine"]}),
+    _set(*_OWN, "lr", {"type": "Constant", "value": [[]]}),
+    _set(*_OWN, "lr", _nested(300)),
+    _set(*_OWN, "betas", [2.0, 0.9]),
+    _set(*_OWN, "betas", [0.9]),
+    _set(*_OWN, "betas", 0.9),
+    _set(*_OWN, "betas", {"type": "Constant", "value": 0.1}),
+    _set(*_OWN, "amsgrad", True),
+    _set(*_OWN, "amsgrad", 1),
+    _set(*_OWN, "frozen", [True]),
+    _set(*_OWN, "frozen", 0),
+    _set(*_OWN, "clip_norm", 0.0),
+    _set(*_OWN, "another", 0.0),
+    _set(*_OWN, {}),
+    _set("groups", []),
+    _set("groups", "b", "another", 0.1),
+    _set("groups", "nowhere", {"lr": 0.1}),
+    _set("groups", "b", None),
+    _set("steps", 2**70),
+    _set("steps", -1),
+    _set("steps", 1.5),
+    _set("steps", True),
+    _set("steps", None),
+    _set("observed", {"x": {"scale": -1.0}}),
+    _set("observed", {"x": {"scale": float("nan")}}),
+    _set("observed", {"x": {"bad": -1}}),
+    _set("observed", {"x": {"bad": 2**70}}),
+    _set("observed", {"x": {"worse": 1}}),
+    _set("observed", {"x": {"best": "low"}}),
+    _set("observed", [1]),
+    _set("loss_scale", {"scale": 0.0, "good": 0}),
+    _set("loss_scale", {"scale": float("inf"), "good": 0}),
+    _set("loss_scale", {"scale": "2.0", "good": 0}),
+    _set("loss_scale", {"scale": True, "good": 0}),
+    _set("loss_scale", {"scale": [1.0, 2.0], "good": [0, 0]}),
+    _set("loss_scale", {"scale": 1.0, "good": -1}),
+    _set("loss_scale", {"scale": 1.0, "good": 0.5}),
+    _set("loss_scale", {"scale": 1.0, "good": 2**60}),
+    _set("loss_scale", {"scale": 10**400, "good": 0}),
+    _set("loss_scale", 5),
+    _set("leaves", []),
+    _set("leaves", {"w": [2], "b": "x"}),
+    _set("optimizer", 5),
+    _set("states", [[[]]]),
+    _set("format", None),
+]
+
+
+def _full(lr=0.1):
+    params = {"w": np.full(2, 0.5, np.float32), "b": np.ones(3, np.float32)}
+    groups = {"b": {"lr": schedules.Plateau(0.1)}}
+    scale = fastlr.LossScale(8.0)
+    opt = fastlr.Adam(params, lr=lr, groups=groups, loss_scale=scale, ema=0.9, shadow="bfloat16", backend="numpy")
+    return params, opt
+
+
+def _everything(opt):
+    return {
+        **opt.state_dict(params=True),
+        "bits": np.concatenate([v.view(np.uint16) for v in opt._columns.arrays["shadow"]]),
+        "lr": np.array([repr({p: g._values for p, g in (("", opt.groups.defaults), *opt.groups.items())})]),
+    }
+
+
+@pytest.fixture(scope="module")
+def saved():
+    _, opt = _full(0.3)
+    for _ in range(3):
+        opt.step({"w": np.full(2, 8.0, np.float32), "b": np.full(3, -8.0, np.float32)})
+    opt.observe(1.0)
+    return opt.state_dict(params=True)
+
+
+@pytest.mark.parametrize("change", _NONSENSE)
+def test_descriptions_that_make_no_sense(saved, change):
+    _, opt = _full()
+    before = _everything(opt)
+    with pytest.raises(ValueError):
+        opt.load_state_dict(_redescribed(saved, change))
+    assert_same(_everything(opt), before)
+    opt.load_state_dict(saved)
+    assert_same(opt.state_dict(params=True), saved)
+
+
+def test_arrays_that_make_no_sense(saved):
+    _, opt = _full()
+    before = _everything(opt)
+    for changes in (
+        {"step": saved["step"] - 100},
+        {"clock": saved["clock"] + 2**60},
+        {"skipped": saved["skipped"] - 1},
+        {"step": saved["step"].astype(np.float64)},
+        {"exp_avg.w": np.array([None, None])},
+        {"exp_avg.w": [[1.0], [1.0, 2.0]]},
+        {"exp_avg.w": "text"},
+        {"params.b": saved["params.b"][:2]},
+        {"fastlr": "text"},
+        {"fastlr": np.zeros((2, 2), np.uint8)},
+        {"fastlr": np.frombuffer(b"[" * 100_000, np.uint8)},
+        {"fastlr": np.frombuffer(b"1" * 10_000, np.uint8)},
+        {"fastlr": np.frombuffer(b"\xff\xfe\xfd", np.uint8)},
+    ):
+        with pytest.raises(ValueError):
+            opt.load_state_dict({**saved, **changes})
+        assert_same(_everything(opt), before)
+    with pytest.raises(TypeError, match="state must be a dict"):
+        opt.load_state_dict([])
+    rule = fastlr.NAdam(np.ones(2), backend="numpy")
+    with pytest.raises(ValueError, match="'mu_product' in the state must be finite"):
+        rule.load_state_dict({**rule.state_dict(), "mu_product": np.full((1, 1), np.nan)})
+
+
+def test_descriptions_damaged_anywhere(saved):
+    """Any node of a description replaced by any other: an error with nothing changed, or a state that can step."""
+    rng = np.random.default_rng(0)
+    values = [None, True, -1, 0, 3, 2**53, 10**400, 0.5, -0.5, float("nan"), float("inf"), "", "lr", [], [0.1, 0.2], {}]
+    values += [[[]], {"type": "Cosine"}, {"type": None}, {"type": "Linear", "start": 0.1, "end": 0.05, "steps": 3}]
+
+    def places(node, path=()):
+        for key in node if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ():
+            yield (*path, key)
+            yield from places(node[key], (*path, key))
+
+    _, opt = _full()
+    before, taken = _everything(opt), 0
+    original = opt.snapshot()
+    every = list(places(json.loads(bytes(saved["fastlr"]))))
+    for _ in range(600):
+        path, value = every[rng.integers(len(every))], values[rng.integers(len(values))]
+        try:
+            opt.load_state_dict(_redescribed(saved, _set(*path, value)))
+        except ValueError:
+            assert_same(_everything(opt), before)
+        else:
+            taken += 1
+            opt.step({"w": np.ones(2, np.float32), "b": np.ones(3, np.float32)})
+            opt.restore(original)
+            assert_same(_everything(opt), before)
+    assert taken < 120
+
+
+# Interrupts
+
+
+class _Interrupted:
+    """Raises KeyboardInterrupt at one line of fastlr, of all that are run."""
+
+    def __init__(self, at):
+        self.at, self.seen = at, 0
+
+    def __call__(self, frame, event, _):
+        if event == "call":
+            return self if os.sep + "fastlr" + os.sep in frame.f_code.co_filename else None
+        if event == "line":
+            self.seen += 1
+            if self.seen == self.at:
+                raise KeyboardInterrupt
+        return self
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a file that is closed a little later
+@pytest.mark.parametrize(
+    ("how", "stride"), [("load_state_dict", 1), ("load", 5), ("restore", 5), ("hyperparameters=False", 5)]
+)
+def test_an_interrupt_leaves_what_was_before_or_what_comes_after(saved, how, stride, tmp_path):
+    def make():
+        params, opt = _full()
+        opt.step({"w": np.ones(2, np.float32), "b": np.ones(3, np.float32)})
+        return params, opt
+
+    def act(opt):
+        if how == "load":
+            opt.load(tmp_path / "run.npz")
+        else:
+            opt.load_state_dict(state, hyperparameters="False" not in how)
+
+    source = _full()[1]
+    source.load_state_dict(saved)
+    source.save(tmp_path / "run.npz")
+    state = source.snapshot() if how == "restore" else saved
+    g = {"w": np.full(2, 3.0, np.float32), "b": np.full(3, -5.0, np.float32)}
+    ends = []
+    for loaded in (False, True):
+        _, opt = make()
+        if loaded:
+            act(opt)
+        now = _everything(opt)
+        opt.step(g)
+        ends.append((now, _everything(opt)))
+    assert set(ends[0][0]) == set(ends[1][0])
+    _, opt = make()
+    first = opt.snapshot()
+    seen = [0, 0]
+    for at in range(1, 100_000, stride):
+        trace, before = _Interrupted(at), sys.gettrace()
+        sys.settrace(trace)
+        try:
+            act(opt)
+            done = True
+        except KeyboardInterrupt:
+            done = False
+        finally:
+            sys.settrace(before)
+        now = _everything(opt)
+        which = int(not all(np.array_equal(now[k], v) for k, v in ends[0][0].items()))
+        assert_same(now, ends[which][0])
+        if done:
+            break
+        seen[which] += 1
+        if which or at % 25 == 1:
+            opt.step(g)
+            assert_same(_everything(opt), ends[which][1])
+            opt.restore(first)
+    assert which == 1 and seen[0] * stride > 1000
