@@ -13,6 +13,7 @@ from . import checks, threads
 from .buffers import FlatBuffer
 from .columns import Parameters
 from .kernels import vectors
+from .kernels.atomic import commit
 from .places import HOST
 from .range_test import evaluate
 
@@ -457,19 +458,23 @@ class LBFGS:
         """
         size, dtype = self._flat.data.size, self._flat.data.dtype
         try:
-            parts = {name: np.asarray(state[name]) for name in ("steps", "loss", "grads", "s", "y")}
+            parts = {name: np.array(state[name]) for name in ("steps", "loss", "grads", "s", "y")}
         except KeyError as error:
             raise ValueError(f"this is not the state of an LBFGS: it has no {error}.") from None
-        expected = {"grads": (size,), "s": (len(parts["s"]), size), "y": (len(parts["s"]), size)}
-        for name, shape in expected.items():
-            if parts[name].shape != shape or parts[name].dtype != dtype:
+        rows = (*parts["s"].shape[:1], size)
+        expected = {"steps": ((), np.int64), "loss": ((), np.float64), "grads": ((size,), dtype)}
+        for name, (shape, kind) in {**expected, "s": (rows, dtype), "y": (rows, dtype)}.items():
+            if parts[name].shape != shape or parts[name].dtype != kind:
                 raise ValueError(
-                    f"{name!r} in the state is {parts[name].dtype} {parts[name].shape}, expected {dtype} {shape}."
+                    f"{name!r} in the state is {parts[name].dtype} {parts[name].shape}, expected {np.dtype(kind)} "
+                    f"{shape}."
                 )
-        self.steps = int(parts["steps"])
-        self._loss = None if math.isnan(float(parts["loss"])) else float(parts["loss"])
-        self._flat.g[:] = parts["grads"]
-        self._s, self._y = ([row.copy() for row in parts[name]][-self.history :] for name in ("s", "y"))
+        steps, loss = checks.counted("steps in the state", int(parts["steps"])), float(parts["loss"])
+        s, y = ([row.copy() for row in parts[name]][-self.history :] for name in ("s", "y"))
+        if not all(vectors.dot(a, b, self._flat.threads) > 0 for a, b in zip(s, y, strict=True)):
+            raise ValueError("'s' and 'y' in the state are damaged: along each kept step the gradient has to rise.")
+        known = {"steps": steps, "_loss": None if math.isnan(loss) else loss, "_s": s, "_y": y}
+        commit([(self._flat.g, ..., parts["grads"]), *((self.__dict__, name, value) for name, value in known.items())])
 
     def __repr__(self) -> str:
         """Its settings and what it updates."""

@@ -150,6 +150,21 @@ def test_saved_and_continued():
         again.load_state_dict({})
     with pytest.raises(ValueError, match="'grads' in the state is"):
         again.load_state_dict({**opt.state_dict(), "grads": np.zeros(3)})
+    before = again.state_dict()
+    for name, value in (
+        ("steps", np.array(-1)),
+        ("steps", np.array(2.0)),
+        ("steps", np.array([1, 2])),
+        ("loss", np.array("low")),
+        ("loss", np.array([1.0, 2.0])),
+        ("s", np.array(1.0)),
+        ("s", before["s"][:1]),
+        ("y", before["y"] * 0),
+        ("y", before["y"] * np.nan),
+    ):
+        with pytest.raises(ValueError, match="in the state"):
+            again.load_state_dict({**before, "steps": np.array(5), name: value})
+        assert all(np.array_equal(before[k], v) for k, v in again.state_dict().items())
 
 
 # What goes wrong is said, and undone
