@@ -419,7 +419,7 @@ def as_given(values: Mapping[str, Any], present: Mapping[str, Any], where: str =
     Raises:
         ValueError: if a function would be needed and is not there.
     """
-    return {n: groups.given(f"{where}{n}", v, present.get(n), present.get(n)) for n, v in values.items()}
+    return {n: groups.given(f"{where}{n}", v, (), present.get(n)) for n, v in values.items()}
 
 
 def _difference(what: str, saved: Any, here: Any) -> str:
