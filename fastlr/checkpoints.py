@@ -426,7 +426,7 @@ def _difference(what: str, saved: Any, here: Any) -> str:
     if what == "format":
         return f"the state has format {checks.shown(saved)}, this fastlr reads format {here}."
     if what == "leaves" and isinstance(saved, dict):
-        path = next(p for p in {**saved, **here} if saved.get(p) != here.get(p))
+        path = next(p for p in {**saved, **here} if p not in saved or p not in here or saved[p] != here[p])
         return (
             f"the state is of other parameters: {checks.shown(path)} has shape {checks.shown(saved.get(path))} there "
             f"and {here.get(path)} here. Build the optimizer over the same parameters, or use rebuild to go on with "

@@ -105,7 +105,8 @@ class LossScale:
     def after(self, skipped: Any) -> list[tuple[Any, Any, Any]]:
         """What to write to take account of a step, see `atomic.commit`."""
         skipped = np.asarray(skipped, bool)
-        scale, good = _rescale(self._scale, self._good, skipped, *self.rule)
+        with np.errstate(over="ignore"):  # a scale that grows beyond float32 is not taken anyway
+            scale, good = _rescale(self._scale, self._good, skipped, *self.rule)
         return [(self.__dict__, "_scale", scale), (self.__dict__, "_good", good.astype(np.int64))]
 
     def state_dict(self) -> dict[str, Any]:

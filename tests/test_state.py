@@ -503,6 +503,7 @@ _NONSENSE = [
     _set("loss_scale", {"scale": 10**400, "good": 0}),
     _set("loss_scale", 5),
     _set("leaves", []),
+    _set("leaves", "x", None),
     _set("leaves", {"w": [2], "b": "x"}),
     _set("optimizer", 5),
     _set("states", [[[]]]),
