@@ -56,18 +56,17 @@ class DevicePlan(Plan):
         more: as for `Plan`.
         place: where the parameters are.
         capturable: whether steps may be captured into a graph.
-        partial: whether it is a plan of a step of a part.
     """
 
     rows: DeviceRows
 
-    def __init__(self, *args: Any, place: DevicePlace, capturable: bool, partial: bool, **more: Any) -> None:
+    def __init__(self, *args: Any, place: DevicePlace, capturable: bool, **more: Any) -> None:
         self._place, self._device, self._capturable = place, place.device, capturable
         self._launches: dict[StepKernels, _Launches] = {}
         self._last: _Launches | None = None
         self._expected: tuple[DeviceGradients, list[bool], bool] | None = None
         self._version = 0  # of the leaves: grows when the gradients are elsewhere
-        self._partial, self._made = partial, 0
+        self._made = 0
         super().__init__(*args, **more)
 
     def _make_sums(self, rows: Rows, staged: Staged, starts: np.ndarray, per: np.ndarray, models: int) -> None:
@@ -75,7 +74,7 @@ class DevicePlan(Plan):
         assert isinstance(rows, DeviceRows)
         self.rows, self._staged = rows, staged
         self._gain = self.advance.copy()
-        self.advance[-1, STEPS] = self._partial
+        self.advance[-1, STEPS] = self.partial
         entries, tiles = len(starts), len(self.tiles)
         first = np.cumsum(per) - per
         levels = _additions(first, per)
@@ -294,14 +293,14 @@ class DevicePlan(Plan):
         """As `Plan.has_made`."""
         return self._made == generation
 
-    def count_part(self, rows: Rows) -> None:
-        """Nothing: a kernel finds out whether the step of a part is a new step."""
+    def count_part(self, rows: Rows, number: int) -> None:
+        """As `Plan.count_part`; where the host does not know the counters, a kernel finds out."""
+        if self.rows.host_knows:
+            super().count_part(rows, number)
 
     def _counted(self) -> np.ndarray:
         """What the step adds to the counters that the host keeps."""
-        if self._partial:
-            super().count_part(self.rows)
-            self._gain[-1, TICKS] = self.advance[-1, TICKS]
+        self._gain[-1, TICKS] = self.advance[-1, TICKS]
         return self._gain
 
     def _run_few(self, made: _Launches, stream: int) -> None:

@@ -121,7 +121,7 @@ class DeviceRows(Rows):
     def advanced(self, advance: np.ndarray) -> None:
         """A step whose counting the host can follow has been made."""
         self.counters[:, T] += advance[:, STEPS]
-        self.counters[:, CLOCK] += advance[:, TICKS]
+        self.counters[advance[:, TICKS] != 0, CLOCK] = self.counters[-1, CLOCK] + advance[-1, TICKS]
 
     def pull(self) -> None:
         """Learn from the GPU what only it knows; waits for it."""

@@ -27,12 +27,15 @@ class Located:
         kind: their format.
         active: whether each leaf has one; None: all of them.
         seen: the leaves that a partial step is about; None: it is about all.
+        number: of a partial step, how many steps there were before the one that it is a part of; None: the counters of
+            its leaves tell.
     """
 
     addresses: Sequence[int] | np.ndarray
     kind: str
     active: tuple[bool, ...] | None = None
     seen: tuple[bool, ...] | None = None
+    number: int | None = None
 
 
 class Gradients:

@@ -612,9 +612,7 @@ class Optimizer:
         taking_part = np.array(active, bool)
         make: Any = Plan
         if not self._on_host:
-            partial = seen is not self._params.everyone
-            where = {"place": self._params.place, "capturable": self._capturable, "partial": partial}
-            make = functools.partial(DevicePlan, **where)
+            make = functools.partial(DevicePlan, place=self._params.place, capturable=self._capturable)
         plan: Plan = make(
             [size // self._params.models for size in self._params.sizes],
             columns,
@@ -626,6 +624,7 @@ class Optimizer:
             self._h,
             kind=kind,
             merge=flat and self._params.is_flat and not self._columns.external,
+            partial=seen is not self._params.everyone,
         )
         if seen is not self._params.everyone:  # what a partial step does not see is not left out, it comes later
             leaf = np.searchsorted(self._params.starts, [first for first, _ in plan.left_out], side="right") - 1
@@ -783,35 +782,39 @@ class Optimizer:
             unscaled = unscaled or not np.all(scale == 1.0)
         if self._hyper.changed or self._staged is None or self._epoch != _threads.epoch:
             self._refresh()
-        if self._follows:
-            self._enter_scheduled()
-        table = self._table
+        part = only is not None or (type(grads) is Located and grads.seen is not None)
+        if self._follows and not part:
+            self._enter_scheduled(None)
+        table, number = self._table, None
         plan, kept = self._bind(grads, only, unscaled)
-        if self._follows and self._table is not table:
-            self._enter_scheduled()
+        if part:
+            given = grads.number if type(grads) is Located else None
+            number = plan.number(self._rows) if given is None else given
+        if self._follows and (part or self._table is not table):
+            self._enter_scheduled(number)
         if unscaled:
             self._enter_scale(scale)
         clear = self._clears and grads is None
         kernel = self._kernels.get((plan.kind, clear)) or self._kernel_for(plan.kind, clear)
-        part = only is not None or (type(grads) is Located and grads.seen is not None)
         done = self._after_own(plan, clear, only) if grads is None else None
-        return plan, kernel, kept, part, done, scale, stream
+        return plan, kernel, kept, number, done, scale, stream
 
-    def _enter_scheduled(self) -> None:
-        """Enter the values that scheduled hyperparameters have in the next step."""
+    def _enter_scheduled(self, number: int | None) -> None:
+        """Enter the values that scheduled hyperparameters have after a number of steps; None: in the next step."""
         if not self._formulas:
-            self._scheduled.fill(self._rows.counters, self._table)
+            steps = self._rows.counters.item(-1, CLOCK) if number is None else max(0, number)
+            self._scheduled.fill(steps, self._table)
 
     def _run(
-        self, plan: Plan, kernel: Any, kept: Any, part: bool, done: Any, scale: Any, stream: int | None
+        self, plan: Plan, kernel: Any, kept: Any, number: int | None, done: Any, scale: Any, stream: int | None
     ) -> StepInfo:
         """Make a step that has been prepared."""
         rows: Any = self._rows
         lrs: Any = self._current_rates if self._capturable else self._lrs
         if self._follows and (type(rows) is Rows or (rows.host_knows and not self._capturable)):
-            lrs = Rates(lrs, rows.counters.item(-1, CLOCK))
-        if part:
-            plan.count_part(rows)
+            lrs = Rates(lrs, rows.counters.item(-1, CLOCK) if number is None else max(0, number))
+        if number is not None:
+            plan.count_part(rows, number)
         if done is not None or (self.loss_scale is not None and self._on_host):
             self._put(_unsettled=(plan, plan.next_generation, done or ()))
         plan.run(kernel, self._threads or _threads.get_num_threads(), stream)

@@ -70,6 +70,7 @@ class Plan:
         h: scratch for what `decide` returns, per row.
         kind: the format of the gradients.
         merge: leaves stand one after the other in every column, so that neighbours of one row can be one entry.
+        partial: whether it is a step of a part.
 
     Attributes:
         tables: the arguments of a kernel before the generation.
@@ -95,8 +96,9 @@ class Plan:
         h: np.ndarray,
         kind: str,
         merge: bool,
+        partial: bool,
     ) -> None:
-        self.kind = kind
+        self.kind, self.partial = kind, partial
         models = kept.shape[1]
         lengths = np.repeat(np.asarray(sizes, np.int64), models)
         row = rows.index.reshape(-1)
@@ -237,11 +239,21 @@ class Plan:
         """Whether the step of a generation was carried out."""
         return self._threads > 0 and int(self._control[CLOSED]) == generation + self._last_phase
 
-    def count_part(self, rows: Rows) -> None:
-        """Steps of all parts together are one step: does this one begin a new one?"""
-        stepping = self.advance[:-1].any(axis=1)
-        clocks = rows.counters[:-1, CLOCK][stepping]
-        self.advance[-1, TICKS] = int(clocks.size > 0 and clocks.max() >= rows.counters[-1, CLOCK])
+    def number(self, rows: Rows) -> int:
+        """The number of steps before the one that this is, or is a part of; -1 for a part of nothing before the first.
+
+        Steps of all parts are one step: a part begins a new one if a leaf of it has been in the last one.
+        """
+        steps: int = rows.counters.item(-1, CLOCK)
+        if not self.partial:
+            return steps
+        clocks = rows.counters[:-1, CLOCK][self.advance[:-1].any(axis=1)]
+        begins = clocks.size > 0 and clocks.max() >= steps
+        return steps if begins else steps - 1
+
+    def count_part(self, rows: Rows, number: int) -> None:
+        """Let the step of a part be, or be a part of, the one that comes after `number` others."""
+        self.advance[-1, TICKS] = number + 1 - rows.counters[-1, CLOCK]
 
     def info(self, rows: Rows, lrs: Any, grad_scale: Any) -> StepInfo:
         """What the step that was just made did."""

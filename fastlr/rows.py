@@ -16,10 +16,10 @@ class Counts:
 
     Attributes:
         t: updates made, shape `(leaves, models)`.
-        clock: steps seen; goes on while a leaf is frozen.
+        clock: the last step that the leaf was part of, be it frozen; it tells which parts of a step are done.
         skipped: steps that were skipped because of a gradient that is not finite.
         scalars: state of the rule that is not an element's, shape `(leaves, models, scalars)`.
-        steps: steps of the optimizer itself.
+        steps: steps of the optimizer itself: what schedules follow.
     """
 
     t: np.ndarray
@@ -113,11 +113,11 @@ class Rows:
         return np.unique(np.stack([old, part], axis=1), axis=0, return_inverse=True)[1].reshape(-1)
 
     def advance(self, active: np.ndarray, seen: np.ndarray) -> np.ndarray:
-        """What a step adds to t and clock of each row, and of the optimizer.
+        """What a step adds to t of each row, whether it is part of the step, and what the optimizer's clock gains.
 
         Args:
             active: for each leaf, whether it is updated if it is not frozen.
-            seen: for each leaf, whether the step is one of it at all: its clock goes on while it is frozen.
+            seen: for each leaf, whether the step is one of it at all: then it is part of it while it is frozen.
         """
         out = np.zeros((len(self) + 1, ADVANCES), np.int64)
         active, seen, frozen = active[:, None], seen[:, None], self.frozen[self.index]

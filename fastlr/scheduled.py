@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import checks
-from .kernels.layout import CLOCK, COUNTERS
 from .rows import Rows
 from .schedules import Observed, Plateau, Schedule, Text, inline
 
@@ -188,8 +187,7 @@ class Scheduled:
         self._single = None
         if len(self.entries) == 1 and len(self.entries[0].rows) == 1 and not self.entries[0].per_model:
             (e,) = self.entries
-            row = int(e.rows[0])
-            self._single = e.value, e.numbers, row * COUNTERS + CLOCK, (row, e.column), *e.limits
+            self._single = e.value, e.numbers, (int(e.rows[0]), e.column), *e.limits
 
     @staticmethod
     def _numbers(entry: _Entry, observed: Remembered) -> tuple[Any, ...]:
@@ -198,29 +196,25 @@ class Scheduled:
             numbers[place] = observed.of(plateau).scale
         return tuple(numbers)
 
-    def fill(self, counters: np.ndarray, table: np.ndarray) -> None:
-        """Enter the value of each scheduled hyperparameter for the step that is about to be made.
+    def fill(self, step: int, table: np.ndarray) -> None:
+        """Enter the value of each scheduled hyperparameter, the same for all rows whenever they were last updated.
+
+        Args:
+            step: the number of steps before this one.
+            table: hyperparameters of each row.
 
         Raises:
             ValueError: if one is outside its range; then nothing is entered.
         """
         if self._single is not None:  # the usual case, fast: one hyperparameter of one row
-            one, numbers, clock, place, low, high, closed = self._single
-            value = one(float(counters.item(clock)), numbers)
+            one, numbers, place, low, high, closed = self._single
+            value = one(float(step), numbers)
             if low < value < high or value in closed:
                 table[place] = value
                 return
-        found = []
-        for entry in self.entries:
-            known: dict[int, Any] = {}
-            for r, model in zip(entry.rows.tolist(), entry.models.tolist(), strict=True):
-                clock = counters.item(r, CLOCK)
-                if clock not in known:
-                    known[clock] = self._value(entry, clock)
-                value = known[clock]
-                found.append((r, entry.column, value[model] if entry.per_model else value))
-        for r, column, value in found:
-            table[r, column] = value
+        values = [self._value(entry, step) for entry in self.entries]
+        for entry, value in zip(self.entries, values, strict=True):
+            table[entry.rows, entry.column] = value[entry.models] if entry.per_model else value
 
     @staticmethod
     def _value(entry: _Entry, step: int) -> Any:

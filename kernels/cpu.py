@@ -207,6 +207,7 @@ def _commit(staged: Staged, digest: str) -> Any:
         advance = integers(control[ADVANCE], rows + 1, 2)
         old, new = floats(control[SCALARS], rows, scalars), floats(control[NEW_SCALARS], rows, scalars)
         stepping = going = 0
+        now = counters[rows, CLOCK] + advance[rows, 1]  # the same for all rows, however long one was left out
         for r in range(rows):
             go = counters[r, GO] if may_skip and advance[r, 1] != 0 else 1
             if advance[r, 0] != 0:
@@ -216,7 +217,8 @@ def _commit(staged: Staged, digest: str) -> Any:
                 for k in range(scalars * go):
                     old[r, k] = new[r, k]
             counters[r, T] += advance[r, 0] * go
-            counters[r, CLOCK] += advance[r, 1] * go
+            if advance[r, 1] != 0 and go != 0:
+                counters[r, CLOCK] = now
         if going > 0 or stepping == 0:
             counters[rows, CLOCK] += advance[rows, 1]
 

@@ -564,7 +564,7 @@ def finish(target: Target, staged: Staged, storage: Storage, formulas: Sequence[
         target: what it is made of.
         staged: the rule.
         storage: how its columns stand in memory.
-        formulas: settings that follow from the clock of a row (`fastlr.scheduled.Formula`).
+        formulas: settings that follow from the number of the step (`fastlr.scheduled.Formula`).
     """
     quantities = staged.quantities
     may_skip = "finite" in staged.reports
@@ -595,24 +595,50 @@ def finish(target: Target, staged: Staged, storage: Storage, formulas: Sequence[
 
     decide_row = _decide_row(target, staged, storage, formulas)
 
+    def part(board):
+        """Whether it is a step of a part; such a step begins a new one if a row of it has been in the present one."""
+        return at(get(board, ADVANCE) + get(board, ROWS) * ADVANCES * 8)[0]
+
+    part = target.function(part)
+
+    def begin(thread, board):
+        rows, counts, advance = get(board, ROWS), get(board, COUNTS), get(board, ADVANCE)
+        if part(board) != 0:
+            steps = at(counts + (rows * COUNTERS + CLOCK) * 8)[0]
+            r = thread
+            while r < rows:
+                stepping = at(advance + (r * ADVANCES + STEPS) * 8)[0]
+                ticking = at(advance + (r * ADVANCES + TICKS) * 8)[0]
+                clock = at(counts + (r * COUNTERS + CLOCK) * 8)[0]
+                if (stepping != 0 or ticking != 0) and clock >= steps:
+                    put_integer(get(board, FLAGS) + 16, 1)
+                r += threads
+
+    def gain(board):
+        """What the step adds to the optimizer's clock."""
+        if part(board) != 0:
+            return at(get(board, FLAGS) + 16)[0]
+        return at(get(board, ADVANCE) + (get(board, ROWS) * ADVANCES + TICKS) * 8)[0]
+
+    gain = target.function(gain)
+
     def decide_rows(thread, board, what):
         rows, counts, advance = get(board, ROWS), get(board, COUNTS), get(board, ADVANCE)
         flags = get(board, FLAGS)
+        now = at(counts + (rows * COUNTERS + CLOCK) * 8)[0] + gain(board)
         r = thread
         while r < rows:
             stepping = at(advance + (r * ADVANCES + STEPS) * 8)[0]
             ticking = at(advance + (r * ADVANCES + TICKS) * 8)[0]
             go = 1
             if stepping != 0 or (may_skip and ticking != 0):
-                finite = decide_row(board, r, what & COMMIT)
+                finite = decide_row(board, r, now - 1 if now > 0 else 0, what & COMMIT)
                 if may_skip and ticking != 0:
                     go = 1 if finite != 0.0 else 0
             if what & COMMIT != 0:
                 mine = counts + r * COUNTERS * 8
-                steps = at(counts + (rows * COUNTERS + CLOCK) * 8)[0]
                 if may_skip:
                     put_integer(mine + GO * 8, go)
-                clock = at(mine + CLOCK * 8)[0]
                 if stepping != 0:
                     put_integer(flags + 8, 1)
                     if go != 0:
@@ -620,21 +646,16 @@ def finish(target: Target, staged: Staged, storage: Storage, formulas: Sequence[
                         put_integer(mine + T * 8, at(mine + T * 8)[0] + 1)
                     else:
                         put_integer(mine + SKIPPED * 8, at(mine + SKIPPED * 8)[0] + 1)
-                if (stepping != 0 or ticking != 0) and clock >= steps:
-                    put_integer(flags + 16, 1)
-                put_integer(mine + CLOCK * 8, clock + ticking * go)
+                if ticking != 0 and go != 0:
+                    put_integer(mine + CLOCK * 8, now)
             r += threads
 
     def settle(thread, board):
         rows, counts, flags = get(board, ROWS), get(board, COUNTS), get(board, FLAGS)
         own = counts + (rows * COUNTERS + CLOCK) * 8
         if thread == 0:
-            last = get(board, ADVANCE) + rows * ADVANCES * 8
-            gain = at(last + 8)[0]
-            if at(last)[0] != 0:  # a step of a part
-                gain = at(flags + 16)[0]
             if at(flags)[0] != 0 or at(flags + 8)[0] == 0:
-                put_integer(own, at(own)[0] + gain)
+                put_integer(own, at(own)[0] + gain(board))
             put_integer(flags, 0)
             put_integer(flags + 8, 0)
             put_integer(flags + 16, 0)
@@ -662,6 +683,7 @@ def finish(target: Target, staged: Staged, storage: Storage, formulas: Sequence[
 
     rescale = target.function(loss_scaling.make(target.where))
     each_add = target.each(target.function(add), 4, threads)
+    each_begin = target.each(target.function(begin), 1, threads)
     each_decide = target.each(target.function(decide_rows), 2, threads)
     each_settle = target.each(target.function(settle), 1, threads, wait=False)
 
@@ -672,6 +694,7 @@ def finish(target: Target, staged: Staged, storage: Storage, formulas: Sequence[
                 each_add(board, level, low, high)
                 level += 1
         if what & DECIDE != 0:
+            each_begin(board)
             each_decide(board, what)
         if what & COMMIT != 0:
             each_settle(board)
@@ -680,7 +703,7 @@ def finish(target: Target, staged: Staged, storage: Storage, formulas: Sequence[
 
 
 def _decide_row(target: Target, staged: Staged, storage: Storage, formulas: Sequence[Any]) -> Any:
-    """`decide_row(board, r, commit)`: decide for one row; 0.0 if its gradient is not finite and that is reported."""
+    """`decide_row(board, r, step, commit)`: decide for one row; 0.0 if its gradient is not finite and reported so."""
     slots, scalars, reports = staged.slots, len(staged.scalars), len(staged.reports)
     compute = storage.compute
     size = np.dtype(compute).itemsize
@@ -727,9 +750,9 @@ def _decide_row(target: Target, staged: Staged, storage: Storage, formulas: Sequ
         return f"integer(board + {8 * place})[0] + r * {bytes_of_row}"
 
     text = [
-        "def decide_row(board, r, commit):",
+        "def decide_row(board, r, step, commit):",
         f"    t = integer({table(COUNTS, 8 * COUNTERS)} + {8 * T})[0] + 1",
-        f"    n = float64(integer({table(COUNTS, 8 * COUNTERS)} + {8 * CLOCK})[0])",
+        "    n = float64(step)",
         f"    u = uniforms({table(SETTINGS, 8 * settings)})",
         f"    h = {table(H, size * slots)}",
     ]

@@ -2,7 +2,9 @@
 
 ROW, FIRST_ADDRESS = 0, 1  # leaves: the row of its counters, then the addresses of each column (`Storage.columns`)
 LEAF, START, COUNT = 0, 1, 2  # tiles
-T, CLOCK, SKIPPED, GO = 0, 1, 2, 3  # counters: updates made, steps seen, steps skipped, and whether this one is not
+# Counters: updates made, the last step that the row was part of (the optimizer's own: steps made), steps skipped, and
+# whether this one is not.
+T, CLOCK, SKIPPED, GO = 0, 1, 2, 3
 COUNTERS = 4
-STEPS, TICKS = 0, 1  # advance: what a step adds to T and CLOCK of each row
+STEPS, TICKS = 0, 1  # advance: what a step adds to T of each row; whether the row is part of it, be it frozen
 ADVANCES = 2

@@ -160,7 +160,8 @@ def build(staged: Staged, storage: Storage) -> Kernel:
         counted, going = counters.copy(), np.where(tables.advance[:-1, 1] != 0, go, 1)
         counted[:-1, GO] = go
         counted[:-1, T] += tables.advance[:-1, 0] * going
-        counted[:-1, CLOCK] += tables.advance[:-1, 1] * going
+        now = counters[-1, CLOCK] + tables.advance[-1, 1]
+        counted[:-1, CLOCK] = np.where(tables.advance[:-1, 1] * going != 0, now, counted[:-1, CLOCK])
         counted[:-1, SKIPPED] += stepping * (1 - going)
         if not stepping.any() or (stepping & (going != 0)).any():
             counted[-1, CLOCK] += tables.advance[-1, 1]

@@ -689,6 +689,30 @@ def test_schedules_in_a_kernel(device, rng, capturable):
     assert_same(theirs, ours)
 
 
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"clip_norm": 1.0, "scope": "leaf"}, {"skip_nonfinite": True}], ids=str)
+def test_leaves_that_come_late_on_a_schedule(settings, capturable, rng):
+    """Whoever decides, the host or the GPU, reads a schedule at the same step: of parts, late leaves and skipped."""
+    lr = fastlr.schedules.Linear(0.5, 0.1, 20)
+    start = {k: rng.standard_normal(4).astype(np.float32) for k in "abc"}
+    here, there = tree_map(np.copy, start), tree_map(on_device, start)
+    settings = {**settings, "lr": lr, "groups": {"c": {"frozen": True}}}
+    ours = fastlr.SGD(here, backend="numpy", **settings)
+    theirs = fastlr.SGD(there, capturable=capturable, **settings)
+    for k, only in enumerate([None, None, "a", "b", ["b", "c"], "a", None, "c", "[ab]", "*", None]):
+        g = {n: rng.standard_normal(4).astype(np.float32) for n in start}
+        g["a"] = None if k in (1, 9) else g["a"]
+        if k in (3, 6) and "skip_nonfinite" in settings:
+            g["b"][1] = np.nan
+        if k == 5:
+            ours.groups["c"].frozen = theirs.groups["c"].frozen = False
+        expected, given = ours.step(g, only=only), tree_map(lambda x: None if x is None else on_device(x), g)
+        info = theirs.step(given, only=only)
+        assert info.step == expected.step
+        assert info.lr == expected.lr
+    assert_same(theirs, ours)
+
+
 def test_schedules_in_a_graph(device, rng):
     lr = fastlr.schedules.Cosine(0.1, 20).warmup(5)
     start, g = rng.standard_normal(50).astype(np.float32), on_device(rng.standard_normal(50).astype(np.float32))

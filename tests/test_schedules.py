@@ -756,16 +756,57 @@ def test_groups_frozen_leaves_and_parts(rng):
     np.testing.assert_allclose(before["b"] - tree["b"], 0.5 * (lr(1) + lr(2)))
 
 
-def test_leaves_of_one_group_at_different_clocks():
-    tree = {"a": np.zeros(3), "b": np.zeros(3)}
+@pytest.mark.parametrize("backend", ["numba", "numpy"])
+@pytest.mark.parametrize("how", ["no gradient", "only", "frozen", "rebuild"])
+def test_a_leaf_that_comes_late_gets_the_rate_of_the_step(how, backend):
+    lr, n = s.Linear(1.0, 0.0, 10), 4
+    tree = {"a": np.zeros(3), **({} if how == "rebuild" else {"b": np.zeros(3)})}
+    opt = fastlr.SGD(tree, lr=lr, backend=backend)
+    if how == "frozen":
+        opt = fastlr.SGD(tree, lr=lr, groups={"b": {"frozen": True}}, backend=backend)
+    for _ in range(n):
+        g = {k: None if k == "b" and how == "no gradient" else np.ones(3) for k in tree}
+        opt.step(g, only="a" if how == "only" else None)
+    if how == "rebuild":
+        tree["b"] = np.zeros(3)
+        opt.rebuild(tree)
+    if how == "frozen":
+        opt.groups["b"].frozen = False
+    ones = {k: np.ones(3) for k in tree}
+    info = opt.step(ones)
+    assert info.lr == lr(n)
+    np.testing.assert_allclose(tree["b"], -lr(n))
+    np.testing.assert_allclose(tree["a"], -sum(lr(k) for k in range(n + 1)))
+    assert opt.state_dict()["step"].tolist() == [[n + 1], [1]]  # of which bias corrections are made
+    opt.step(ones)
+    np.testing.assert_allclose(tree["b"], -lr(n) - lr(n + 1))
+
+
+def test_parts_of_one_step_have_one_rate():
+    tree = {"a": np.zeros(1), "b": np.zeros(1), "c": np.zeros(1)}
     lr = s.Linear(1.0, 0.0, 10)
     opt = fastlr.SGD(tree, lr=lr, backend="numpy")
-    ones = {k: np.ones(3) for k in tree}
-    for _ in range(2):
-        opt.step(ones, only="a")
-    opt.step(ones)
-    np.testing.assert_allclose(tree["a"], -(lr(0) + lr(1) + lr(2)))
-    np.testing.assert_allclose(tree["b"], -lr(0))
+    ones = {k: np.ones(1) for k in tree}
+    for n in range(3):
+        for part in "ab" if n < 2 else "abc":  # c is left out twice
+            info = opt.step(ones, only=part)
+            assert (info.step, info.lr) == (n + 1, lr(n))
+    assert opt.step(ones).lr == lr(3)
+    assert opt.step({**ones, "a": None, "c": None}, only="*").lr == lr(4)  # a part of everything is no part
+    assert opt.step(ones).step == 6
+    np.testing.assert_allclose(
+        [tree[k][0] for k in "abc"], [-sum(map(lr, k)) for k in ([0, 1, 2, 3, 5], range(6), [2, 3, 5])]
+    )
+
+
+def test_a_model_that_was_skipped_gets_the_rate_of_the_step():
+    lr = s.Linear(1.0, 0.0, 10)
+    fleet = fastlr.flatten({"w": np.zeros(1)}, population=2)
+    opt = fastlr.SGD(fleet, lr=lr, skip_nonfinite=True, backend="numpy")
+    for g in ([1.0, 1.0], [1.0, np.nan], [np.nan, np.nan], [1.0, 1.0]):
+        info = opt.step(np.array(g))
+    assert (info.step, info.lr) == (3, lr(2))
+    np.testing.assert_allclose(fleet["w"][:, 0], [-lr(0) - lr(1) - lr(2), -lr(0) - lr(2)])
 
 
 def test_a_skipped_step_does_not_count(rng):

@@ -1116,3 +1116,60 @@ def test_exchange_api():
         engines._exchange().describe(engines._objects([torch.ones(2), torch.eye(2).to_sparse()]))
     with pytest.raises(LookupError, match="int has no C exchange API of DLPack 1"):
         exchange.Exchange(int)
+
+
+# What follows a schedule
+
+
+@pytest.mark.parametrize("how", ["no gradient", "another dtype", "add_param_group", "both"])
+def test_a_parameter_that_comes_late_gets_the_rate_of_the_step(how):
+    lr, n = Linear(1.0, 0.0, steps=10), 4
+    a = torch.nn.Parameter(torch.zeros(1))
+    b = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64 if how in ("another dtype", "both") else torch.float32))
+    added = how in ("add_param_group", "both")
+    opt = fastlr.torch.SGD([a] if added else [a, b], lr=lr)
+    a.grad = torch.ones(1)
+    for _ in range(n):
+        opt.step()
+    if added:
+        opt.add_param_group({"params": [b]})
+    b.grad = torch.ones_like(b)
+    opt.step()
+    assert opt.info.lr == lr(n) and b.item() == pytest.approx(-lr(n), rel=1e-6)
+    again = copy.deepcopy(opt)
+    again.param_groups[0]["params"][0].grad = torch.ones(1)
+    again.step()
+    assert again.info.lr == lr(n + 1)
+
+
+def test_the_steps_are_saved_where_no_parameter_has_seen_all(tmp_path):
+    lr = Linear(1.0, 0.0, steps=10)
+    params = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    opt = fastlr.torch.SGD(params, lr=lr, momentum=0.5)
+    for n in range(4):
+        for k, p in enumerate(params):
+            p.grad = torch.ones(1) if k == n % 2 else None
+        opt.step()
+    torch.save(opt.state_dict(), tmp_path / "x.pt")
+    again = fastlr.torch.SGD(params, lr=lr, momentum=0.5)
+    again.load_state_dict(torch.load(tmp_path / "x.pt"))
+    again.step()
+    assert again.info.lr == lr(4)
+    other = fastlr.torch.SGD(params, lr=lr, momentum=0.5)
+    other.load_state_dict(fastlr.torch.SGD(params, lr=lr, momentum=0.5).state_dict())
+    other.step()
+    assert other.info.lr == lr(0)
+
+
+def test_chunks_that_take_turns_are_steps_of_their_own():
+    lr = Linear(1.0, 0.0, steps=10)
+    params = [torch.nn.Parameter(torch.zeros(4)) for _ in range(2)]
+    opt = fastlr.torch.HostOptimizer(params, fastlr.SGD, lr=lr, chunk=4)
+    for n in range(6):
+        for k, p in enumerate(params):
+            p.grad = torch.ones(4) if n == 5 or k == n % 2 else None
+        before = [p.detach().clone() for p in params]
+        opt.step()
+        for p, was in zip(params, before, strict=True):
+            if p.grad is not None:
+                torch.testing.assert_close(was - p.detach(), torch.full((4,), lr(n)))

@@ -158,13 +158,14 @@ class Engine:
         return tuple(native._states.get(x, x) for x in native._columns.letters if x != "ema")
 
     def adopt(
-        self, saved: Mapping[torch.Tensor, Mapping[str, Any]], loaded: bool
+        self, saved: Mapping[torch.Tensor, Mapping[str, Any]], loaded: bool, steps: int
     ) -> dict[torch.Tensor, dict[str, Any]]:
         """Go on from a saved state.
 
         Args:
             saved: for each parameter its entries; those without start afresh.
             loaded: whether it comes from somewhere else, and not from the engine before.
+            steps: how many steps have been made, whether or not these parameters took part.
 
         Returns:
             The entries that stand for the state from now on: views of the memory that steps update.
@@ -186,7 +187,7 @@ class Engine:
                 if isinstance(entries.get(name), torch.Tensor) and views[k] is not entries[name]:
                     views[k].copy_(entries[name])
             self._initial(k, entries, loaded)
-        counts.steps = int(counts.clock.max(initial=0))
+        counts.steps = steps
         native._columns.encode_shadow()
         native._put(**native._rows_for(counts))
         self._steps = torch.zeros(len(self.params))
@@ -328,19 +329,22 @@ class Engine:
         at = [0 if grad is None else grad.data_ptr() for grad in found]
         self._located = Located(at, tensors.name_of(kind), None if all(active) else active)
 
+    @property
+    def has_gradients(self) -> bool:
+        """Whether any were found."""
+        return self._located.active is None or any(self._located.active)
+
     def run(self, scale: float) -> StepInfo | None:
-        """Make the step with the gradients found.
+        """Make the step with the gradients found; without any it is a step all the same, for what follows schedules.
 
         Args:
             scale: what to divide them by.
 
         Returns:
-            What was done; None if there are no gradients, or it is to be told by somebody else.
+            What was done; None if it is to be told by somebody else.
         """
         active, written = self._located.active, self._written
         if active is not None:
-            if not any(active):
-                return None
             written = [*itertools.compress(self.params, active), *written[len(self.params) :]]
         # Autograd has to know what is written behind its back: a backward that needs the old values must fail.
         _increment_versions(written)

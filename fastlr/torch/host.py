@@ -235,6 +235,7 @@ class HostEngine(Engine):
     def _run_staged(self, scale: float) -> None:
         there = [grad is not None for grad in self.found]
         if not any(there):
+            self.native.step(self._located)
             return
         kind = next(grad.dtype for grad in self.found if grad is not None)
         if self._stage is None or self._stage.dtype is not kind:
@@ -249,12 +250,13 @@ class HostEngine(Engine):
             self._down.wait_stream(torch.cuda.current_stream(self._device))
             self._up.wait_stream(torch.cuda.current_stream(self._device))
         arrived = [self._fetch(chunk) for chunk in self._chunks]
+        number = self.native.steps
         for chunk, seen, event in zip(self._chunks, self._seen, arrived, strict=True):
             if event is not None:
                 event.synchronize()
             active = seen if all(there) else tuple(map(operator.and_, there, seen))
             if any(active):
-                located = Located(self._staged_at, tensors.name_of(kind), active, seen)
+                located = Located(self._staged_at, tensors.name_of(kind), active, seen, number)
                 self.native.step(located, grad_scale=None if scale == 1.0 else scale)
                 with self._on(self._up), torch.no_grad():
                     for k in chunk:

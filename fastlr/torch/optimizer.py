@@ -30,7 +30,7 @@ _LEAST = 1e-100
 # Options whose part PyTorch or this module plays.
 _ELSEWHERE = {"loss_scale", "ema_out", "shadow_out", "zero_grads", "lr_scale", "grad_dtype", "groups", "backend"}
 # What a saved group holds beside what a group does.
-_SAVED_ALONG = ("params", "schedules", "skipped_steps")
+_SAVED_ALONG = ("params", "schedules", "skipped_steps", "clock")
 _OFFERED = [name for name in StepOptions.__annotations__ if name not in _ELSEWHERE | {"capturable"}]
 
 
@@ -127,6 +127,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         self._known: list[list[torch.Tensor]] = []  # the parameters of each group that the engines are made for
         self._loaded: Mapping[str, Any] | None = None
         self._skipped = 0
+        self._clock = 0
         self.info: StepInfo | None = None
         starts = {n: getattr(probe, n) for n in vars(probe).keys() & inspect.signature(make).parameters.keys()}
         super().__init__(params, {**implementations, **starts, **self._normal(settings, probe)})
@@ -231,11 +232,11 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
             names.remove("clip_norm")
         if any(group["capturable"] for group in self.param_groups):
             settings["capturable"] = True
-        engines, state = [], dict(self.state)
+        engines, state, steps = [], dict(self.state), self._steps_made()
         for members in places.values():
             own = [averages[id(leaf.param)] for leaf in members] if averages else None
             engine = self._engine(self._make, members, self.param_groups, names, settings, own)
-            state.update(engine.adopt(self.state, self._loaded is not None))
+            state.update(engine.adopt(self.state, self._loaded is not None, steps))
             engines.append(engine)
         here = {id(leaf.param) for leaf in leaves}
         self.state.clear()
@@ -253,6 +254,16 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         """Whether a step depends on all gradients together."""
         clips = any(group["clip_norm"] is not None for group in self.param_groups)
         return clips or bool(self._settings.get("skip_nonfinite"))
+
+    def _steps_made(self) -> int:
+        """Steps made, which is what schedules follow; a parameter may have been left out of some."""
+        if self._engines:
+            return max(engine.native.steps for engine in self._engines)
+        return max(self._clock, self._most_updates())
+
+    def _most_updates(self) -> int:
+        """The updates of the parameter that has had the most, by the state."""
+        return max((int(x["step"]) for x in self.state.values() if isinstance(x, dict) and "step" in x), default=0)
 
     def _save_counts(self) -> None:
         """Put into the state what engines count beside it."""
@@ -312,8 +323,10 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
             self._skipped += 1
             self.info = self._report(norm, np.nan, False)
         else:
-            infos = [engine.run(scale / coefficient) for engine in engines]
-            alone = None if self._outside else infos[0]
+            infos: list[StepInfo | None] = []
+            if any(engine.has_gradients for engine in engines):
+                infos = [engine.run(scale / coefficient) for engine in engines]
+            alone = infos[0] if infos and not self._outside else None
             self.info = alone or self._report(norm, coefficient, True)
 
     def _coefficient(self, norm: float) -> float:
@@ -323,8 +336,8 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
                 f"scope={self._settings['scope']!r} needs all parameters to be of one dtype on one device. Use one "
                 "optimizer for each, or scope='all'."
             )
-        step = max(engine.native.steps for engine in self._engines or ())
-        limits = {_at(tensors.number("clip_norm", group["clip_norm"]), step) for group in self.param_groups}
+        steps = self._steps_made()
+        limits = {_at(tensors.number("clip_norm", group["clip_norm"]), steps) for group in self.param_groups}
         if len(limits) != 1:
             raise ValueError(
                 "groups with different clip_norm need all parameters to be of one dtype on one device. Give all "
@@ -337,7 +350,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
 
     def _report(self, norm: float | None, coefficient: float, finite: bool) -> StepInfo:
         """What is told of a step that the native optimizers did not tell of: of all parameters together."""
-        steps = max((engine.native.steps for engine in self._engines or ()), default=0)
+        steps = self._steps_made()
         rates = [_at(tensors.number("lr", g["lr"]), max(0, steps - finite)) for g in self.param_groups]
         lrs = {"": rates[0], **({f"{g}:*": rate for g, rate in enumerate(rates)} if len(rates) > 1 else {})}
         names = ["finite"] if norm is None else ["finite", "grad_norm", "clip_coef"]
@@ -389,14 +402,15 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         out = super().state_dict()
         if not _starts_with_state(type(self).__name__):  # a first update is still to come, as if there were no state
             out["state"] = {k: v for k, v in out["state"].items() if not _is_new(v)}
-        now = {g: engine for engine in self._engines or () for g in engine._members}
+        steps = self._steps_made()
         for g, group in enumerate(out["param_groups"]):
             schedules = {n: v for n, v in group.items() if n in self._names and _follows(v)}
             for name, value in schedules.items():
-                clock = now[g].native.steps if g in now else 0
-                group[name] = _at(value, clock)
+                group[name] = _at(value, steps)
             if g == 0 and self._skipped:
                 group["skipped_steps"] = self._skipped
+            if g == 0 and steps != self._most_updates():
+                group["clock"] = steps
             if schedules:
                 group["schedules"] = {name: groups.plain(value) for name, value in schedules.items()}
         return out
@@ -485,7 +499,8 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         """What copies and pickles take along; engines are made anew."""
         self._save_counts()
         kept = ("_make", "_names", "_settings", "_ema_out", "_skipped")
-        return {**super().__getstate__(), **{name: self.__dict__.get(name) for name in kept}}
+        own = {name: self.__dict__.get(name) for name in kept}
+        return {**super().__getstate__(), **own, "_clock": self._steps_made()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over groups and state: from a copy, a pickle, or `load_state_dict`."""
@@ -502,12 +517,13 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
                 for group, present in zip(saved["param_groups"], self.param_groups, strict=True)
             ]
             self._skipped = int(saved["param_groups"][0].get("skipped_steps", 0))
+            self._clock = int(saved["param_groups"][0].get("clock", 0))
             state["param_groups"] = [
                 {**group, "params": present["params"]} for group, present in zip(new, self.param_groups, strict=True)
             ]
         super().__setstate__(state)
         self._engines = None
-        for name, start in (("info", None), ("_loaded", None), ("_known", [])):
+        for name, start in (("info", None), ("_loaded", None), ("_known", []), ("_clock", 0)):
             self.__dict__.setdefault(name, start)
 
 
