@@ -287,8 +287,9 @@ class Groups(Mapping[str, Group]):
 
     @property
     def lr(self) -> Mapping[str, Any]:
-        """The learning rate of the optimizer, under "", and of each group."""
-        return MappingProxyType({"": self.defaults.lr, **{p: g.lr for p, g in self._groups.items()}})
+        """The learning rate of the optimizer, under "", and of each group; None if the rule has none."""
+        own = self.defaults._values.get("lr")
+        return MappingProxyType({"": own, **{p: g._values.get("lr", own) for p, g in self._groups.items()}})
 
     def everything(self) -> dict[str, dict[str, Any]]:
         """What each group sets; `""` stands for the optimizer."""

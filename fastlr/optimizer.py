@@ -119,7 +119,8 @@ class Optimizer:
             all float64; NumPy arrays, or arrays on one GPU: of PyTorch, CuPy, Numba or anything with a CUDA array
             interface or DLPack.
         rule: a rule made by `fastlr.rule`.
-        lr: learning rate, >= 0; as every numeric hyperparameter a schedule (`fastlr.schedules`, or a function of the
+        lr: learning rate, >= 0; not for a rule that takes none, which has no `opt.lr`, and None as `info.lr`. As every
+            numeric hyperparameter a schedule (`fastlr.schedules`, or a function of the
             step) or, if the parameters are a population, an array `(population,)`.
         weight_decay: >= 0. Default: that of a rule that names it itself, else 0.
         decoupled_weight_decay: False: L2, `g + weight_decay * p` goes into the rule. True: the rule starts from
@@ -193,7 +194,7 @@ class Optimizer:
         params: Any,
         rule: Rule | None = None,
         *,
-        lr: Any,
+        lr: Any = None,
         weight_decay: Any = None,
         decoupled_weight_decay: bool = False,
         maximize: bool = False,
@@ -222,6 +223,14 @@ class Optimizer:
             raise TypeError(f"rule must be made by fastlr.rule, got {checks.shown(rule)}.")
         checks.state_names([*(self._states.get(s, s) for s in rule.states), *rule.scalars])
         checks.rule_names(rule.hyperparameters, _TAKEN)
+        rule.check_constants()
+        if lr is not None and not rule.takes_lr:
+            raise TypeError(
+                f"rule {rule.name!r} has no lr: no keyword-only argument of that name. Build the optimizer without lr, "
+                "or let the rule take it and use it."
+            )
+        if lr_scale is not None and not rule.takes_lr:
+            raise ValueError(f"lr_scale is a factor on lr, which rule {rule.name!r} does not have.")
         if threads is not None:
             threads = checks.count("threads", threads)
         checks.choices("backend", [backend], _BACKENDS)
@@ -249,11 +258,14 @@ class Optimizer:
         spelled = {n: k for k, names in self._spelling.items() for n in names}
         known: dict[str, Any] = {spelled.get(n, n): rule.defaults.get(n) for n in rule.hyperparameters}
         own_decay = rule.defaults.get("weight_decay", 0.0)
-        known.update(lr=lr, weight_decay=own_decay if weight_decay is None else weight_decay)
+        if rule.takes_lr:
+            known["lr"] = lr
+        known.update(weight_decay=own_decay if weight_decay is None else weight_decay)
         known.update(decoupled_weight_decay=decoupled_weight_decay, maximize=maximize)
         checks.choices("hyperparameter", hyperparameters, [*known, "clip_norm", "clip_value"])
         known.update(hyperparameters)
-        missing = [n for n, v in known.items() if v is None and n not in (*hyperparameters, *_BEFORE.hyperparameters)]
+        optional = {*hyperparameters, *_BEFORE.hyperparameters} - {"lr"}
+        missing = [n for n, v in known.items() if v is None and n not in optional]
         if missing:
             raise TypeError(f"rule {rule.name!r} needs a value for {', '.join(missing)}.")
         known.update(clip_norm=clip_norm, clip_value=clip_value)
@@ -346,6 +358,13 @@ class Optimizer:
         """
         uniforms = self._hyper.uniforms()
         self._check_settings(uniforms)
+        if not self._source.takes_lr and "weight_decay" not in self._source.hyperparameters:
+            for u in uniforms:
+                if np.any(u["decoupled_weight_decay"]) and np.any(u["weight_decay"]):
+                    raise ValueError(
+                        f"decoupled weight decay is in proportion to lr, which rule {self._source.name!r} does not "
+                        "have. Use decoupled_weight_decay=False, or let the rule name weight_decay itself."
+                    )
         switches = self._source.switches | _BEFORE.switches
         norm_clipped, value_clipped = (
             any(isinstance(u[name], Schedule) or np.any(np.isfinite(u[name])) for u in uniforms)
@@ -360,6 +379,7 @@ class Optimizer:
             "per_element": self._per_element,
             "averaged": "ema_decay" in uniforms[0],
             "statistics": self._statistics,
+            **({} if self._source.takes_lr else {"lr": 0.0}),
         }
         on = set()
         for name in uniforms[0]:
@@ -876,7 +896,7 @@ class Optimizer:
         if first not in self._adding:
             settings = {"threads": self._threads, "backend": self._backend, "grad_dtype": self._grad_bits}
             settings["capturable"] = self._capturable
-            self._adding[first] = Optimizer(own, _ACCUMULATION, lr=0.0, first=first, **settings)
+            self._adding[first] = Optimizer(own, _ACCUMULATION, first=first, **settings)
         whole = isinstance(grads, np.ndarray | FlatBuffer) or not is_container(grads)
         there = self._params.everyone if whole else tuple(g is not None for g in self._params.structure.leaves(grads))
         before = (False,) * len(there) if before is None else before
@@ -1262,10 +1282,9 @@ def warmup(*rules: type[Optimizer] | Rule, dtypes: Sequence[str] = ("float32",),
         for dtype in dtypes:
             checks.choices("dtype", [dtype], checks.DTYPES)
             nothing = np.zeros(1, dtype)
-            opt = (
-                Optimizer(nothing, rule, **{"lr": 0.0, **settings})
-                if isinstance(rule, Rule)
-                else rule(nothing, **settings)
-            )
+            if isinstance(rule, Rule):
+                opt = Optimizer(nothing, rule, **({"lr": 0.0} if rule.takes_lr else {}) | settings)
+            else:
+                opt = rule(nothing, **settings)
             seconds[f"{getattr(rule, '__name__', rule)} {dtype}"] = opt.warmup()
     return seconds

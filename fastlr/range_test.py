@@ -125,7 +125,7 @@ def find_lr(
 
     Raises:
         TypeError: if `fun` returns something else.
-        ValueError: if an argument is out of range.
+        ValueError: if an argument is out of range, or the optimizer's rule has no learning rate.
 
     Source: Smith 2017, arXiv:1506.01186, section 3.3.
 
@@ -142,6 +142,8 @@ def find_lr(
     diverge = checks.number("diverge", diverge, 1.0, math.inf)
     if checks.count("steps", steps) < 5:
         raise ValueError(f"steps must be at least 5, got {steps}.")
+    if "lr" not in opt.groups.names:
+        raise ValueError(f"{type(opt).__name__} of rule {opt._source.name!r} has no lr to look for.")
     lrs = np.geomspace(low, high, steps)
     before = opt.snapshot()
     rates = {group: group.lr for group in opt.groups.values() if "lr" in group._values}

@@ -88,7 +88,7 @@ class StepInfo:
 
     @property
     def lr(self) -> Any:
-        """The learning rate used; an array `(population,)` if it differs between models."""
+        """The learning rate used; an array `(population,)` if it differs between models; None if the rule has none."""
         return self.lrs[""]
 
     def _plain(self, per_model: np.ndarray) -> Any:
@@ -187,9 +187,11 @@ class StepInfo:
     def asdict(self) -> dict[str, Any]:
         """Flat names and values for a logger.
 
-        "step", "lr" and "lr/<pattern>" for each group; what was taken of "grad_norm", "clip_coef" and "skipped".
+        "step"; "lr" and "lr/<pattern>" for each group, if the rule has a rate; what was taken of "grad_norm",
+        "clip_coef" and "skipped".
         """
-        out = {"step": self.step, "lr": self.lr, **{f"lr/{p}": lr for p, lr in self.lrs.items() if p}}
+        rates = {f"lr/{p}" if p else "lr": lr for p, lr in self.lrs.items() if lr is not None}
+        out = {"step": self.step, **rates}
         more = {"grad_norm": self.grad_norm, "clip_coef": self.clip_coef}
         out.update({name: value for name, value in more.items() if value is not None})
         if self._reported("finite") is not None:

@@ -469,7 +469,7 @@ class Stager:
             case ast.Attribute():
                 constant = self._resolve(node)
                 if isinstance(constant, bool | int | float):
-                    return _static(constant)
+                    return self._constant(ast.unparse(node), constant)
         return self._fail(node, f"{_kind(node)} cannot be staged")
 
     def _test(self, node: ast.expr) -> Value:
@@ -486,8 +486,14 @@ class Stager:
             return value
         constant = self.globals.get(name)
         if isinstance(constant, bool | int | float):
-            return _static(constant)
+            return self._constant(name, constant)
         return self._fail(node, f"{name!r} is not an argument, an earlier assignment or a numeric constant")
+
+    def _constant(self, text: str, constant: bool | int | float) -> Value:
+        """A number of the module or closure; the rule notes its own."""
+        if self.globals is self.rule.globals:
+            self.rule.constants[text] = constant
+        return _static(constant)
 
     def _binary(self, node: ast.expr, a: Value, op: ast.operator, b: Value) -> Value:
         if isinstance(op, ast.Pow):

@@ -48,6 +48,8 @@ class Source:
         given = {"t", "base_lr", *self.scalars}  # not set by the user
         self.hyperparameters = tuple(a.arg for a in arguments.kwonlyargs if a.arg not in given)
         self.counts = any(a.arg == "t" for a in arguments.kwonlyargs)
+        self.takes_lr = any(a.arg in ("lr", "base_lr") for a in arguments.kwonlyargs)
+        self.constants: dict[str, bool | int | float] = {}  # those of the module or closure that it reads
         stores = [n for n in ast.walk(self.tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
         for name, line in [(a.arg, a.lineno) for a in ast.walk(arguments) if isinstance(a, ast.arg)] + [
             (n.id, n.lineno) for n in stores
@@ -122,6 +124,10 @@ def parse(function: Callable[..., Any]) -> tuple[ast.FunctionDef, Mapping[str, A
             f"the source found for rule {name!r}, in line {first} of {code.co_filename}, is that of another function: "
             "it is wrapped by a decorator, or the file has changed since. Use the function itself; import it again."
         )
+    return node, seen_by(function)
+
+
+def seen_by(function: Callable[..., Any]) -> Mapping[str, Any]:
+    """The names of its module and closure that a function sees, as they are now."""
     closure = inspect.getclosurevars(function)
-    seen = {**closure.builtins, **function.__globals__, **closure.nonlocals}
-    return node, seen
+    return {**closure.builtins, **function.__globals__, **closure.nonlocals}

@@ -142,7 +142,11 @@ def build(staged: Staged, storage: Storage) -> Kernel:
                 leaf = leaves[tile[LEAF]]
                 stored, read = load(leaf, tile)
                 if go[leaf[ROW]]:
-                    results = update(*read, tuple(h[leaf[ROW]]))
+                    # A result may be a column as it came in, to be kept in another: it must outlive its own writing.
+                    results = [
+                        x.copy() if any(x is column for column in stored) else x
+                        for x in update(*read, tuple(h[leaf[ROW]]))
+                    ]
                     emitted = results[1 + states :]
                     for q, x in enumerate(emitted, first):
                         tables.partials[k, q] = block(x, "norm", tile[COUNT])

@@ -176,7 +176,7 @@ def schedule_free_adamw(p, g, x, z, v, *, lr, base_lr, t, beta1, beta2, eps, wei
     return (1 - beta1) * z + beta1 * x, x, z, v, weights
 
 
-def accumulation(p, g, *, lr, first):
+def accumulation(p, g, *, first):
     """A sum of gradients: here `p` is what has been added up so far."""
     if first:
         p = g

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from .binding import Staged, Stager
-from .language import After, Before, RuleError, Source
+from .language import After, Before, RuleError, Source, seen_by
 
 __all__ = ["After", "Before", "Rule", "RuleError", "Staged", "define"]
 
@@ -39,17 +39,22 @@ class Rule(Source):
     The function takes `p`, `g` and its states as positional arguments and everything that is the same for a whole
     group as keyword-only arguments, among them `lr` and, if they are wanted, `t` (the number of this update, from 1)
     and `base_lr` (the learning rate without the factor of an element, for state of the group).
-    It returns the new `p`, then the new states in the same order. Allowed are assignments, arithmetic, comparisons,
+    It returns the new `p`, then the new states in the same order. A rule whose steps do not follow a rate leaves `lr`
+    out, and optimizers are built without one. Allowed are assignments, arithmetic, comparisons,
     conditionals and the functions of `kernels.primitives` under any of their names in `math`, NumPy or Python;
     `fastlr.norm(x)` and `fastlr.total(x)` sum over a leaf, or with `over="group"` or `over="all"` over more. A
     keyword-only argument that is returned by name after the states is state of the group, kept in float64; it starts
     at its default. Calling the rule runs the function as it stands.
 
+    Numbers that the function reads from its module or closure are part of the rule as they are when it is wrapped. An
+    optimizer is not built with a rule whose numbers have changed since; what is to change is an argument.
+
     Args:
         function: the rule, in a file (its source is read).
 
     Raises:
-        RuleError: if the source is missing or holds something that cannot be staged; the message names the line.
+        RuleError: if the source is missing or holds something that cannot be staged, if a state is returned in the
+            place of another, or if `lr` is taken and not used; the message names the line.
 
     Example:
         >>> def signed(p, g, m, *, lr, beta=0.9):
@@ -60,10 +65,60 @@ class Rule(Source):
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__(function)
         self._staged: dict[Any, Staged] = {}
+        self._check_order()
         flags = {name: value for name, value in self.defaults.items() if isinstance(value, bool)}
-        for name in flags:  # every branch once, so that an error shows when the rule is written
-            self.stage({**flags, name: not flags[name]})
-        self.stage(flags)
+        # Every branch once, so that an error shows when the rule is written.
+        variants = [flags, *({**flags, name: not flags[name]} for name in flags), {n: not v for n, v in flags.items()}]
+        uses_lr = ["lr" in self.stage(variant).uniforms for variant in variants]
+        if self.takes_lr and not any(uses_lr):
+            raise RuleError(
+                f"rule {self.name!r}, line {self.tree.lineno}: takes lr, but nothing that it returns follows from it. "
+                "Use it, or leave it out of the arguments: then optimizers are built without lr."
+            )
+
+    def _check_order(self) -> None:
+        """Check that no state is returned, by its name, where another belongs.
+
+        Raises:
+            RuleError: if one is.
+        """
+        expected = ("p", *self.states)
+        for node in ast.walk(self.tree):
+            if not isinstance(node, ast.Return) or not isinstance(node.value, ast.Tuple):
+                continue
+            names = [x.id if isinstance(x, ast.Name) else "" for x in node.value.elts]
+            where = f"rule {self.name!r}, line {node.lineno}: returns"
+            for name, own in zip(names[1:], self.states, strict=False):
+                if name in self.states and name != own:
+                    raise RuleError(
+                        f"{where} {name!r} in the place of the state {own!r}. States are returned in the order of the "
+                        f"arguments, {', '.join(expected)}; if it is meant, assign {own} = {name} before."
+                    )
+            place = expected.index(names[0]) if names[0] in self.states else 0
+            if place and names[place : place + 1] == ["p"]:
+                raise RuleError(
+                    f"{where} {names[0]!r} in the place of the new p, and 'p' in that of {names[0]!r}. The order is "
+                    f"that of the arguments: {', '.join(expected)}."
+                )
+
+    def check_constants(self) -> None:
+        """Check that the numbers of the module or closure that the rule reads are those that it was made with.
+
+        Raises:
+            RuleError: if one has changed.
+        """
+        seen = seen_by(self.function)
+        for text, constant in self.constants.items():
+            first, *rest = text.split(".")
+            now = seen.get(first, constant)
+            for name in rest:
+                now = getattr(now, name, constant)
+            if now != constant and not (now != now and constant != constant):
+                raise RuleError(
+                    f"rule {self.name!r} was made with {text} = {constant!r}, which is {now!r} now. Numbers that a "
+                    "rule reads are frozen when it is made: make the rule again, or make the number a keyword-only "
+                    "argument."
+                )
 
     def _scalars(self) -> tuple[str, ...]:
         returns = [node.value for node in ast.walk(self.tree) if isinstance(node, ast.Return)]

@@ -163,21 +163,21 @@ def test_composed_primitives_agree_on_awkward_numbers(name):
     values = [0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan]
     x, y = (np.array(v) for v in zip(*[(a, b) for a in values for b in values], strict=True))
 
-    def by_max(p, g, *, lr):
+    def by_max(p, g):
         return max(p, g)
 
-    def by_min(p, g, *, lr):
+    def by_min(p, g):
         return min(p, g)
 
-    def by_sign(p, g, *, lr):
+    def by_sign(p, g):
         return sign(g)
 
-    def by_clip(p, g, *, lr):
+    def by_clip(p, g):
         return clip(g, p, 1.0)
 
     rule = {"max": by_max, "min": by_min, "sign": by_sign, "clip": by_clip}[name]
-    a, b = compiled_and_reference(fastlr.rule(rule), x, [y], lr=1.0)
-    c = np.array([rule(float(p), float(g), lr=1.0) for p, g in zip(x, y, strict=True)])
+    a, b = compiled_and_reference(fastlr.rule(rule), x, [y])
+    c = np.array([rule(float(p), float(g)) for p, g in zip(x, y, strict=True)])
     numpys = {"max": np.maximum(x, y), "min": np.minimum(x, y), "sign": np.sign(y), "clip": np.clip(y, x, 1.0)}
     np.testing.assert_array_equal(a, numpys[name])  # NaN where NumPy has NaN
     for other in (b, c):
@@ -190,11 +190,11 @@ def test_integer_powers_are_the_same_products_everywhere():
         for t in (0, 1, 2, 7, 1000, 123_457, -3):
             expected = primitives.power(np.float64(base), t)
 
-            def power_rule(p, g, *, lr, t, base):
+            def power_rule(p, g, *, t, base):
                 return p * 0.0 + base**t
 
             p = np.ones(1)
-            opt = fastlr.Optimizer(p, fastlr.rule(power_rule), lr=0.0, base=base)
+            opt = fastlr.Optimizer(p, fastlr.rule(power_rule), base=base)
             if t >= 1:
                 opt._rows.counters[:-1, 0] = t - 1
                 opt.step(np.zeros(1))
@@ -290,6 +290,30 @@ def in_a_flag(p, g, *, lr, slow=False):
     return p - lr * g
 
 
+def states_swapped(p, g, m, v, *, lr):
+    m = m + g
+    v = v + g**2
+    return p - lr * m, v, m
+
+
+def state_twice(p, g, m, v, *, lr):
+    m = m + g
+    v = v + m
+    return p - lr * v, m, m
+
+
+def state_for_parameter(p, g, m, *, lr):
+    m = m + g
+    p = p - lr * m
+    return m, p
+
+
+def rateless(p, g, *, lr):
+    u = lr * g
+    u = 0.1 * g
+    return p - u
+
+
 def shadowing(p, g, *, lr, power=2.0):
     return p - lr * power * g
 
@@ -300,6 +324,10 @@ def shadowing_inside(p, g, *, lr):
 
 
 BAD = [
+    (states_swapped, 3, "returns 'v' in the place of the state 'm'"),
+    (state_twice, 3, "returns 'm' in the place of the state 'v'"),
+    (state_for_parameter, 3, "returns 'm' in the place of the new p, and 'p' in that of 'm'"),
+    (rateless, 0, "takes lr, but nothing that it returns follows from it"),
     (shadowing, 0, "'power' is the name of a function that staged code calls"),
     (shadowing_inside, 1, "'where' is the name of a function that staged code calls"),
     (loop, 1, "a for loop cannot be staged"),
@@ -432,12 +460,119 @@ def test_any_name_for_a_state(rng):
     np.testing.assert_allclose(a, start, rtol=1e-14)
 
 
-def test_constants_of_the_module_are_part_of_the_rule():
+def test_states_may_be_returned_by_any_expression():
+    def remembers(p, g, before, older, x, *, lr):
+        older = before
+        before = g
+        x = x - lr * (g + older)
+        return x, before, older, x
+
+    def inline(p, g, m, v, *, lr, beta=0.5):
+        return p - lr * m, v - v + beta * m + g, m - m + v
+
+    p = np.zeros(1)
+    opt = fastlr.Optimizer(p, fastlr.rule(remembers), lr=1.0, backend="numpy")
+    for g in (1.0, 2.0):
+        opt.step(np.full(1, g))
+    assert (p[0], opt.state["before"][0], opt.state["older"][0]) == (-4.0, 2.0, 1.0)
+    fastlr.rule(inline)
+
+
+def test_lr_in_one_branch_is_enough():
+    def either(p, g, *, lr, a=False, b=False):
+        if a:
+            step = lr * g if b else g
+        else:
+            step = 0.1 * g
+        return p - step
+
+    fastlr.rule(either)
+
+
+def signs(p, g, m, *, size=0.5):
+    """A rule whose steps have a size of their own."""
+    m = m + g
+    return p - size * np.sign(m), m
+
+
+def test_a_rule_without_a_rate():
+    rule = fastlr.rule(signs)
+    a, b = compiled_and_reference(rule, np.ones(3), [np.array([1.0, -1.0, 0.0])], weight_decay=0.5, ema=0.9)
+    assert a.tolist() == b.tolist() == [0.5, 1.5, 0.5]
+    p = {"a": np.ones(1), "b": np.ones(1)}
+    opt = fastlr.Optimizer(p, rule, groups={"b": {"size": 0.25}}, backend="numpy")
+    info = opt.step({"a": np.ones(1), "b": np.ones(1)})
+    assert (p["a"][0], p["b"][0], info.lr) == (0.5, 0.75, None)
+    assert info.asdict() == {"step": 1}
+    assert not hasattr(opt, "lr") and "lr" not in repr(opt)
+    again = fastlr.Optimizer(p, rule, groups={"b": {"size": 0.25}}, backend="numpy")
+    again.load_state_dict(opt.state_dict())
+    fastlr.warmup(rule, backend="numpy")
+    with pytest.raises(AttributeError, match="has no hyperparameter 'lr' to set; there are size"):
+        opt.lr = 0.1
+    with pytest.raises(TypeError, match="'lr' is not known; there are size"):
+        fastlr.Optimizer(p, rule, groups={"b": {"lr": 0.25}})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": 5.0}, "rule 'signs' has no lr: no keyword-only argument of that name. Build the optimizer without lr"),
+        ({"decoupled_weight_decay": True, "weight_decay": 0.1}, "decoupled weight decay is in proportion to lr, which"),
+        ({"lr_scale": np.ones(1)}, "lr_scale is a factor on lr, which rule 'signs' does not have"),
+    ],
+)
+def test_what_a_rule_without_a_rate_is_not_for(settings, message):
+    with pytest.raises((TypeError, ValueError)) as error:
+        fastlr.Optimizer(np.ones(1), fastlr.rule(signs), **settings)
+    assert message in str(error.value)
+
+
+def test_a_rule_with_a_rate_needs_one():
+    with pytest.raises(TypeError, match="rule 'radam' needs a value for lr"):
+        fastlr.Optimizer(np.ones(1), fastlr.rule(radam))
+
+
+class Settings:
+    rate = 0.5
+
+
+def test_constants_of_the_module_are_part_of_the_rule(monkeypatch):
+    """As they were when the rule was made; an optimizer is not built with a rule that says something else by now."""
+
     def scaled(p, g, *, lr):
-        return p - lr * HALF * g if not SLOW else p
+        return p - lr * HALF * Settings.rate * g if not SLOW else p
 
     p = np.ones(1)
-    opt = fastlr.Optimizer(p, fastlr.rule(scaled), lr=1.0)
+    rule = fastlr.rule(scaled)
+    opt = fastlr.Optimizer(p, rule, lr=1.0)
+    opt.step(np.ones(1))
+    assert p[0] == 0.75
+    assert "lr * 0.5 * 0.5" in str(opt.rule)
+    for name, value in (("HALF", 0.25), ("SLOW", True), ("Settings.rate", 1)):
+        with monkeypatch.context() as changed:
+            changed.setattr(f"{__name__}.{name}", value)
+            with pytest.raises(fastlr.RuleError) as error:
+                fastlr.Optimizer(p, rule, lr=1.0)
+            assert f"was made with {name} = " in str(error.value) and f", which is {value!r} now" in str(error.value)
     opt.step(np.ones(1))
     assert p[0] == 0.5
-    assert "0.5" in str(opt.rule)
+
+
+def test_constants_of_a_closure():
+    def made(beta):
+        def own(p, g, m, *, lr):
+            m = beta * m + g
+            return p - lr * m, m
+
+        def change():
+            nonlocal beta
+            beta = 0.25
+
+        return fastlr.rule(own), change
+
+    rule, change = made(math.nan)
+    fastlr.Optimizer(np.ones(1), rule, lr=0.1)
+    change()
+    with pytest.raises(fastlr.RuleError, match="was made with beta = nan, which is 0.25 now"):
+        fastlr.Optimizer(np.ones(1), rule, lr=0.1)

@@ -52,7 +52,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
             memory, on the CPU or on NVIDIA GPUs. Gradients may be bfloat16 or float16, where PyTorch allows it.
         rule: a rule made by `fastlr.rule`.
         lr: learning rate, >= 0, for groups that have none of their own; a number, a tensor of one element, or a
-            schedule of `fastlr.schedules`, as for all hyperparameters.
+            schedule of `fastlr.schedules`, as for all hyperparameters. Not for a rule that takes none.
         ema: keep a moving average of the parameters in `opt.ema`, updated in the same pass: its decay, in [0, 1).
         ema_out: an iterable of tensors to keep that average in, one for each parameter, such as
             `target.parameters()`. It goes on from what stands in them.
@@ -87,7 +87,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         params: Any,
         rule: Rule,
         *,
-        lr: Any,
+        lr: Any = None,
         ema: Any = None,
         ema_out: Iterable[torch.Tensor] | None = None,
         **settings: Any,
@@ -97,7 +97,9 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
                 f"rule must be made by fastlr.rule, got {rule!r}. Optimizers have classes: fastlr.torch.Adam."
             )
         make = functools.partial(Native, rule=rule)
-        self._set_up(params, make, {**settings, "lr": lr, "ema": ema, "ema_out": ema_out})
+        if lr is not None:
+            settings["lr"] = lr
+        self._set_up(params, make, {**settings, "ema": ema, "ema_out": ema_out})
 
     def _set_up(self, params: Any, make: Callable[..., Native], given: Mapping[str, Any]) -> None:
         """Check everything but the parameters' memory, and make the groups.
@@ -351,7 +353,9 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
     def _report(self, norm: float | None, coefficient: float, finite: bool) -> StepInfo:
         """What is told of a step that the native optimizers did not tell of: of all parameters together."""
         steps = self._steps_made()
-        rates = [_at(tensors.number("lr", g["lr"]), max(0, steps - finite)) for g in self.param_groups]
+        rates: list[Any] = [None]
+        if "lr" in self._names:
+            rates = [_at(tensors.number("lr", g["lr"]), max(0, steps - finite)) for g in self.param_groups]
         lrs = {"": rates[0], **({f"{g}:*": rate for g, rate in enumerate(rates)} if len(rates) > 1 else {})}
         names = ["finite"] if norm is None else ["finite", "grad_norm", "clip_coef"]
         one = np.zeros((1, 1), np.int64)
