@@ -32,7 +32,7 @@ from .kernels.cpu import Kernel
 from .kernels.formats import FORMATS
 from .kernels.layout import CLOCK
 from .kernels.primitives import SCOPES
-from .kernels.staging import After, Before, Rule, Staged
+from .kernels.staging import After, Before, Rule, RuleError, Staged
 from .kernels.tiles import Storage, compiles
 from .loss_scale import LossScale
 from .places import HOST, Alloc
@@ -392,7 +392,26 @@ class Optimizer:
                 static[name] = 0.0
             elif name in switches and all(map(everywhere, values)):
                 on.add(name)
-        return self._source.stage(static, before=_BEFORE, after=_AFTER, on=frozenset(on))
+        try:
+            staged = self._source.stage(static, before=_BEFORE, after=_AFTER, on=frozenset(on))
+        except RuleError as error:  # when the rule was made, its flags had one value at a time
+            flags = [n for n, v in uniforms[0].items() if isinstance(v, bool) and n != "frozen" and n not in static]
+            raise ValueError(f"{', '.join(flags)} must be the same in all groups: {error}") from error
+        self._check_common(staged, uniforms)
+        return staged
+
+    def _check_common(self, staged: Staged, uniforms: list[dict[str, Any]]) -> None:
+        """Check that what is one for all parameters follows from settings that are the same in all groups."""
+        labels = {n: f"{k}[{i}]" for k, several in self._spelling.items() for i, n in enumerate(several)}
+        for name in staged.common:
+            first = uniforms[0][name]
+            for other in (u[name] for u in uniforms):
+                if other is not first and not np.array_equal(other, first):
+                    one = ", ".join(n for n, scope in zip(staged.scalars, staged.shared, strict=True) if scope == "all")
+                    raise ValueError(
+                        f"{labels.get(name, name)} must be the same in all groups, got {first!r} and {other!r}: it "
+                        f"enters {one} of rule {staged.name!r}, which is one for all parameters."
+                    )
 
     # Rows, tables and plans
 
@@ -400,7 +419,8 @@ class Optimizer:
         models = counts.t.shape[1]
         frozen = np.array([np.broadcast_to(u["frozen"], models) for u in self._hyper.uniforms()], bool)
         make = Rows if self._on_host else DeviceRows
-        return make(self._hyper.configuration, frozen, counts, partition)
+        agreed = counts.agreed(self._stage(self._unscaled).shared, self._hyper.configuration)
+        return make(self._hyper.configuration, frozen, agreed, partition)
 
     def _rows_for(self, counts: Counts, partition: np.ndarray | None = None) -> dict[str, Any]:
         """Rows for given counts.
@@ -461,6 +481,7 @@ class Optimizer:
         elif partition is None:
             partition = self._partition
         uniforms = hyper.uniforms()
+        self._check_common(staged, uniforms)
         kept = staged is self._staged and partition is self._partition and self._epoch == _threads.epoch
         if kept and "frozen" not in hyper.changed:
             scheduled = self._follow(uniforms, staged, self._rows)

@@ -495,7 +495,8 @@ class DoG(Optimizer):
 
     The norms are over all leaves (of each model); with layerwise=True over each leaf (the paper's L-DoG). lr is a
     factor on the rate, 1 in the paper; `info.lr` is the rate in use. The paper evaluates an average of the iterates:
-    `ema=`. State: `initial_params` (x0); of a group distance, squares, rate.
+    `ema=`. State: `initial_params` (x0); distance and squares, one for all parameters or layer-wise for each leaf, and
+    the rate of each group. relative_distance and layerwise are the same in all groups.
 
     Args:
         params: what to update in place; see `fastlr.Optimizer`.
@@ -540,13 +541,16 @@ class Prodigy(Optimizer):
     """Prodigy: Adam without a learning rate to choose: it estimates the distance to the solution, d.
 
     With gradients times d: m = beta1 * m + (1 - beta1) * d * g; v = beta2 * v + (1 - beta2) * d**2 * g**2;
-    r = beta3 * r + (1 - beta3) * lr * d**2 * <g, x0 - p>; s = beta3 * s + (1 - beta3) * lr * d**2 * g;
+    r = beta3 * r + (1 - beta3) * d**2 * <lr * g, x0 - p>; s = beta3 * s + (1 - beta3) * lr * d**2 * g;
     p = p - lr * d * m / (sqrt(v) + d * eps); then d = max(d, r / norm1(s)), beta3 = sqrt(beta2).
 
+    The sums <g, x0 - p> and norm1(s) run over all parameters, and d and r are one for all, also for a parameter that
+    comes late. A group may have an lr of its own: lr weights its elements inside both sums, so a group whose lr is 0
+    does not count. (The authors' package takes no other rates than one and 0.) betas[1] is the same in all groups.
     As in the paper there is no bias correction, and the update uses the d from before it; the authors' package adds eps
     times the new one. eps is outside the root. The decay is decoupled, p - lr * d * weight_decay * p. lr is a factor, 1
     in the paper, for a schedule; `info.lr` is lr * d. States: `initial_params` (x0), `exp_avg` (m), `exp_avg_sq` (v),
-    `weighted_grad` (s), from 0; of a group d, r, rate.
+    `weighted_grad` (s), from 0; d and r, one for all; the rate of each group.
 
     Args:
         params: what to update in place; see `fastlr.Optimizer`.

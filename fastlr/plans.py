@@ -16,7 +16,7 @@ import numpy as np
 from . import checks
 from .kernels import arrays, cpu
 from .kernels.cpu import CHUNK, CLOSED, LINE, NEXT, SHARES, WAITING, Kernel
-from .kernels.layout import CLOCK, FIRST_ADDRESS, ROW, TICKS
+from .kernels.layout import ASIDE, CLOCK, FIRST_ADDRESS, ROW, TICKS
 from .kernels.staging import Staged
 from .kernels.sums import BLOCK
 from .places import Place
@@ -247,7 +247,7 @@ class Plan:
         steps: int = rows.counters.item(-1, CLOCK)
         if not self.partial:
             return steps
-        clocks = rows.counters[:-1, CLOCK][self.advance[:-1].any(axis=1)]
+        clocks = rows.counters[:-1, CLOCK][self.advance[:-1, :ASIDE].any(axis=1)]
         begins = clocks.size > 0 and clocks.max() >= steps
         return steps if begins else steps - 1
 

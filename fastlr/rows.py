@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .kernels.layout import ADVANCES, CLOCK, COUNTERS, GO, SKIPPED, T
+from .kernels.layout import (
+    ADVANCES,
+    ASIDE,
+    CLOCK,
+    COUNTERS,
+    DECIDES,
+    GO,
+    SHARES_ALL,
+    SHARES_GROUP,
+    SKIPPED,
+    STEPS,
+    TICKS,
+    T,
+)
 
 
 @dataclass
@@ -39,6 +52,22 @@ class Counts:
         """
         t, clock, skipped = np.zeros((3, leaves, models), np.int64)
         return cls(t, clock, skipped, np.broadcast_to(np.array(scalars, np.float64), (leaves, models, len(scalars))))
+
+    def agreed(self, shared: Sequence[str], configuration: np.ndarray) -> Counts:
+        """These counts, where state that is shared is that of the leaf among those that share it with most updates.
+
+        Args:
+            shared: as `Staged.shared`.
+            configuration: as for `Rows`.
+        """
+        scalars = self.scalars.copy()
+        for k, scope in enumerate(shared):
+            groups = {"all": np.zeros_like(configuration), "group": configuration}.get(scope)
+            for group in () if groups is None else np.unique(groups):
+                members = np.flatnonzero(groups == group)
+                first = members[self.t[members].argmax(axis=0)]
+                scalars[members, :, k] = scalars[first, np.arange(len(first)), k]
+        return replace(self, scalars=scalars)
 
 
 class Rows:
@@ -113,7 +142,7 @@ class Rows:
         return np.unique(np.stack([old, part], axis=1), axis=0, return_inverse=True)[1].reshape(-1)
 
     def advance(self, active: np.ndarray, seen: np.ndarray) -> np.ndarray:
-        """What a step adds to t of each row, whether it is part of the step, and what the optimizer's clock gains.
+        """What a step does with each row, as `kernels.layout` has it; in the last row what the optimizer's clock gains.
 
         Args:
             active: for each leaf, whether it is updated if it is not frozen.
@@ -121,7 +150,11 @@ class Rows:
         """
         out = np.zeros((len(self) + 1, ADVANCES), np.int64)
         active, seen, frozen = active[:, None], seen[:, None], self.frozen[self.index]
-        out[self.index, 0] = active & ~frozen  # leaves that differ in this have rows of their own
-        out[self.index, 1] = active | (seen & frozen)
-        out[-1, 1] = 1
+        out[self.index, STEPS] = active & ~frozen  # leaves that differ in this have rows of their own
+        out[self.index, TICKS] = active | (seen & frozen)
+        out[-1, TICKS] = 1
+        stepping = out[:-1, STEPS] != 0
+        group = self.configuration * self.index.shape[1] + self.model
+        shared = SHARES_ALL * np.isin(self.model, self.model[stepping]) + SHARES_GROUP * np.isin(group, group[stepping])
+        out[:-1, ASIDE] = np.where(stepping, 0, DECIDES + shared)
         return out

@@ -78,6 +78,8 @@ class Staged:
         states: the states that exist, in order, averages among them; `update` takes and returns them after `p`.
         inputs: what else `update` reads of an element, after the states.
         scalars: state of a group rather than of an element: `decide` takes and returns it.
+        shared: for each of them, over what it is one, since it follows from such sums: "all", "group", or "leaf".
+        common: the uniforms that what is one for all follows from: they must be the same in all groups.
         sums: for each sum that `decide` takes, the number of what is added (counted over all measures) and the scope.
         reports: what `decide` returns for people, such as the norm of the gradient.
         emitted: what `update` returns after the states, to be summed up as norms.
@@ -93,6 +95,8 @@ class Staged:
     states: tuple[str, ...]
     inputs: tuple[str, ...]
     scalars: tuple[str, ...]
+    shared: tuple[str, ...]
+    common: tuple[str, ...]
     sums: tuple[tuple[int, str], ...]
     reports: tuple[str, ...]
     emitted: tuple[str, ...]
@@ -106,6 +110,11 @@ class Staged:
     def quantities(self) -> int:
         """How many things are added up over elements, by the measures and the update together."""
         return sum(len(m.kinds) for m in self.measures) + len(self.emitted)
+
+    @property
+    def shares(self) -> bool:
+        """Whether some state of a group is one for several groups or leaves."""
+        return any(scope != "leaf" for scope in self.shared)
 
     def show(self) -> None:
         """Print the staged code."""
@@ -272,6 +281,7 @@ class Stager:
             tuple(kept),
             tuple(arguments[2 + len(kept) :]),
             tuple(name for name, _ in scalars),
+            *self._sharing({name: value.node for name, value in scalars}, free),
             tuple(names.values()),
             tuple(self.reports),
             tuple(extra),
@@ -281,6 +291,53 @@ class Stager:
             tuple(measures),
             element("update", results),
         )
+
+    def _sharing(self, scalars: dict[str, ast.expr], read: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Over what each state of a group is one, and the uniforms that states which are one for all follow from.
+
+        What follows from a sum over several leaves, and is remembered, has to be the same for all of them, those that
+        are left out of a step included. So it may follow from nothing that they do not have in common.
+
+        Args:
+            scalars: what each becomes, in terms of `decide`.
+            read: the names that are free in `decide`.
+        """
+        assigned = dict(self.decide)
+        sums = {name: scope for s in self.sums.values() for scope, name in s.names.items()}
+        widest = list(primitives.SCOPES)
+
+        def follows_from(node: ast.expr) -> set[str]:
+            found = set()
+            for name in _names(node):
+                found |= follows_from(assigned[name]) if name in assigned else {name}
+            return found
+
+        sources = {name: follows_from(node) for name, node in scalars.items()}
+        shared = dict.fromkeys(scalars, "leaf")
+        while True:
+            before = dict(shared)
+            for name, from_ in sources.items():
+                fed = [sums[x] for x in from_ if x in sums] + [shared[x] for x in from_ if x in shared]
+                if name in read:  # what is only shown is made anew at each update
+                    shared[name] = max([shared[name], *fed], key=widest.index)
+            for name, from_ in sources.items():
+                for x in from_ & shared.keys():  # what something shared follows from is shared
+                    if name in read:
+                        shared[x] = max(shared[x], shared[name], key=widest.index)
+            if shared == before:
+                break
+        for name, scope in shared.items():
+            narrower = {sums[x] for x in sources[name] & sums.keys()} - set(widest[widest.index(scope) :])
+            if scope != "leaf" and (narrower or "t" in sources[name]):
+                other = f"a sum over {narrower.pop()!r}" if narrower else "t, which each leaf counts for itself"
+                self._fail(
+                    self.rule.tree.body[-1],
+                    f"{name!r} is remembered, and follows from a sum over {scope!r}, which is one for several leaves, "
+                    f"but also from {other}. Let it follow from what these leaves have in common; steps can be counted "
+                    "by a state of the group",
+                )
+        common = set().union(*(sources[n] for n, scope in shared.items() if scope == "all"))
+        return tuple(shared.values()), tuple(sorted(common - shared.keys() - sums.keys()))
 
     def _unused(self, new_p: ast.expr, kept: dict[str, ast.expr], others: list[ast.expr]) -> str | None:
         """A state that comes out as it went in and that nothing else needs."""

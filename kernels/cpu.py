@@ -21,7 +21,7 @@ from numba import types
 
 from . import primitives, sums
 from .caching import KernelCache
-from .layout import CLOCK, COUNT, FIRST_ADDRESS, GO, LEAF, ROW, SKIPPED, START, T
+from .layout import ADVANCES, ASIDE, CLOCK, COUNT, FIRST_ADDRESS, GO, LEAF, ROW, SHARED, SKIPPED, START, T
 from .memory import (
     atomic_load,
     atomic_store,
@@ -116,8 +116,8 @@ def _sweep(staged: Staged, storage: Storage, digest: str) -> Any:
 
 
 def _decision(staged: Staged, digest: str) -> Any:
-    """`decide` for every row in the step, and for frozen ones where it may be skipped: their clock depends on it."""
-    may_skip = "finite" in staged.reports
+    """`decide` for every row in the step, and for others whose clock or shared state depends on it."""
+    may_skip, shares = "finite" in staged.reports, staged.shares
     namespace = {**ELEMENT, "real_power": math.pow}
     if "power(" in staged.decide.replace("real_power(", ""):
         namespace["power"] = compiled(primitives.power, digest)
@@ -129,11 +129,11 @@ def _decision(staged: Staged, digest: str) -> Any:
 
     def decide_rows(settings, counters, h, control):
         rows = len(h)
-        advance = integers(control[ADVANCE], rows + 1, 2)
+        advance = integers(control[ADVANCE], rows + 1, ADVANCES)
         new_scalars = floats(control[NEW_SCALARS], rows, scalars)
         report = floats(control[REPORTS], rows, reports)
         for r in range(rows):
-            if advance[r, 0] != 0 or (may_skip and advance[r, 1] != 0):
+            if advance[r, 0] != 0 or (may_skip and advance[r, 1] != 0) or (shares and advance[r, ASIDE] != 0):
                 values = decide(
                     counters[r, T] + 1,
                     *uniforms_at(np.int64(settings.ctypes.data) + r * uniforms * 8),
@@ -199,23 +199,29 @@ def _addition(staged: Staged, kinds: Sequence[str], digest: str) -> Any:
 def _commit(staged: Staged, digest: str) -> Any:
     """Advance the counters and scalar state of the rows that were updated."""
     scalars = len(staged.scalars)
-    may_skip = "finite" in staged.reports
+    may_skip, shares = "finite" in staged.reports, staged.shares
+    flags = (*(SHARED.get(scope, 0) for scope in staged.shared), 0)
     integers, floats = table("int64"), table("float64")
 
     def commit(counters, control):
         rows = len(counters) - 1
-        advance = integers(control[ADVANCE], rows + 1, 2)
+        advance = integers(control[ADVANCE], rows + 1, ADVANCES)
         old, new = floats(control[SCALARS], rows, scalars), floats(control[NEW_SCALARS], rows, scalars)
         stepping = going = 0
         now = counters[rows, CLOCK] + advance[rows, 1]  # the same for all rows, however long one was left out
         for r in range(rows):
-            go = counters[r, GO] if may_skip and advance[r, 1] != 0 else 1
+            aside = advance[r, ASIDE] if shares else 0
+            go = counters[r, GO] if may_skip and (advance[r, 1] != 0 or aside != 0) else 1
             if advance[r, 0] != 0:
                 stepping += 1
                 going += go
                 counters[r, SKIPPED] += 1 - go
                 for k in range(scalars * go):
                     old[r, k] = new[r, k]
+            elif aside != 0 and go != 0:
+                for k in range(scalars):
+                    if aside & flags[k] != 0:
+                        old[r, k] = new[r, k]
             counters[r, T] += advance[r, 0] * go
             if advance[r, 1] != 0 and go != 0:
                 counters[r, CLOCK] = now

@@ -28,7 +28,7 @@ import numpy as np
 from numba import types
 
 from . import loss_scaling, primitives
-from .layout import ADVANCES, CLOCK, COUNTERS, FIRST_ADDRESS, GO, SKIPPED, STEPS, TICKS, T
+from .layout import ADVANCES, ASIDE, CLOCK, COUNTERS, FIRST_ADDRESS, GO, SHARED, SKIPPED, STEPS, TICKS, T
 from .primitives import SCOPES
 from .staging import Staged, define
 from .sums import BLOCK, LANES
@@ -63,6 +63,8 @@ WORK = 4
 
 # What `finish` is asked to do.
 ADD, DECIDE, COMMIT = 1, 2, 4
+
+EVERYTHING = 1 << 30 | sum(SHARED.values())  # of the state of a group, where `SHARED` names what is shared of it
 
 
 @dataclass(frozen=True)
@@ -567,7 +569,7 @@ def finish(target: Target, staged: Staged, storage: Storage, formulas: Sequence[
         formulas: settings that follow from the number of the step (`fastlr.scheduled.Formula`).
     """
     quantities = staged.quantities
-    may_skip = "finite" in staged.reports
+    may_skip, shares = "finite" in staged.reports, staged.shares
     threads = FINISH_THREADS
     at = target.row("int64", 1)
     number_at = target.row("float64", 1)
@@ -630,10 +632,14 @@ def finish(target: Target, staged: Staged, storage: Storage, formulas: Sequence[
         while r < rows:
             stepping = at(advance + (r * ADVANCES + STEPS) * 8)[0]
             ticking = at(advance + (r * ADVANCES + TICKS) * 8)[0]
+            aside = at(advance + (r * ADVANCES + ASIDE) * 8)[0] if shares else 0
             go = 1
-            if stepping != 0 or (may_skip and ticking != 0):
-                finite = decide_row(board, r, now - 1 if now > 0 else 0, what & COMMIT)
-                if may_skip and ticking != 0:
+            if stepping != 0 or (may_skip and ticking != 0) or aside != 0:
+                kept = 0
+                if what & COMMIT != 0:
+                    kept = EVERYTHING if stepping != 0 else aside
+                finite = decide_row(board, r, now - 1 if now > 0 else 0, kept)
+                if may_skip and (ticking != 0 or aside != 0):
                     go = 1 if finite != 0.0 else 0
             if what & COMMIT != 0:
                 mine = counts + r * COUNTERS * 8
@@ -703,7 +709,10 @@ def finish(target: Target, staged: Staged, storage: Storage, formulas: Sequence[
 
 
 def _decide_row(target: Target, staged: Staged, storage: Storage, formulas: Sequence[Any]) -> Any:
-    """`decide_row(board, r, step, commit)`: decide for one row; 0.0 if its gradient is not finite and reported so."""
+    """`decide_row(board, r, step, kept)`: decide for one row; 0.0 if its gradient is not finite and reported so.
+
+    Of the state of the group what `kept` names is kept: 0: nothing, `EVERYTHING`, or some of `SHARED`.
+    """
     slots, scalars, reports = staged.slots, len(staged.scalars), len(staged.reports)
     compute = storage.compute
     size = np.dtype(compute).itemsize
@@ -727,7 +736,7 @@ def _decide_row(target: Target, staged: Staged, storage: Storage, formulas: Sequ
         "number": number,
         "uniforms": target.row("float64", settings),
         "scopes": target.row("int64", len(SCOPES)),
-        "kept": target.row("float64", scalars),
+        "state": target.row("float64", scalars),
         "put": target.put("float64"),
         "put_slot": target.put(compute),
         "float64": np.float64,
@@ -750,14 +759,14 @@ def _decide_row(target: Target, staged: Staged, storage: Storage, formulas: Sequ
         return f"integer(board + {8 * place})[0] + r * {bytes_of_row}"
 
     text = [
-        "def decide_row(board, r, step, commit):",
+        "def decide_row(board, r, step, kept):",
         f"    t = integer({table(COUNTS, 8 * COUNTERS)} + {8 * T})[0] + 1",
         "    n = float64(step)",
         f"    u = uniforms({table(SETTINGS, 8 * settings)})",
         f"    h = {table(H, size * slots)}",
     ]
     if scalars:
-        text.append(f"    x = kept({table(SCALARS, 8 * scalars)})")
+        text.append(f"    x = state({table(SCALARS, 8 * scalars)})")
     if staged.sums:
         text.append(f"    roots, cells = scopes({table(ROOTS, 8 * len(SCOPES))}), integer(board + {8 * CELLS})[0]")
     if "grad_scale" in staged.uniforms:
@@ -774,7 +783,9 @@ def _decide_row(target: Target, staged: Staged, storage: Storage, formulas: Sequ
         text += [f"    put(report + {8 * k}, float64(v[{slots + scalars + k}]))" for k in range(reports)]
     finite = f"float64(v[{slots + scalars + staged.reports.index('finite')}])" if "finite" in staged.reports else "1.0"
     if scalars:
-        text += [f"    if commit != 0 and {finite} != 0.0:", f"        new = {table(SCALARS, 8 * scalars)}"]
-        text += [f"        put(new + {8 * k}, float64(v[{slots + k}]))" for k in range(scalars)]
+        text += [f"    if kept != 0 and {finite} != 0.0:", f"        new = {table(SCALARS, 8 * scalars)}"]
+        for k, scope in enumerate(staged.shared):
+            text.append(f"        if kept & {EVERYTHING & ~sum(SHARED.values()) | SHARED.get(scope, 0)} != 0:")
+            text.append(f"            put(new + {8 * k}, float64(v[{slots + k}]))")
     text.append(f"    return {finite}")
     return target.function(define("\n".join(text), "decide_row", namespace))

@@ -6,5 +6,9 @@ LEAF, START, COUNT = 0, 1, 2  # tiles
 # whether this one is not.
 T, CLOCK, SKIPPED, GO = 0, 1, 2, 3
 COUNTERS = 4
-STEPS, TICKS = 0, 1  # advance: what a step adds to T of each row; whether the row is part of it, be it frozen
-ADVANCES = 2
+# Advance: what a step adds to T of each row; whether the row is part of it, be it frozen; of a row that is not updated,
+# what is done for it all the same.
+STEPS, TICKS, ASIDE = 0, 1, 2
+ADVANCES = 3
+DECIDES, SHARES_ALL, SHARES_GROUP = 1, 2, 4  # `decide`; state that is one for all rows of a model, or of a group
+SHARED = {"all": SHARES_ALL, "group": SHARES_GROUP}

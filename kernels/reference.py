@@ -12,7 +12,7 @@ import numpy as np
 from . import cpu, primitives, sums
 from .atomic import commit
 from .cpu import Kernel
-from .layout import CLOCK, COUNT, FIRST_ADDRESS, GO, LEAF, ROW, SKIPPED, START, T
+from .layout import ADVANCES, ASIDE, CLOCK, COUNT, FIRST_ADDRESS, GO, LEAF, ROW, SHARED, SKIPPED, START, T
 from .memory import view
 from .primitives import SCOPES
 from .staging import Staged, define
@@ -42,7 +42,9 @@ class _Tables:
             return view(int(control[place]), count, kind).reshape(shape) if count else np.zeros(shape, kind)
 
         quantities = staged.quantities
-        self.advance = array(cpu.ADVANCE, "int64", rows + 1, 2)
+        self.advance = array(cpu.ADVANCE, "int64", rows + 1, ADVANCES)
+        self.aside = self.advance[:-1, ASIDE] * staged.shares
+        self.deciding = (self.advance[:-1, 1 if "finite" in staged.reports else 0] != 0) | (self.aside != 0)
         self.scalars = array(cpu.SCALARS, "float64", rows, len(staged.scalars))
         self.sums = array(cpu.SUMS, "float64", rows, len(staged.sums))
         self.reports = array(cpu.REPORTS, "float64", rows, len(staged.reports))
@@ -72,6 +74,7 @@ def build(staged: Staged, storage: Storage) -> Kernel:
     columns, states = storage.columns(staged), len(staged.states)
     uniforms, slots, scalars = len(staged.uniforms), staged.slots, len(staged.scalars)
     kinds = [kind for m in staged.measures for kind in m.kinds] + ["norm"] * len(staged.emitted)
+    flags = np.array([SHARED.get(scope, 0) for scope in staged.shared], np.int64)
 
     def load(leaf: np.ndarray, tile: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """The columns of a tile as they stand in memory, and what `update` reads of them."""
@@ -88,7 +91,7 @@ def build(staged: Staged, storage: Storage) -> Kernel:
 
     def decide_rows(table: np.ndarray, counters: np.ndarray, h: np.ndarray, tables: _Tables) -> np.ndarray:
         new = tables.scalars.copy()
-        for r in np.flatnonzero(tables.advance[:-1, 1 if "finite" in staged.reports else 0]):
+        for r in np.flatnonzero(tables.deciding):
             values = decide(int(counters[r, T]) + 1, *table[r, :uniforms], *tables.scalars[r], *tables.sums[r])
             h[r], new[r] = values[:slots], values[slots : slots + scalars]
             tables.reports[r] = values[slots + scalars :]
@@ -142,11 +145,7 @@ def build(staged: Staged, storage: Storage) -> Kernel:
                 leaf = leaves[tile[LEAF]]
                 stored, read = load(leaf, tile)
                 if go[leaf[ROW]]:
-                    # A result may be a column as it came in, to be kept in another: it must outlive its own writing.
-                    results = [
-                        x.copy() if any(x is column for column in stored) else x
-                        for x in update(*read, tuple(h[leaf[ROW]]))
-                    ]
+                    results = update(*read, tuple(h[leaf[ROW]]))
                     emitted = results[1 + states :]
                     for q, x in enumerate(emitted, first):
                         tables.partials[k, q] = block(x, "norm", tile[COUNT])
@@ -161,7 +160,7 @@ def build(staged: Staged, storage: Storage) -> Kernel:
             if staged.emitted:
                 add_up(leaves, tables, range(first, first + len(staged.emitted)))
         stepping = tables.advance[:-1, 0] != 0
-        counted, going = counters.copy(), np.where(tables.advance[:-1, 1] != 0, go, 1)
+        counted, going = counters.copy(), np.where((tables.advance[:-1, 1] != 0) | (tables.aside != 0), go, 1)
         counted[:-1, GO] = go
         counted[:-1, T] += tables.advance[:-1, 0] * going
         now = counters[-1, CLOCK] + tables.advance[-1, 1]
@@ -169,7 +168,7 @@ def build(staged: Staged, storage: Storage) -> Kernel:
         counted[:-1, SKIPPED] += stepping * (1 - going)
         if not stepping.any() or (stepping & (going != 0)).any():
             counted[-1, CLOCK] += tables.advance[-1, 1]
-        scalars_of = stepping & (going != 0)
+        scalars_of = (stepping[:, None] | (tables.aside[:, None] & flags != 0)) & (going != 0)[:, None]
         writes += [(tables.scalars, scalars_of, new_scalars[scalars_of]), (counters, ..., counted)]
         commit([*writes, (control, cpu.CLOSED, generation + len(measures))])
 

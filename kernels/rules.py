@@ -99,14 +99,14 @@ def lars(p, g, b, *, lr, momentum, trust_coefficient, weight_decay, layer_adapta
     return p - b, b
 
 
-def dog(p, g, x0, *, lr, base_lr, t, relative_distance, eps, layerwise, distance=0.0, squares=0.0, rate=0.0):
+def dog(p, g, x0, *, lr, base_lr, t, relative_distance, eps, layerwise=False, distance=0.0, squares=0.0, rate=0.0):
     """Ivgi, Hinder and Carmon 2023, arXiv:2302.12022, eqs. 1 and 2; layer-wise: section 3.3."""
     x0 = p if t == 1 else x0
     if layerwise:
         far, start, length = norm(p - x0), norm(p), norm(g)
     else:
         far, start, length = norm(p - x0, "all"), norm(p, "all"), norm(g, "all")
-    distance = relative_distance * (1 + start) if t == 1 else max(distance, far)
+    distance = max(relative_distance * (1 + start) if distance == 0 else distance, far)
     squares = squares + length**2
     step = distance / sqrt(squares + eps)
     rate = base_lr * step
@@ -141,7 +141,7 @@ def prodigy(
     beta3 = sqrt(beta2)
     m = beta1 * m + (1 - beta1) * d * g
     v = beta2 * v + (1 - beta2) * d**2 * g**2
-    r = beta3 * r + (1 - beta3) * base_lr * d**2 * total(g * (x0 - p), "all")
+    r = beta3 * r + (1 - beta3) * d**2 * total(base_lr * g * (x0 - p), "all")
     s = beta3 * s + (1 - beta3) * base_lr * d**2 * g
     s_sum = total(abs(s), "all")
     step = m / (sqrt(v) + d * eps)

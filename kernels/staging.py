@@ -46,6 +46,10 @@ class Rule(Source):
     keyword-only argument that is returned by name after the states is state of the group, kept in float64; it starts
     at its default. Calling the rule runs the function as it stands.
 
+    State of the group that follows from a sum over a group, or over all, is one for these leaves, those included that
+    are left out of a step or come later. So it may not follow from `t` or a sum over fewer leaves; settings that enter
+    state which is one for all are the same in all groups. State that is only returned, and not read, is free of this.
+
     Numbers that the function reads from its module or closure are part of the rule as they are when it is wrapped. An
     optimizer is not built with a rule whose numbers have changed since; what is to change is an argument.
 
@@ -54,7 +58,8 @@ class Rule(Source):
 
     Raises:
         RuleError: if the source is missing or holds something that cannot be staged, if a state is returned in the
-            place of another, or if `lr` is taken and not used; the message names the line.
+            place of another, if `lr` is taken and not used, or if state that is one for several leaves follows from
+            what they do not have in common; the message names the line.
 
     Example:
         >>> def signed(p, g, m, *, lr, beta=0.9):

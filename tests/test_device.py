@@ -203,6 +203,26 @@ def test_parts_frozen_leaves_and_missing_gradients(rng):
     assert ours.steps == theirs.steps
 
 
+@pytest.mark.parametrize("case", [fastlr.Prodigy, fastlr.DoG, fastlr.NAdam])
+@pytest.mark.parametrize("capturable", [False, True])
+def test_state_of_groups_with_leaves_that_are_left_out(case, capturable, rng):
+    start = {k: np.asarray(rng.standard_normal(4), np.float32) for k in "abc"}
+    here, there = tree_map(np.copy, start), tree_map(on_device, start)
+    settings = {"skip_nonfinite": True, "groups": {"c": {"frozen": True, "lr": 0.1}}}
+    ours = case(here, backend="numpy", **settings)
+    theirs = case(there, capturable=capturable, **settings)
+    for k in range(6):
+        g = {name: rng.standard_normal(4).astype(np.float32) for name in start}
+        g["b"] = None if k < 2 else g["b"]
+        if k in (1, 3):
+            g["a"][1] = np.inf
+        if k == 4:
+            ours.groups["c"].frozen = theirs.groups["c"].frozen = False
+        info = theirs.step(tree_map(lambda x: None if x is None else on_device(x), g))
+        assert_same_info(info, ours.step(g))
+    assert_same(theirs, ours)
+
+
 def test_populations(rng):
     models = 7
     tree = {"w": rng.standard_normal((3, 5)).astype(np.float32), "b": np.zeros(5, np.float32)}

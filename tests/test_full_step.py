@@ -703,6 +703,105 @@ def test_accumulation_and_partial_steps(rng):
     assert opt.state_dict()["step"].tolist() == [[2], [1], [0]]
 
 
+# Rules whose sums run over everything
+
+
+@fastlr.rule
+def by_all(p, g, *, lr, seen=0.0, rate=0.0, updates=0.0, level=1.0, factor=2.0):
+    """State that is one for all (`seen` and `level`), each leaf's own (`updates`), and only shown (`rate`)."""
+    level = factor * level
+    seen = seen + fastlr.norm(g, "all") * level
+    rate = lr / seen
+    updates = updates + 1
+    return p - rate * g, seen, rate, updates, level
+
+
+@pytest.mark.parametrize("backend", ["numba", "numpy"])
+@pytest.mark.parametrize("population", [None, 2])
+def test_what_follows_from_everything_is_one_for_all(population, backend, rng):
+    one = {"a": np.ones(3), "b": np.ones(2), "c": np.ones(4)}
+    params = one if population is None else fastlr.flatten(one, population=population)
+    settings = {"groups": {"c": {"lr": 0.5, "frozen": True}}, "skip_nonfinite": True, "backend": backend}
+    opt = fastlr.Optimizer(params, by_all, lr=1.0, **settings)
+    shape = (population or 1, 9)
+    seen, level = np.zeros(shape[0]), 1.0
+    for k in range(5):
+        g = rng.standard_normal(shape)
+        split = {"a": g[:, :3], "b": g[:, 3:5], "c": g[:, 5:]}
+        given = {n: x if population else x[0] for n, x in split.items()}
+        if k == 3:
+            given["a"][..., 0] = np.nan
+        late = k < 2
+        opt.step({**given, "b": None if late else given["b"]})
+        if k == 3:  # in the population for both models
+            continue
+        level *= 2
+        seen += level * np.sqrt(np.sum(np.square(g[:, : 3 if late else 5]), axis=1))
+        state = opt.state_dict()
+        np.testing.assert_allclose(state["seen"], np.tile(seen, (3, 1)), rtol=1e-14)
+        assert (state["level"] == level).all()
+    assert state["updates"].tolist() == [[4.0] * shape[0], [2.0] * shape[0], [0.0] * shape[0]]
+    assert opt.rule.shared == ("all", "leaf", "leaf", "all") and opt.rule.common == ("factor",)
+
+
+def test_what_follows_from_a_group_is_one_for_the_group():
+    @fastlr.rule
+    def by_group(p, g, *, lr, seen=0.0):
+        seen = seen + fastlr.total(g, over="group")
+        return p - lr * g / seen, seen
+
+    params = {k: np.ones(1) for k in ("a.x", "a.y", "b.x", "b.y")}
+    opt = fastlr.Optimizer(params, by_group, lr=1.0, groups={"b.*": {"lr": 0.5}}, backend="numpy")
+    opt.step({"a.x": np.ones(1), "a.y": None, "b.x": None, "b.y": None})
+    opt.step({"a.x": np.ones(1), "a.y": None, "b.x": None, "b.y": np.full(1, 3.0)})
+    assert opt.state_dict()["seen"].tolist() == [[2.0], [2.0], [3.0], [3.0]]
+    assert params["b.y"][0] == 0.5
+
+
+def test_new_leaves_and_old_states_take_what_is_one_for_all(rng):
+    params = {"a": np.zeros(3), "b": np.zeros(2)}
+    opt = fastlr.Prodigy(params, backend="numpy")
+    g = {"a": np.ones(3), "b": np.ones(2)}
+    for _ in range(5):
+        opt.step(g)
+    opt.rebuild({"new": np.zeros(1), **params})
+    state = opt.state_dict()
+    assert np.ptp(state["d"]) == np.ptp(state["r"]) == 0 and state["d"][0, 0] > 1e-6
+    state["d"][0], state["r"][0] = 1e-6, 0.0  # as states were once saved: the first leaf is the late one
+    opt.load_state_dict(state)
+    assert np.ptp(opt.state_dict()["d"]) == 0 and opt.state_dict()["d"][0, 0] > 1e-6
+
+
+@pytest.mark.parametrize("late", [0, 3])
+@pytest.mark.parametrize("rate", [1.0, 0.9, 0.1])
+def test_prodigy_with_a_late_leaf_and_another_rate(late, rate, rng):
+    matrix = rng.standard_normal((40, 10))
+    target = matrix @ rng.standard_normal(10)
+    w = {"a": np.zeros(5), "b": np.zeros(5)}
+    opt = fastlr.Prodigy(w, groups={"b": {"lr": rate}}, backend="numpy")
+    for k in range(600):
+        g = matrix.T @ (matrix @ np.concatenate([w["a"], w["b"]]) - target) / 20
+        opt.step({"a": g[:5], "b": g[5:] if k >= late else None})
+    residual = matrix @ np.concatenate([w["a"], w["b"]]) - target
+    assert np.mean(residual**2) < 1e-6 * np.mean(target**2)
+
+
+def test_settings_that_enter_what_is_one_for_all(rng):
+    params = {"a": np.zeros(3), "b": np.zeros(2)}
+    message = r"betas\[1\] must be the same in all groups, got 0.999 and 0.9: it enters d, r of rule 'prodigy'"
+    with pytest.raises(ValueError, match=message):
+        fastlr.Prodigy(params, groups={"b": {"betas": (0.9, 0.9)}})
+    opt = fastlr.Prodigy(params, groups={"b": {"betas": (0.8, 0.999), "lr": 0.5, "eps": 1e-6}}, backend="numpy")
+    opt.step(params)
+    opt.groups["b"].betas = (0.8, 0.9)
+    with pytest.raises(ValueError, match="must be the same in all groups"):
+        opt.step(params)
+    opt.groups["b"].betas = opt.betas
+    assert opt.step(params).step == 2
+    with pytest.raises(ValueError, match="layerwise must be the same in all groups: rule 'dog'"):
+        fastlr.DoG(params, groups={"b": {"layerwise": True}})
+
+
 # Partial steps
 
 

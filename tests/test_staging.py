@@ -15,7 +15,7 @@ from cases import CASES
 
 import fastlr
 from fastlr.kernels import primitives, rules
-from fastlr.kernels.primitives import clip, max, min, sign, sqrt, where
+from fastlr.kernels.primitives import clip, max, min, norm, sign, sqrt, where
 
 HALF = 0.5
 SLOW = False
@@ -314,6 +314,17 @@ def rateless(p, g, *, lr):
     return p - u
 
 
+def counts_for_all(p, g, *, lr, t, mean=0.0):
+    mean = mean + (norm(g, "all") - mean) / t
+    return p - lr / mean * g, mean
+
+
+def leaf_in_all(p, g, *, lr, own=0.0, every=0.0):
+    own = own + norm(g)
+    every = every + norm(g, "all") * own
+    return p - lr / every * g, own, every
+
+
 def shadowing(p, g, *, lr, power=2.0):
     return p - lr * power * g
 
@@ -328,6 +339,13 @@ BAD = [
     (state_twice, 3, "returns 'm' in the place of the state 'v'"),
     (state_for_parameter, 3, "returns 'm' in the place of the new p, and 'p' in that of 'm'"),
     (rateless, 0, "takes lr, but nothing that it returns follows from it"),
+    (
+        counts_for_all,
+        2,
+        "'mean' is remembered, and follows from a sum over 'all', which is one for several leaves,",
+    ),
+    (counts_for_all, 2, "also from t, which each leaf counts for itself"),
+    (leaf_in_all, 3, "but also from a sum over 'leaf'"),
     (shadowing, 0, "'power' is the name of a function that staged code calls"),
     (shadowing_inside, 1, "'where' is the name of a function that staged code calls"),
     (loop, 1, "a for loop cannot be staged"),

@@ -1173,3 +1173,18 @@ def test_chunks_that_take_turns_are_steps_of_their_own():
         for p, was in zip(params, before, strict=True):
             if p.grad is not None:
                 torch.testing.assert_close(was - p.detach(), torch.full((4,), lr(n)))
+
+
+def test_rules_that_sum_over_all_parameters_need_them_together():
+    params = [torch.nn.Parameter(torch.ones(4)), torch.nn.Parameter(torch.ones(4, dtype=torch.float64))]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    message = "rule 'prodigy' sums over several parameters, so all must be of one dtype on one device"
+    with pytest.raises(ValueError, match=message):
+        fastlr.torch.Prodigy(params).step()
+    two = [torch.nn.Parameter(torch.ones(4)) for _ in range(2)]
+    for p in two:
+        p.grad = torch.ones(4)
+    with pytest.raises(ValueError, match=message):
+        fastlr.torch.HostOptimizer(two, fastlr.DoG, chunk=4).step()
+    fastlr.torch.HostOptimizer(two, fastlr.DoG, chunk=8).step()

@@ -108,6 +108,8 @@ class Engine:
             self._found_kind = np.zeros(1, np.int64)
             self._kinds = {exchange.kind_of(name): name for name in (self.native._params.dtype.name, *FORMATS)}
 
+    parts = 1  # how many steps of parts a step is cut into
+
     # What subclasses do otherwise
 
     def _targets(self, paths: Sequence[str]) -> Any:

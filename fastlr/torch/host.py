@@ -142,6 +142,7 @@ class HostEngine(Engine):
         self._versions = self._versions_now()
         if self._staged:
             self._chunks = self._cut(chunk or max(self._LEAST_CHUNK, sum(self._sizes) // self._MOST_CHUNKS))
+            self.parts = len(self._chunks)
             self._seen = [tuple(k in part for k in range(len(leaves))) for part in self._chunks]
             self._down, self._up = (torch.cuda.Stream(first.device) if first.is_cuda else None for _ in range(2))
 

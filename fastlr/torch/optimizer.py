@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from .. import checkpoints, groups
-from ..kernels.staging import Rule
+from ..kernels.staging import Rule, Staged
 from ..optimizer import Optimizer as Native
 from ..optimizer import StepOptions
 from ..schedules import Schedule
@@ -239,6 +239,8 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
             own = [averages[id(leaf.param)] for leaf in members] if averages else None
             engine = self._engine(self._make, members, self.param_groups, names, settings, own)
             state.update(engine.adopt(self.state, self._loaded is not None, steps))
+            if len(places) > 1 or engine.parts > 1:
+                _check_sums(engine.native.rule)
             engines.append(engine)
         here = {id(leaf.param) for leaf in leaves}
         self.state.clear()
@@ -550,6 +552,19 @@ def _at(value: Any, step: int) -> Any:
     if isinstance(value, tuple | list):
         return tuple(_at(one, step) for one in value)
     return float(value(step)) if isinstance(value, Schedule) else value
+
+
+def _check_sums(staged: Staged) -> None:
+    """Check that a rule can be carried out over some of the parameters at a time.
+
+    Raises:
+        ValueError: if it sums over more than a parameter.
+    """
+    if any(scope != "leaf" for _, scope in staged.sums):
+        raise ValueError(
+            f"rule {staged.name!r} sums over several parameters, so all must be of one dtype on one device and updated "
+            "together: with HostOptimizer in one chunk, which chunk= can make large enough."
+        )
 
 
 def _is_new(entries: Mapping[str, Any]) -> bool:
