@@ -36,7 +36,8 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "trust_coefficient": (0.0, math.inf, False),
     "relative_distance": (0.0, math.inf, False),
     "beta": (0.0, 1.0, False),
-    "ema": (0.0, 1.0, False),
+    "ema": (0.0, 1.0, True),
+    "ema_decay": (0.0, 1.0, True),
 }
 _POSITIVE = ("clip_norm", "clip_value", "grad_scale")
 

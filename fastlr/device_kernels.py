@@ -73,11 +73,13 @@ class StepKernels:
             return lambda target: grid.finish(target, staged, storage, self.formulas)
         if name.startswith("measure_"):
             return lambda target: grid.measure(target, staged, storage, int(name.removeprefix("measure_")), tuning)
-        return lambda target: grid.update(target, staged, storage, tuning, by_value=name == "update_few")
+        make = grid.average if name.startswith("average") else grid.update
+        return lambda target: make(target, staged, storage, tuning, by_value=name.endswith("_few"))
 
-    def prepare(self, few: bool) -> None:
-        """Compile or load what a step needs."""
+    def prepare(self, few: bool, averages: bool = False) -> None:
+        """Compile or load what a step needs; `averages`: one that averages leaves which are not updated."""
         names = ["update_few"] if few else ["finish", "update", *(f"measure_{k}" for k in range(self.measures))]
+        names += [f"average{'_few' if few else ''}"] * averages
         for name in names:
             self.get(name)
 

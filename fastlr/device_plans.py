@@ -75,7 +75,7 @@ class DevicePlan(Plan):
         self.rows, self._staged = rows, staged
         self._gain = self.advance.copy()
         self.advance[-1, STEPS] = self.partial
-        entries, tiles = len(starts), len(self.tiles)
+        entries, tiles = len(starts), self.updated_tiles
         first = np.cumsum(per) - per
         levels = _additions(first, per)
         regions = [tiles, tiles + entries, tiles + 2 * entries]  # sums over leaves, and trees over groups and models
@@ -124,7 +124,7 @@ class DevicePlan(Plan):
             grid.REPORTS: self.reports,
             grid.CELLS: np.zeros((tiles + 3 * entries, staged.quantities)),
             "leaves": self.leaves,
-            "tiles": self._with_rows(self.tiles),
+            "tiles": self._with_rows(self.tiles[:tiles]),
         }
 
     def point_gradients(self, addresses: Any, flat: bool) -> None:
@@ -156,12 +156,10 @@ class DevicePlan(Plan):
 
     # A step
 
-    def _pieces(self, kernels: StepKernels) -> np.ndarray:
-        """What each block of the update takes: pieces of leaves, cut where vectors begin."""
-        if self._staged.emitted:
-            return self._tables_of_plan["tiles"]
+    def _pieces(self, kernels: StepKernels, tiles: np.ndarray) -> np.ndarray:
+        """What each block takes that goes through tiles: pieces of leaves, cut where vectors begin."""
         itemsize = np.dtype(kernels.storage.compute).itemsize
-        sizes = np.bincount(self.tiles[:, LEAF], self.tiles[:, COUNT], minlength=len(self.leaves)).astype(np.int64)
+        sizes = np.bincount(tiles[:, LEAF], tiles[:, COUNT], minlength=len(self.leaves)).astype(np.int64)
         shift = (self.leaves[:, FIRST_ADDRESS] // itemsize) % kernels.width
         per = -(-(sizes + shift) // kernels.piece) * (sizes > 0)
         entry = np.repeat(np.arange(len(sizes)), per)
@@ -177,16 +175,23 @@ class DevicePlan(Plan):
     def _launches_for(self, kernels: StepKernels, stream: int, capturing: bool) -> _Launches:
         """The step with these kernels, its tables uploaded."""
         if kernels not in self._launches:
-            pieces = self._pieces(kernels)
+            updated, others = np.split(self.tiles, [self.updated_tiles])
+            emits = self._staged.emitted
+            pieces = self._tables_of_plan["tiles"] if emits else self._pieces(kernels, updated)
+            averaged = self._pieces(kernels, others)
             if self.rows.decided_by_host:
-                made = _Launches(self._device, {"leaves": self.leaves, "pieces": pieces}, capturing)
+                tables = {"leaves": self.leaves, "pieces": pieces, "averaged": averaged}
+                made = _Launches(self._device, tables, capturing)
                 self._pack_few(made, kernels, len(pieces))
             else:
                 board = np.zeros(grid.BOARD, np.int64)
-                tables = {**self._tables_of_plan, "pieces": pieces, "board": board}
+                tables = {**self._tables_of_plan, "pieces": pieces, "averaged": averaged, "board": board}
                 made = _Launches(self._device, tables, capturing)
                 self._fill_board(board, made.block)
                 self._pack(made, kernels, len(pieces))
+            made.average_blocks = len(averaged)
+            if len(averaged):
+                self._pack_average(made, kernels, len(averaged))
             made.block.upload(stream, capturing)
             made.leaves_known = self._version
             self._launches[kernels] = made
@@ -194,12 +199,29 @@ class DevicePlan(Plan):
 
     def _pack_few(self, made: _Launches, kernels: StepKernels, pieces: int) -> None:
         """The one launch of a step that the host decides."""
-        number = ctypes.c_float if kernels.storage.compute == "float32" else ctypes.c_double
-        addresses = [ctypes.c_int64(made.block.address(name)) for name in ("leaves", "pieces")]
-        slots = [number() for _ in range(self._staged.slots)]
-        made.update = kernels.launch("update_few", [*addresses, ctypes.c_int64(pieces), *slots])
+        made.update = kernels.launch("update_few", self._arguments_few(made, kernels, "pieces", pieces))
         made.update_blocks = pieces
         self._decide = _host_decide(self._staged)
+
+    def _arguments_few(self, made: _Launches, kernels: StepKernels, table: str, count: int) -> list[Any]:
+        """The arguments of a kernel that takes what `decide` returned by value, which follows them."""
+        number = ctypes.c_float if kernels.storage.compute == "float32" else ctypes.c_double
+        addresses = [ctypes.c_int64(made.block.address(name)) for name in ("leaves", table)]
+        return [*addresses, ctypes.c_int64(count), *(number() for _ in range(self._staged.slots))]
+
+    def _arguments(self, made: _Launches, table: str, count: int) -> list[Any]:
+        """The arguments of a kernel that goes over a table of tiles or pieces."""
+        address, rows = made.block.address, self.rows.board()
+        numbers = (address("leaves"), address(table), count, rows[grid.H], rows[grid.COUNTS], address(grid.CELLS))
+        return [ctypes.c_int64(x) for x in numbers]
+
+    def _pack_average(self, made: _Launches, kernels: StepKernels, pieces: int) -> None:
+        """The launch that averages leaves which are not updated."""
+        if self.rows.decided_by_host:
+            arguments = self._arguments_few(made, kernels, "averaged", pieces)
+            made.average = kernels.launch("average_few", arguments)
+        else:
+            made.average = kernels.launch("average", self._arguments(made, "averaged", pieces))
 
     def _fill_board(self, board: np.ndarray, block: Tables) -> None:
         for place, address in self.rows.board().items():
@@ -212,20 +234,16 @@ class DevicePlan(Plan):
 
     def _pack(self, made: _Launches, kernels: StepKernels, pieces: int) -> None:
         """The launches of a step that the GPU decides."""
-        staged, address, rows = self._staged, made.block.address, self.rows.board()
-
-        def over(table: str, count: int) -> list[Any]:
-            numbers = (address("leaves"), address(table), count, rows[grid.H], rows[grid.COUNTS], address(grid.CELLS))
-            return [ctypes.c_int64(x) for x in numbers]
+        staged, address, tiles = self._staged, made.block.address, self.updated_tiles
 
         def finish(low: int, high: int, what: int) -> Launch:
             return kernels.launch("finish", [ctypes.c_int64(x) for x in (address("board"), low, high, what)])
 
         last = len(staged.measures)
-        made.tile_blocks = -(-len(self.tiles) // kernels.tiles_in_block)
+        made.tile_blocks = -(-tiles // kernels.tiles_in_block)
         made.update_blocks = made.tile_blocks if staged.emitted else pieces
-        made.update = kernels.launch("update", over("pieces", len(self.tiles) if staged.emitted else pieces))
-        made.measures = [kernels.launch(f"measure_{k}", over("tiles", len(self.tiles))) for k in range(last)]
+        made.update = kernels.launch("update", self._arguments(made, "pieces", pieces))
+        made.measures = [kernels.launch(f"measure_{k}", self._arguments(made, "tiles", tiles)) for k in range(last)]
         ends = np.cumsum([0, *(len(m.kinds) for m in staged.measures), len(staged.emitted)]).tolist()
         for k in range(last):
             commit = grid.COMMIT if k == last - 1 else 0
@@ -254,7 +272,8 @@ class DevicePlan(Plan):
                 "the current stream is being captured into a graph, but what changes from step to step is on the "
                 "host. Build the optimizer with capturable=True."
             )
-        kernel.prepare(rows.decided_by_host)  # a kernel that fails to load fails before anything is counted
+        averages = len(self.tiles) > self.updated_tiles
+        kernel.prepare(rows.decided_by_host, averages)  # a kernel that fails to load fails before anything is counted
         if not rows.decided_by_host:
             rows.ready(stream, capturing)
             if not self._capturable:
@@ -308,9 +327,12 @@ class DevicePlan(Plan):
         rows.pull()
         values = self._decide(int(rows.counters[0, T]) + 1, rows.settings(), rows.scalars[0].tolist())
         assert made.update is not None
-        for to, value in zip(made.update.values[3:], values, strict=False):
-            to.value = value
+        for launch in (made.update, made.average):
+            for to, value in zip(launch.values[3:] if launch is not None else (), values, strict=False):
+                to.value = value
         self._device.launch(made.update, made.update_blocks, stream)
+        if made.average is not None:
+            self._device.launch(made.average, made.average_blocks, stream)
         if self.advance[0, STEPS]:
             rows.scalars[0] = values[slots:]
         rows.advanced(self._counted())
@@ -356,8 +378,9 @@ class _Launches:
         first: decides before anything is measured.
         measures, finishes: the reading passes, and what adds up and decides after each.
         update: the rule.
+        average: averages leaves that are not updated.
         after: adds up what the update emitted.
-        tile_blocks, update_blocks: how many blocks the measures and the update have.
+        tile_blocks, update_blocks, average_blocks: how many blocks the measures, the update and `average` have.
     """
 
     def __init__(self, device: Any, tables: Mapping[Any, np.ndarray], capturing: bool) -> None:
@@ -367,8 +390,9 @@ class _Launches:
         self.measures: list[Launch] = []
         self.finishes: list[Launch] = []
         self.update: Launch | None = None
+        self.average: Launch | None = None
         self.after: Launch | None = None
-        self.tile_blocks = self.update_blocks = 0
+        self.tile_blocks = self.update_blocks = self.average_blocks = 0
 
     def start(self, device: Any, stream: int) -> None:
         """All launches, in order."""
@@ -378,14 +402,16 @@ class _Launches:
             device.launch(measure, self.tile_blocks, stream)
             device.launch(finish, 1, stream)
         device.launch(self.update, self.update_blocks, stream)
+        if self.average is not None:
+            device.launch(self.average, self.average_blocks, stream)
         if self.after is not None:
             device.launch(self.after, 1, stream)
 
     def read_leaves(self, block: Tables) -> None:
         """Take the table of leaves from another block in what is launched from now on."""
-        for launch in (self.update, *self.measures):
-            assert launch is not None
-            launch.values[0].value = block.address("leaves")
+        for launch in (self.update, self.average, *self.measures):
+            if launch is not None:
+                launch.values[0].value = block.address("leaves")
 
 
 def _host_decide(staged: Staged) -> Callable[[int, Sequence[float], Sequence[float]], Any]:

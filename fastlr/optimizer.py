@@ -135,8 +135,10 @@ class Optimizer:
             copies and counters stay bit for bit; in a population only for that model. `info.skipped` says so.
         loss_scale: a `LossScale`, whose scale the gradients are divided by; implies `skip_nonfinite`. For parameters on
             a GPU its state is there, see `LossScale.on_device`.
-        ema: keep a moving average of the parameters, `e = e + (1 - ema) * (p - e)` after each update, in `opt.ema`;
-            in [0, 1). It starts as a copy of the parameters. Its decay is the hyperparameter `ema_decay` from then on.
+        ema: keep a moving average of the parameters, `e = e + (1 - ema) * (p - e)` after each step, in `opt.ema`; in
+            [0, 1], at 1 it stays as it is. It starts as a copy of the parameters, and follows all of them, those too
+            that are frozen or have no gradient; with `only=` those of the part. A step that is skipped leaves it alone.
+            Its decay is the hyperparameter `ema_decay` from then on.
         ema_out: arrays of your own in the parameters' structure to keep the average in (a target network). They go on
             from what stands in them.
         shadow: "bfloat16" or "float16": keep a copy of the parameters in that format in `opt.shadow`.
@@ -282,7 +284,7 @@ class Optimizer:
         self._put(_hyper=Groups(values, groups, self._params.paths, self._params.population, self._spelling))
         flags = {n for n, v in values.items() if isinstance(v, bool)}
         tested = {spelled.get(n, n) for n in rule.switches | _BEFORE.switches}
-        self._put(_structural={*flags, *tested, *checks.OPTIONAL}, _epoch=_threads.epoch)
+        self._put(_structural={*flags, *tested, *checks.OPTIONAL, "ema_decay"}, _epoch=_threads.epoch)
         self._put(_unscaled=loss_scale is not None, _grad_scale=1.0, _partition=None)
         self._put(_accumulated=None, _adding={}, _observed=Remembered())
         own = {"ema": ema_out, "lr_scale": lr_scale, "shadow": shadow_out}
@@ -370,6 +372,7 @@ class Optimizer:
             any(isinstance(u[name], Schedule) or np.any(np.isfinite(u[name])) for u in uniforms)
             for name in ("clip_norm", "clip_value")
         )
+        decays = [u["ema_decay"] for u in uniforms if "ema_decay" in u]
         static: dict[str, Any] = {
             "scope": self._scope,
             "unscaled": unscaled,
@@ -378,6 +381,7 @@ class Optimizer:
             "value_clipped": value_clipped,
             "per_element": self._per_element,
             "averaged": "ema_decay" in uniforms[0],
+            "may_pause": any(isinstance(d, Schedule) or np.any(d == 1.0) for d in decays),
             "statistics": self._statistics,
             **({} if self._source.takes_lr else {"lr": 0.0}),
         }
@@ -651,6 +655,8 @@ class Optimizer:
         params, *others = self._addressed
         columns = [params, Column(None, 2 if kind in FORMATS else params.itemsize), *others]
         taking_part = np.array(active, bool)
+        updated = taking_part[:, None] & ~rows.frozen[rows.index]
+        averaged = np.array(seen, bool)[:, None] & ~updated & bool(self._staged.average)
         make: Any = Plan
         if not self._on_host:
             make = functools.partial(DevicePlan, place=self._params.place, capturable=self._capturable)
@@ -658,7 +664,8 @@ class Optimizer:
             [size // self._params.models for size in self._params.sizes],
             columns,
             rows,
-            taking_part[:, None] & ~rows.frozen[rows.index],
+            updated,
+            averaged,
             rows.advance(taking_part, np.array(seen, bool)),
             self._staged,
             self._table,

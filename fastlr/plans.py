@@ -64,6 +64,7 @@ class Plan:
         columns: as `kernels.tiles.Storage.columns` has them.
         rows: of the leaves.
         kept: whether the step updates a leaf of a model, shape `(leaves, models)`.
+        averaged: whether the step only averages it.
         advance: see `Rows.advance`.
         staged: the rule.
         table: hyperparameters per row, float64.
@@ -78,6 +79,8 @@ class Plan:
         reports: what `decide` reported of each row.
         leaf_sums: the sums over each entry.
         entry: the entry of each leaf and model, -1 where there is none; only if sums are taken.
+        updated_entries, updated_tiles: how many of the leaves and tiles, which come first, are updated; the others are
+            only averaged.
         left_out: first and last element, in the flat order, of what the step does not update.
         layout: how to read what a step reported; None if it reports nothing.
     """
@@ -90,6 +93,7 @@ class Plan:
         columns: Sequence[Column],
         rows: Rows,
         kept: np.ndarray,
+        averaged: np.ndarray,
         advance: np.ndarray,
         staged: Staged,
         table: np.ndarray,
@@ -104,26 +108,35 @@ class Plan:
         row = rows.index.reshape(-1)
         kept = kept.reshape(-1) & (lengths > 0)
         offsets = np.concatenate([[0], np.cumsum(lengths)])[:-1]
-        first = kept
-        if merge and not staged.quantities:
-            same = np.zeros_like(kept)
-            same[1:] = kept[1:] & kept[:-1] & (row[1:] == row[:-1])
-            first = kept & ~same
-        entry = np.cumsum(first) - 1
-        starts = np.flatnonzero(first)
-        totals = np.bincount(entry[kept], lengths[kept], minlength=len(starts)).astype(np.int64)
+
+        def entries(kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            """The first leaf (of a model) of each entry, and the elements of the entry."""
+            first = kept
+            if merge and not staged.quantities:
+                same = np.zeros_like(kept)
+                same[1:] = kept[1:] & kept[:-1] & (row[1:] == row[:-1])
+                first = kept & ~same
+            entry = np.cumsum(first) - 1
+            starts = np.flatnonzero(first)
+            return starts, np.bincount(entry[kept], lengths[kept], minlength=len(starts)).astype(np.int64)
+
+        updated, sizes_of_updated = entries(kept)
+        others, sizes_of_others = entries(averaged.reshape(-1) & (lengths > 0))
+        starts, totals = np.concatenate([updated, others]), np.concatenate([sizes_of_updated, sizes_of_others])
 
         leaf = starts // models
         inside = (starts % models) * lengths[starts]
         itemsize = columns[1].itemsize
-        self._leaf = leaf
-        self._inside = inside * itemsize
-        self._flat_offsets = offsets[starts] * itemsize
+        count = self.updated_entries = len(updated)
+        self._leaf = leaf[:count]
+        self._inside = inside[:count] * itemsize
+        self._flat_offsets = offsets[updated] * itemsize
         self.leaves = np.zeros((len(starts), 1 + len(columns)), np.int64)
         self.leaves[:, ROW] = row[starts]
         for k, column in enumerate(columns):
             if column.addresses is not None:
                 self.leaves[:, FIRST_ADDRESS + k] = column.addresses[leaf] + inside * column.itemsize
+        self.leaves[count:, _GRADIENT] = self.leaves[count:, FIRST_ADDRESS]  # what is only averaged has none
 
         per = -(-totals // BLOCK)
         which = np.repeat(np.arange(len(starts)), per)
@@ -131,6 +144,7 @@ class Plan:
         self.tiles = np.ascontiguousarray(
             np.stack([which, begin, np.minimum(BLOCK, totals[which] - begin)], axis=1), np.int64
         )
+        self.updated_tiles = int(per[:count].sum())
         self.elements = int(totals.sum())
         self._work = self.elements * sum(c.itemsize for c in columns) + sum(
             self.elements * c.itemsize for c in columns[: 2 * len(staged.measures)]
@@ -146,11 +160,11 @@ class Plan:
         self.advance = advance
         out = np.flatnonzero(~kept & (lengths > 0))
         self.left_out = list(zip(offsets[out].tolist(), (offsets[out] + lengths[out]).tolist(), strict=True))
-        self._make_sums(rows, staged, starts, per, models)
+        self._make_sums(rows, staged, updated, per[:count], models)
 
     def _make_sums(self, rows: Rows, staged: Staged, starts: np.ndarray, per: np.ndarray, models: int) -> None:
         """Room for sums, and which entries each scope adds up, in the order of the leaves."""
-        entries, count = len(starts), len(rows)
+        entries, count = len(self.leaves), len(rows)
         self.reports = np.zeros((count, len(staged.reports)))
         self.leaf_sums = np.zeros((entries, staged.quantities))
         more: dict[int, np.ndarray] = {
@@ -171,7 +185,7 @@ class Plan:
             groups = rows.configuration[rows.index.reshape(-1)[starts]] * models + model
             for k, cell in enumerate((groups, model)):
                 names, which = np.unique(cell, return_inverse=True)
-                members[k] = np.argsort(which, kind="stable")
+                members[k, : len(starts)] = np.argsort(which, kind="stable")
                 bounds[k, : len(names) + 1] = np.concatenate([[0], np.cumsum(np.bincount(which, minlength=len(names)))])
                 of_row = rows.configuration * models + rows.model if k == 0 else rows.model
                 place = np.searchsorted(names, of_row)
@@ -181,10 +195,11 @@ class Plan:
                 self._cell_counts[k] = len(names)
             more[cpu.PARTIALS] = np.zeros((len(self.tiles) + 1, staged.quantities))
             more[cpu.WORK] = np.zeros(entries + 1)
-            more[cpu.FIRST] = np.concatenate([[0], np.cumsum(per)]).astype(np.int64)
+            more[cpu.FIRST] = np.full(entries + 1, self.updated_tiles)
+            more[cpu.FIRST][: len(starts)] = np.cumsum(per) - per
             more[cpu.MEMBERS], more[cpu.BOUNDS], more[cpu.CELLS] = members, bounds, cells
             self.entry = np.full(rows.index.size, -1, np.int64)
-            self.entry[starts] = np.arange(entries)
+            self.entry[starts] = np.arange(len(starts))
             self.entry = self.entry.reshape(rows.index.shape)
         self._more = more
 
@@ -274,5 +289,6 @@ class Plan:
             self._control[place] = checks.address(array)
         self._control[cpu.CELL_COUNTS : cpu.CELL_COUNTS + 2] = self._cell_counts
         self._control[cpu.PAST] = self._work > _WORTH_STREAMING
+        self._control[cpu.UPDATED] = self.updated_tiles
         self.tables = (*self._tables, self._control)
         self._threads = threads

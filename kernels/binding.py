@@ -88,6 +88,8 @@ class Staged:
         decide: source of `decide(t, *uniforms, *scalars, *sums) -> *h, *scalars, *reports`.
         measures: the reading passes, in order. `decide` runs before the first and after each.
         update: source of `update(p, g, *states, *inputs, h) -> p, *states, *emitted`.
+        average: source of `average(p, g, *states, *inputs, h) -> *averages`, for leaves that are not updated; "" if no
+            averages are kept.
     """
 
     name: str
@@ -105,6 +107,7 @@ class Staged:
     decide: str
     measures: tuple[Measure, ...]
     update: str
+    average: str
 
     @property
     def quantities(self) -> int:
@@ -112,9 +115,9 @@ class Staged:
         return sum(len(m.kinds) for m in self.measures) + len(self.emitted)
 
     @property
-    def shares(self) -> bool:
-        """Whether some state of a group is one for several groups or leaves."""
-        return any(scope != "leaf" for scope in self.shared)
+    def asides(self) -> bool:
+        """Whether something is done for rows that are not updated: they share state with others, or are averaged."""
+        return bool(self.average) or any(scope != "leaf" for scope in self.shared)
 
     def show(self) -> None:
         """Print the staged code."""
@@ -122,7 +125,7 @@ class Staged:
 
     def __str__(self) -> str:
         """The staged code."""
-        return "\n\n".join([self.decide, *(m.source for m in self.measures), self.update])
+        return "\n\n".join([self.decide, *(m.source for m in self.measures), self.update, self.average]).rstrip()
 
 
 class Stager:
@@ -136,6 +139,7 @@ class Stager:
         self.globals: Mapping[str, Any] = rule.globals
         self.decide: list[tuple[str, ast.expr]] = []
         self.update: list[tuple[str, ast.expr]] = []
+        self.average: list[tuple[str, ast.expr]] = []
         self.slots: dict[str, tuple[str, ast.expr]] = {}  # code in decide -> (name in update, node)
         self.sums: dict[Any, _Sum] = {}
         self.reports: dict[str, Value] = {}
@@ -192,20 +196,33 @@ class Stager:
         for name, value in scalars:
             if value.time is Time.ELEMENT:
                 self._fail(rule.tree.body[-1], f"{name!r} is state of a group, so it cannot follow from elements")
-        new_p, emitted = results[0], {}
+        new_p, emitted, averages = results[0], {}, []
         if after is not None:
             new_p = self._named("new", new_p)
             self.env = {"p": new_p, "start": start}
             new_p, *averages = self._option(after, owned)
-            if self.static.get("averaged"):
-                states += zip(AVERAGES, averages, strict=True)
+            averages = averages if self.static.get("averaged") else []
+            states += zip(AVERAGES, averages, strict=False)
             if self.static.get("statistics"):
                 new_p = self._named("new", new_p)
                 change = Value(Time.ELEMENT, ast.BinOp(new_p.node, ast.Sub(), start.node))
                 emitted = {"param_norm": new_p, "update_norm": self._named("change", change)}
                 if "grad_norm" not in self.reports:
                     emitted["raw_grad_norm"] = gradient
-        return self._residual(self._lift(new_p), states, scalars, emitted)
+            if averages:
+                averages = self._average(after, owned)
+        return self._residual(self._lift(new_p), states, scalars, emitted, averages)
+
+    def _average(self, after: After, owned: set[str]) -> list[Value]:
+        """Stage the averages of leaves that are not updated: as after an update that leaves `p` as it is."""
+        update, static = self.update, self.static
+        p = Value(Time.ELEMENT, ast.Name("p"))
+        self.update, self.static = [], {**static, "per_element": False}
+        self.env = {"p": p, "start": p}
+        _, *averages = self._option(after, owned)
+        averages = [replace(value, node=self._lift(value)) for value in averages]
+        self.update, self.static, self.average = update, static, self.update
+        return averages
 
     def _option(self, function: Source, owned: set[str]) -> list[Value]:
         """Stage what comes before or after the rule. What a rule names itself, it owns: here it is off."""
@@ -232,6 +249,7 @@ class Stager:
         states: list[tuple[str, Value]],
         scalars: list[tuple[str, Value]],
         emitted: dict[str, Value],
+        averages: list[Value],
     ) -> Staged:
         """Drop what nobody uses, states and sums included, and write the functions."""
         kept = {name: self._lift(value) for name, value in states}
@@ -247,7 +265,8 @@ class Stager:
             results = [new_p, *kept.values(), *extra.values()]
             update, _ = self._live(results, self.update)
             passes, _ = self._live([*results, *added], self.update)
-            read = set().union(*(_names(x) for _, x in passes), *(_names(r) for r in (*results, *added)))
+            others = [*results, *added, *(v.node for v in averages), *(x for _, x in self.average)]
+            read = set().union(*(_names(x) for _, x in passes), *map(_names, others))
             slots = [(name, node) for name, node in self.slots.values() if name in read]
             slots = slots or [("unused", ast.Constant(0.0))]
             values = [node for _, node in slots] + last
@@ -262,14 +281,14 @@ class Stager:
         unpacked = (f"({''.join(n + ', ' for n, _ in slots).strip()})", ast.Name(self.h))
         uniforms = tuple(n for n in ("lr", *_ordered(self.rule, free - set(names))) if n in free)
 
-        def element(name: str, values: list[ast.expr]) -> str:
-            statements, _ = self._live(values, self.update)
+        def element(name: str, values: list[ast.expr], among: list[tuple[str, ast.expr]]) -> str:
+            statements, _ = self._live(values, among)
             return _function(name, [*arguments, self.h], [unpacked, *statements], _tuple(values))
 
         by_round = [[s for s in sums if s.round == r] for r in sorted({s.round for s in sums})]
         measures = [
             Measure(
-                element("measure", [ast.Name(s.element) for s in part]),
+                element("measure", [ast.Name(s.element) for s in part], self.update),
                 tuple(s.kind for s in part),
                 tuple(s.column for s in part),
             )
@@ -289,7 +308,8 @@ class Stager:
             self.exact,
             _function("decide", ["t", *uniforms, *(name for name, _ in scalars), *names], decide, _tuple(values)),
             tuple(measures),
-            element("update", results),
+            element("update", results, self.update),
+            element("average", [v.node for v in averages], self.average) if averages else "",
         )
 
     def _sharing(self, scalars: dict[str, ast.expr], read: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -34,7 +34,7 @@ from .memory import (
 )
 from .primitives import SCOPES
 from .staging import Staged, define
-from .tiles import ELEMENT, Storage, compiled, digest_of, measure_loop, update_loop, zero_of
+from .tiles import ELEMENT, Storage, average_loop, compiled, digest_of, measure_loop, update_loop, zero_of
 
 # Places in the control block, in int64s: each that threads write has a cache line of its own. The phase is written
 # before the step is opened and read after that. In the fourth line, addresses and sizes of a plan's further tables.
@@ -42,6 +42,7 @@ from .tiles import ELEMENT, Storage, compiled, digest_of, measure_loop, update_l
 HELPERS, OPENED, PHASE, CLOSED, WAITING, ARRIVED, CHUNK, SHARES = 0, 8, 9, 16, 24, 32, 40, 41
 ADVANCE, SCALARS, NEW_SCALARS, SUMS, REPORTS, PARTIALS, LEAF_SUMS, WORK, FIRST, MEMBERS, BOUNDS, CELLS = range(42, 54)
 CELL_COUNTS, PAST, NEXT = 54, 56, 64  # two counts: cells of scope "group", of scope "all"; see `update_loop`
+UPDATED = 57  # how many tiles are of leaves that are updated; the others are only averaged
 LINE = 8
 MOST_THREADS = 256  # that take part in a step; more of them would not move memory faster
 
@@ -74,6 +75,8 @@ def _sweep(staged: Staged, storage: Storage, digest: str) -> Any:
     addresses_at, slots_at, setting_at = row("int64", columns), row(storage.compute, slots), row("int64", 1)
     size = np.dtype(storage.compute).itemsize
     last, may_skip, clears = len(staged.measures), "finite" in staged.reports, storage.clear
+    averages = bool(staged.average)
+    average = average_loop(staged, storage) if averages else None
     starts = (*np.cumsum([0, *(len(m.kinds) for m in staged.measures)]).tolist(),)
     _, store_g = elements(storage.columns(staged), [], [1])
     zero = (zero_of(staged, storage),)
@@ -87,9 +90,11 @@ def _sweep(staged: Staged, storage: Storage, digest: str) -> Any:
 
     def take_tiles(phase, leaves, tiles, counters, h, base, partials, chunk, shares, mine):
         past = setting_at(base + 8 * PAST)[0]
+        updated = setting_at(base + 8 * UPDATED)[0] if averages else len(tiles)
+        many = updated if phase < last else len(tiles)
         for k in range(shares):  # first one's own share, which this core may still have in its cache, then the others'
             share = (mine + k) % shares
-            begin, end = len(tiles) * share // shares, len(tiles) * (share + 1) // shares
+            begin, end = many * share // shares, many * (share + 1) // shares
             while True:
                 taken = begin + fetch_add(base + 8 * (NEXT + share * LINE), chunk)
                 if taken >= end:
@@ -101,11 +106,14 @@ def _sweep(staged: Staged, storage: Storage, digest: str) -> Any:
                     r = leaves[leaf, ROW]
                     addresses = addresses_at(np.int64(leaves.ctypes.data) + (leaf * (columns + 1) + FIRST_ADDRESS) * 8)
                     if may_skip and phase == last and counters[r, GO] == 0:
-                        if clears:
+                        if clears and tile_index < updated:
                             for i in range(start, start + count):
                                 store_g(addresses, i, zero)
                         continue
                     values = slots_at(np.int64(h.ctypes.data) + r * slots * size)
+                    if averages and tile_index >= updated:
+                        average(addresses, values, start, start + count)
+                        continue
                     out = partials + (tile_index * quantities + starts[phase]) * 8
                     if last:
                         loop(phase, addresses, values, start, start + count, out, past)
@@ -117,7 +125,7 @@ def _sweep(staged: Staged, storage: Storage, digest: str) -> Any:
 
 def _decision(staged: Staged, digest: str) -> Any:
     """`decide` for every row in the step, and for others whose clock or shared state depends on it."""
-    may_skip, shares = "finite" in staged.reports, staged.shares
+    may_skip, asides = "finite" in staged.reports, staged.asides
     namespace = {**ELEMENT, "real_power": math.pow}
     if "power(" in staged.decide.replace("real_power(", ""):
         namespace["power"] = compiled(primitives.power, digest)
@@ -133,7 +141,7 @@ def _decision(staged: Staged, digest: str) -> Any:
         new_scalars = floats(control[NEW_SCALARS], rows, scalars)
         report = floats(control[REPORTS], rows, reports)
         for r in range(rows):
-            if advance[r, 0] != 0 or (may_skip and advance[r, 1] != 0) or (shares and advance[r, ASIDE] != 0):
+            if advance[r, 0] != 0 or (may_skip and advance[r, 1] != 0) or (asides and advance[r, ASIDE] != 0):
                 values = decide(
                     counters[r, T] + 1,
                     *uniforms_at(np.int64(settings.ctypes.data) + r * uniforms * 8),
@@ -199,7 +207,7 @@ def _addition(staged: Staged, kinds: Sequence[str], digest: str) -> Any:
 def _commit(staged: Staged, digest: str) -> Any:
     """Advance the counters and scalar state of the rows that were updated."""
     scalars = len(staged.scalars)
-    may_skip, shares = "finite" in staged.reports, staged.shares
+    may_skip, asides = "finite" in staged.reports, staged.asides
     flags = (*(SHARED.get(scope, 0) for scope in staged.shared), 0)
     integers, floats = table("int64"), table("float64")
 
@@ -210,7 +218,7 @@ def _commit(staged: Staged, digest: str) -> Any:
         stepping = going = 0
         now = counters[rows, CLOCK] + advance[rows, 1]  # the same for all rows, however long one was left out
         for r in range(rows):
-            aside = advance[r, ASIDE] if shares else 0
+            aside = advance[r, ASIDE] if asides else 0
             go = counters[r, GO] if may_skip and (advance[r, 1] != 0 or aside != 0) else 1
             if advance[r, 0] != 0:
                 stepping += 1

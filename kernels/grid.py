@@ -5,6 +5,7 @@ The kernels of a step, in the order of their launches:
     finish                  `decide`, if a measure needs what it returns
     measure 0, finish, ...  each reading pass: sums over tiles, then over leaves and scopes, then `decide`
     update, or update_few   the rule, on pieces of tiles; `update_few` takes what `decide` returned by value
+    average, average_few    likewise, on pieces of leaves that are not updated, if averages are kept
     finish                  sums of what the update emitted, if it emits anything
 
 A kernel is a function of its block's number and of addresses; what its threads do stands in phases
@@ -32,7 +33,7 @@ from .layout import ADVANCES, ASIDE, CLOCK, COUNTERS, FIRST_ADDRESS, GO, SHARED,
 from .primitives import SCOPES
 from .staging import Staged, define
 from .sums import BLOCK, LANES
-from .tiles import ELEMENT, Storage, accessors, element_text, reading, zero_of
+from .tiles import ELEMENT, Storage, accessors, averages, element_text, loaded, zero_of
 
 # Places in the board of a step, in int64s: addresses of its tables, and their sizes.
 (
@@ -170,18 +171,6 @@ def _shift_text(formats: Sequence[str], width: int) -> str:
     return "\n".join([*lines, "    return s if off == 0 else -1"])
 
 
-def _used(source: str, arguments: Sequence[str]) -> list[int]:
-    """Which arguments of a staged function its statements read."""
-    function = ast.parse(source).body[0]
-    names = {n.id for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
-    return [k for k, name in enumerate(arguments) if name in names]
-
-
-def used_columns(staged: Staged, source: str) -> list[int]:
-    """The columns that a staged function of an element reads."""
-    return _used(source, ["p", "g", *staged.states, *staged.inputs])
-
-
 def reads_slots(measure: str) -> bool:
     """Whether a measure needs what `decide` returns."""
     function = ast.parse(measure).body[0]
@@ -316,21 +305,11 @@ def _staged_functions(target: Target, staged: Staged, storage: Storage) -> dict[
     return {**ELEMENT, **convert, "where": target.where, "float64": np.float64, "zero": zero_of(staged, storage)}
 
 
-def _loaded(staged: Staged, storage: Storage, source: str) -> tuple[list[int], list[str]]:
-    """The columns that a staged function uses, and its arguments in terms of the tuple `c` of what they hold."""
-    arguments = reading(staged, storage)
-    used = used_columns(staged, source) or [0]
-    for k, argument in enumerate(arguments):
-        place = used.index(k) if k in used else used.index(used[0])
-        arguments[k] = argument.replace(f"c[{k}]", f"c[{place}]") if k in used else f"c[{place}]"
-    return used, arguments
-
-
 def _updated(target: Target, staged: Staged, storage: Storage) -> tuple[list[int], Callable[..., Any]]:
     """The columns that the update reads, and `value(c, h)` for `_walk`."""
     namespace = _staged_functions(target, staged, storage)
     namespace["update"] = target.function(define(staged.update, "update", namespace))
-    used, arguments = _loaded(staged, storage, staged.update)
+    used, arguments = loaded(staged, storage, staged.update)
     namespace["element"] = target.function(define(element_text(staged, storage, arguments), "element", namespace))
     stored = len(storage.written(staged)) - (storage.shadow is not None)
     if storage.shadow or staged.emitted:
@@ -348,7 +327,7 @@ def _measured(target: Target, staged: Staged, storage: Storage, number: int) -> 
     namespace = _staged_functions(target, staged, storage)
     source = staged.measures[number].source
     namespace["measure"] = target.function(define(source, "measure", namespace))
-    used, arguments = _loaded(staged, storage, source)
+    used, arguments = loaded(staged, storage, source)
     text = f"def value(c, h):\n    return 0, measure({', '.join(arguments)}, h)"
     return used, target.function(define(text, "value", namespace))
 
@@ -499,7 +478,6 @@ def update(target: Target, staged: Staged, storage: Storage, tuning: Tuning, by_
     `(leaves, tiles, count, h, counts, cells)`; by value, for a step with a single row and no sums,
     `(leaves, tiles, count, *slots)`.
     """
-    formats, width = storage.columns(staged), width_of(storage.columns(staged))
     read, value = _updated(target, staged, storage)
     written, may_skip = storage.written(staged), "finite" in staged.reports
     if staged.emitted:
@@ -508,7 +486,41 @@ def update(target: Target, staged: Staged, storage: Storage, tuning: Tuning, by_
         return _sum_kernel(
             target, "update", staged, storage, read, written, value, kinds, first, may_skip, True, tuning
         )
-    threads = tuning.threads
+    clear, name = _clear(target, staged, storage), "update"
+    return _piece_kernel(target, name, staged, storage, read, written, value, may_skip, clear, tuning, by_value)
+
+
+def average(target: Target, staged: Staged, storage: Storage, tuning: Tuning, by_value: bool) -> Body:
+    """The kernel that averages leaves which are not updated; arguments as those of an update that emits no sums."""
+    read, arguments = loaded(staged, storage, staged.average)
+    namespace = {
+        "average": target.function(define(staged.average, "average", _staged_functions(target, staged, storage)))
+    }
+    text = f"def value(c, h):\n    return average({', '.join(arguments)}, h), 0"
+    value, written = target.function(define(text, "value", namespace)), averages(staged)
+
+    def nothing(addresses, start, stop, mine, step):
+        pass
+
+    may_skip, clear = "finite" in staged.reports, target.function(nothing)
+    return _piece_kernel(target, "average", staged, storage, read, written, value, may_skip, clear, tuning, by_value)
+
+
+def _piece_kernel(
+    target: Target,
+    name: str,
+    staged: Staged,
+    storage: Storage,
+    read: Sequence[int],
+    written: Sequence[int],
+    value: Callable[..., Any],
+    may_skip: bool,
+    clear: Callable[..., Any],
+    tuning: Tuning,
+    by_value: bool,
+) -> Body:
+    """A kernel over pieces, arguments as for `update`; `clear` is called for a piece of a step that is skipped."""
+    formats, width, threads = storage.columns(staged), width_of(storage.columns(staged)), tuning.threads
     row_at, as_it_is = _slots_at(target, staged, storage, True), target.function(_as_it_is)
     # Asked for together with the elements, what `decide` returned costs no time, but a register each in every thread;
     # asked for before, it is shared by the threads of a warp.
@@ -522,7 +534,6 @@ def update(target: Target, staged: Staged, storage: Storage, tuning: Tuning, by_
     leaf_bytes = 8 * (1 + len(formats))
     go_at = target.row("int64", 1)
     slot_bytes = staged.slots * np.dtype(storage.compute).itemsize
-    clear = _clear(target, staged, storage)
 
     def piece(thread, block, leaves, tiles, h, counts, values):
         leaf, start, size, r = tile_at(tiles + block * WORK * 8)
@@ -547,12 +558,12 @@ def update(target: Target, staged: Staged, storage: Storage, tuning: Tuning, by_
         ]
         number = getattr(types, storage.compute)
         few = define("\n".join(text), "run", {"each": each})
-        return Body("update_few", few, (types.int64,) * 3 + (number,) * staged.slots, threads)
+        return Body(f"{name}_few", few, (types.int64,) * 3 + (number,) * staged.slots, threads)
 
     def run(block, room, leaves, tiles, count, h, counts, cells):
         each(block, leaves, tiles, h, counts, 0)
 
-    return Body("update", run, (types.int64,) * 6, threads)
+    return Body(name, run, (types.int64,) * 6, threads)
 
 
 # What formulas call.
@@ -569,7 +580,7 @@ def finish(target: Target, staged: Staged, storage: Storage, formulas: Sequence[
         formulas: settings that follow from the number of the step (`fastlr.scheduled.Formula`).
     """
     quantities = staged.quantities
-    may_skip, shares = "finite" in staged.reports, staged.shares
+    may_skip, asides = "finite" in staged.reports, staged.asides
     threads = FINISH_THREADS
     at = target.row("int64", 1)
     number_at = target.row("float64", 1)
@@ -632,7 +643,7 @@ def finish(target: Target, staged: Staged, storage: Storage, formulas: Sequence[
         while r < rows:
             stepping = at(advance + (r * ADVANCES + STEPS) * 8)[0]
             ticking = at(advance + (r * ADVANCES + TICKS) * 8)[0]
-            aside = at(advance + (r * ADVANCES + ASIDE) * 8)[0] if shares else 0
+            aside = at(advance + (r * ADVANCES + ASIDE) * 8)[0] if asides else 0
             go = 1
             if stepping != 0 or (may_skip and ticking != 0) or aside != 0:
                 kept = 0

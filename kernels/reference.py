@@ -16,7 +16,7 @@ from .layout import ADVANCES, ASIDE, CLOCK, COUNT, FIRST_ADDRESS, GO, LEAF, ROW,
 from .memory import view
 from .primitives import SCOPES
 from .staging import Staged, define
-from .tiles import Storage, accessors
+from .tiles import Storage, accessors, averages
 
 _NUMPY = {
     "sqrt": np.sqrt,
@@ -43,7 +43,7 @@ class _Tables:
 
         quantities = staged.quantities
         self.advance = array(cpu.ADVANCE, "int64", rows + 1, ADVANCES)
-        self.aside = self.advance[:-1, ASIDE] * staged.shares
+        self.aside = self.advance[:-1, ASIDE] * staged.asides
         self.deciding = (self.advance[:-1, 1 if "finite" in staged.reports else 0] != 0) | (self.aside != 0)
         self.scalars = array(cpu.SCALARS, "float64", rows, len(staged.scalars))
         self.sums = array(cpu.SUMS, "float64", rows, len(staged.sums))
@@ -60,7 +60,7 @@ class _Tables:
 def _folded(values: np.ndarray) -> float:
     column = values.reshape(-1, 1).copy()
     _fold(column, 0, len(column), 0)
-    return float(column[0, 0])
+    return float(column[0, 0]) if len(column) else 0.0
 
 
 def build(staged: Staged, storage: Storage) -> Kernel:
@@ -70,6 +70,7 @@ def build(staged: Staged, storage: Storage) -> Kernel:
     decide = define(staged.decide, "decide", {**_NUMPY, **powers})
     update = define(staged.update, "update", _NUMPY)
     measures = [define(m.source, "measure", _NUMPY) for m in staged.measures]
+    average = define(staged.average, "average", _NUMPY) if staged.average else None
     convert: dict[str, Callable[..., Any]] = accessors(storage, np.where)
     columns, states = storage.columns(staged), len(staged.states)
     uniforms, slots, scalars = len(staged.uniforms), staged.slots, len(staged.scalars)
@@ -124,12 +125,13 @@ def build(staged: Staged, storage: Storage) -> Kernel:
         generation: int,
     ) -> None:
         tables = _Tables(staged, control, len(leaves), len(h), len(tiles))
+        updated, others = np.split(tiles, [control[cpu.UPDATED]])
         with np.errstate(all="ignore"):
             new_scalars = decide_rows(table, counters, h, tables)
             first = 0
             for measure, described in zip(measures, staged.measures, strict=True):
                 quantities = range(first, first + len(described.kinds))
-                for k, tile in enumerate(tiles):
+                for k, tile in enumerate(updated):
                     leaf = leaves[tile[LEAF]]
                     values = measure(*load(leaf, tile)[1], tuple(h[leaf[ROW]]))
                     for q, x in zip(quantities, values, strict=True):
@@ -141,7 +143,7 @@ def build(staged: Staged, storage: Storage) -> Kernel:
             if "finite" in staged.reports:
                 go = np.not_equal(tables.reports[:, staged.reports.index("finite")], 0.0).astype(np.int64)
             writes: list[tuple[Any, Any, Any]] = []  # as compiled steps, all or none
-            for k, tile in enumerate(tiles):
+            for k, tile in enumerate(updated):
                 leaf = leaves[tile[LEAF]]
                 stored, read = load(leaf, tile)
                 if go[leaf[ROW]]:
@@ -157,6 +159,12 @@ def build(staged: Staged, storage: Storage) -> Kernel:
                         writes.append((stored[-1], ..., convert["encode_shadow"](narrow(new))))
                 if storage.clear:
                     writes.append((stored[1], ..., 0))
+            for tile in others:
+                leaf = leaves[tile[LEAF]]
+                stored, read = load(leaf, tile)
+                if average is not None and go[leaf[ROW]]:
+                    results = average(*read, tuple(h[leaf[ROW]]))
+                    writes += [(stored[k], ..., x) for k, x in zip(averages(staged), results, strict=True)]
             if staged.emitted:
                 add_up(leaves, tables, range(first, first + len(staged.emitted)))
         stepping = tables.advance[:-1, 0] != 0

@@ -235,10 +235,11 @@ def before(
     return p, g, lr, grad_norm, clip_coef, finite
 
 
-def after(p, start, lr_scale, ema, *, ema_decay, per_element, averaged):
+def after(p, start, lr_scale, ema, *, ema_decay, per_element, averaged, may_pause):
     """What every optimizer can do after its rule: keep elements whose rate is 0 as they were, average."""
     if per_element:
         p = p if lr_scale != 0 else start
     if averaged:
-        ema = ema + (1 - ema_decay) * (p - ema)
+        # At 1 it is kept bit for bit: adding 0 would turn -0 into 0, and it into NaN where p is infinite.
+        ema = ema + (1 - ema_decay) * (p - ema) if ema_decay < 1 or not may_pause else ema
     return p, ema

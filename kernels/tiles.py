@@ -4,6 +4,7 @@ A loop is `tile(addresses, h, start, stop, out, past)`: the addresses of the col
 of elements, where sums go, and whether a column that is only written goes past the caches.
 """
 
+import ast
 import hashlib
 import math
 import types as types_module
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 from numba import config, njit
 
+from .binding import AVERAGES
 from .formats import FORMATS, to_float32
 from .memory import elements, lanes, outbox, where
 from .notices import warn_once
@@ -116,6 +118,33 @@ def reading(staged: Staged, storage: Storage) -> list[str]:
     return read
 
 
+def _used(source: str, arguments: Sequence[str]) -> list[int]:
+    """Which arguments of a staged function its statements read."""
+    function = ast.parse(source).body[0]
+    names = {n.id for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    return [k for k, name in enumerate(arguments) if name in names]
+
+
+def used_columns(staged: Staged, source: str) -> list[int]:
+    """The columns that a staged function of an element reads."""
+    return _used(source, ["p", "g", *staged.states, *staged.inputs])
+
+
+def loaded(staged: Staged, storage: Storage, source: str) -> tuple[list[int], list[str]]:
+    """The columns that a staged function uses, and its arguments in terms of the tuple `c` of what they hold."""
+    arguments = reading(staged, storage)
+    used = used_columns(staged, source) or [0]
+    for k, argument in enumerate(arguments):
+        place = used.index(k) if k in used else used.index(used[0])
+        arguments[k] = argument.replace(f"c[{k}]", f"c[{place}]") if k in used else f"c[{place}]"
+    return used, arguments
+
+
+def averages(staged: Staged) -> list[int]:
+    """The columns that are averages."""
+    return [2 + k for k, name in enumerate(staged.states) if name in AVERAGES]
+
+
 def element_text(staged: Staged, storage: Storage, arguments: Sequence[str]) -> str:
     """The source of `element(c, h)`: from what the columns hold to what is stored, and what is kept aside.
 
@@ -205,6 +234,22 @@ def update_loop(staged: Staged, storage: Storage) -> Any:
             finish(room, out)
 
     return compiled(tile, digest)
+
+
+def average_loop(staged: Staged, storage: Storage) -> Any:
+    """The loop over one tile of a leaf that is not updated, as `update_loop`: only its averages are written."""
+    digest, formats = digest_of(staged, storage), storage.columns(staged)
+    read, arguments = loaded(staged, storage, staged.average)
+    average = compiled(define(staged.average, "average", {**ELEMENT, "where": where}), digest)
+    text = f"def element(c, h):\n    return average({', '.join(arguments)}, h)"
+    element = compiled(define(text, "element", {"average": average}), digest)
+    load, store = elements(formats, read, averages(staged))
+
+    def still(addresses, h, start, stop):
+        for i in range(start, stop):
+            store(addresses, i, element(load(addresses, i), h))
+
+    return compiled(still, digest)
 
 
 def measure_loop(staged: Staged, number: int, storage: Storage) -> Any:

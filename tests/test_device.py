@@ -223,6 +223,35 @@ def test_state_of_groups_with_leaves_that_are_left_out(case, capturable, rng):
     assert_same(theirs, ours)
 
 
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"clip_norm": 1.0, "skip_nonfinite": True, "shadow": "bfloat16"},
+        {"clip_norm": 1.0, "scope": "group", "statistics": True},
+    ],
+    ids=["few", "whole step", "sums"],
+)
+def test_averages_of_leaves_that_are_not_updated(settings, capturable, rng):
+    start = {k: np.asarray(rng.standard_normal(s), np.float32) for k, s in SHAPES.items()}
+    here, there = tree_map(np.copy, start), tree_map(lambda x: on_device(x, offset=1), start)
+    settings = {**settings, "ema": 0.75}
+    ours, theirs = fastlr.Adam(here, backend="numpy", **settings), fastlr.Adam(there, capturable=capturable, **settings)
+    for k in range(6):
+        g = {n: np.asarray(rng.standard_normal(s), np.float32) for n, s in SHAPES.items()}
+        if k in (1, 2):
+            g["e"] = g["b"] = None
+        if k == 2 and "skip_nonfinite" in settings:
+            g["a"][3] = np.nan
+        if k == 4:
+            ours.frozen = theirs.frozen = True
+        info = theirs.step(tree_map(lambda x: None if x is None else on_device(x), g), only="[abf]" if k == 3 else None)
+        assert_same_info(info, ours.step(g, only="[abf]" if k == 3 else None))
+    assert_same(theirs, ours)
+    assert all(same(theirs.ema[k], ours.ema[k]) for k in SHAPES)
+
+
 def test_populations(rng):
     models = 7
     tree = {"w": rng.standard_normal((3, 5)).astype(np.float32), "b": np.zeros(5, np.float32)}

@@ -479,6 +479,75 @@ def test_models_can_be_frozen():
 # Averages, copies and clearing
 
 
+@pytest.mark.parametrize("backend", ["numba", "numpy"])
+@pytest.mark.parametrize(
+    "options", [{}, {"statistics": True, "clip_norm": 0.5, "scope": "leaf"}], ids=["plain", "sums"]
+)
+def test_the_average_follows_every_parameter(options, backend, rng):
+    """Those too that have no gradient, are frozen, or are written by somebody else; in a part those of the part."""
+    params = {k: rng.standard_normal(s) for k, s in {"a": 5, "b": BLOCK + 3, "c": (2, 2), "d": 1, "e": 0}.items()}
+    settings = {"ema": 0.75, "groups": {"c": {"frozen": True}, "d": {"ema_decay": 0.5}}, "backend": backend, **options}
+    opt = fastlr.Adam(params, shadow="bfloat16", skip_nonfinite=True, **settings)
+    average = {k: v.copy() for k, v in params.items()}
+    for k in range(6):
+        for v in params.values():
+            v += 1.0  # by somebody else
+        g = {n: None if n == "b" and k < 3 else rng.standard_normal(v.shape) for n, v in params.items()}
+        if k == 2:
+            g["a"][1] = np.inf
+        if k == 5:
+            g = dict.fromkeys(params)
+        before = {n: v.copy() for n, v in params.items()}
+        info = opt.step(g, only=["a", "b", "c"] if k == 4 else None)
+        assert info.skipped == (k == 2)
+        for n in average:
+            there = k != 4 or n in "abc"
+            if k != 2 and there:
+                decay = 0.5 if n == "d" else 0.75
+                average[n] = average[n] + (1 - decay) * (params[n] - average[n])
+            np.testing.assert_array_equal(opt.ema[n], average[n], err_msg=f"{n} in step {k}")
+            moves = k != 2 and there and g[n] is not None and n in "abd"
+            assert np.array_equal(params[n], before[n]) == (not moves)
+    assert opt.state_dict()["step"][:, 0].tolist() == [4, 2, 0, 3, 3]
+
+
+@pytest.mark.parametrize("backend", ["numba", "numpy"])
+def test_averages_of_models_that_are_frozen_or_skipped(backend):
+    fleet = fastlr.flatten({"w": np.zeros(3), "b": np.zeros(1)}, population=3)
+    opt = fastlr.SGD(fleet, lr=0.0, ema=0.5, skip_nonfinite=True, zero_grads=True, backend=backend)
+    opt.frozen = np.array([False, True, False])
+    fleet.data[:] = 1.0
+    opt.grads.data[:] = 1.0
+    opt.grads["w"][2, 1] = np.nan
+    opt.step()
+    assert opt.ema["w"][:, 0].tolist() == opt.ema["b"][:, 0].tolist() == [0.5, 0.5, 0.0]
+    opt.frozen = True
+    opt.step()
+    assert opt.ema["w"][:, 0].tolist() == [0.75, 0.75, 0.5]
+    assert not opt.grads.data.any() and opt.steps == 2
+
+
+@pytest.mark.parametrize("backend", ["numba", "numpy"])
+def test_an_average_pauses_bit_for_bit(backend):
+    w = {"a": np.array([1.0, np.inf]), "b": np.array([2.0])}
+    opt = fastlr.SGD(w, lr=0.0, ema=1.0, backend=backend)
+    opt.ema["a"] = np.array([-0.0, 1.0])
+    opt.step({"a": np.zeros(2), "b": None})
+    assert opt.ema["a"].tolist() == [0.0, 1.0] and np.signbit(opt.ema["a"][0]) and opt.ema["b"][0] == 2.0
+    opt.ema_decay = 0.5
+    w["b"][:] = 4.0
+    opt.step({"a": np.zeros(2), "b": None})
+    assert opt.ema["a"][0] == 0.5 and opt.ema["b"][0] == 3.0
+    opt.ema_decay = lambda n: 1.0 if n < 3 else 0.0
+    opt.step({"a": np.zeros(2), "b": None})
+    assert opt.ema["b"][0] == 3.0
+    opt.step({"a": np.zeros(2), "b": None})
+    assert opt.ema["b"][0] == 4.0
+    opt.ema_decay = lambda n: 1.5
+    with pytest.raises(ValueError, match=r"ema_decay must be in \[0, 1\], but"):
+        opt.step({"a": np.zeros(2), "b": None})
+
+
 def test_a_target_network_of_ones_own(rng):
     """The average goes into the caller's arrays, from what stands in them."""
     params = {"w": rng.standard_normal((4, 5)), "b": rng.standard_normal(3)}

@@ -1179,7 +1179,7 @@ def test_rules_that_sum_over_all_parameters_need_them_together():
     params = [torch.nn.Parameter(torch.ones(4)), torch.nn.Parameter(torch.ones(4, dtype=torch.float64))]
     for p in params:
         p.grad = torch.ones_like(p)
-    message = "rule 'prodigy' sums over several parameters, so all must be of one dtype on one device"
+    message = "sums over several parameters, so all must be of one dtype on one device"
     with pytest.raises(ValueError, match=message):
         fastlr.torch.Prodigy(params).step()
     two = [torch.nn.Parameter(torch.ones(4)) for _ in range(2)]
@@ -1188,3 +1188,24 @@ def test_rules_that_sum_over_all_parameters_need_them_together():
     with pytest.raises(ValueError, match=message):
         fastlr.torch.HostOptimizer(two, fastlr.DoG, chunk=4).step()
     fastlr.torch.HostOptimizer(two, fastlr.DoG, chunk=8).step()
+
+
+@pytest.mark.parametrize("kind", ["one dtype", "two dtypes", "masters", "chunks"])
+def test_the_average_follows_every_parameter(kind):
+    """As PyTorch's AveragedModel does, whatever has a gradient."""
+    dtypes = [torch.float32, torch.float64 if kind == "two dtypes" else torch.float32]
+    params = [torch.nn.Parameter(torch.zeros(4, dtype=dtype)) for dtype in dtypes]
+    if kind in ("masters", "chunks"):
+        opt = fastlr.torch.HostOptimizer(params, fastlr.SGD, lr=0.0, ema=0.5, chunk=4 if kind == "chunks" else None)
+    else:
+        opt = fastlr.torch.SGD(params, lr=0.0, ema=0.5)
+    assert not any(e.any() for e in opt.ema)
+    with torch.no_grad():
+        for p in params:
+            p += 1.0
+    for k, expected in enumerate([0.5, 0.75, 0.875]):
+        params[0].grad = torch.zeros(4) if k == 1 else None
+        opt.step()
+        for e in opt.ema:
+            assert e.tolist() == [expected] * 4
+    assert opt.state[params[1]]["step"] == 0

@@ -256,7 +256,7 @@ class HostEngine(Engine):
             if event is not None:
                 event.synchronize()
             active = seen if all(there) else tuple(map(operator.and_, there, seen))
-            if any(active):
+            if any(active) or "ema" in self.native._columns.letters:
                 located = Located(self._staged_at, tensors.name_of(kind), active, seen, number)
                 self.native.step(located, grad_scale=None if scale == 1.0 else scale)
                 with self._on(self._up), torch.no_grad():

@@ -53,7 +53,9 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         rule: a rule made by `fastlr.rule`.
         lr: learning rate, >= 0, for groups that have none of their own; a number, a tensor of one element, or a
             schedule of `fastlr.schedules`, as for all hyperparameters. Not for a rule that takes none.
-        ema: keep a moving average of the parameters in `opt.ema`, updated in the same pass: its decay, in [0, 1).
+        ema: keep a moving average of the parameters in `opt.ema`, updated in the same pass: its decay, in [0, 1]; at 1
+            it stays as it is. It follows all parameters at each step, those too that have no gradient. Buffers of a
+            model, such as the statistics of batch norm, are no parameters.
         ema_out: an iterable of tensors to keep that average in, one for each parameter, such as
             `target.parameters()`. It goes on from what stands in them.
         settings: the rule's hyperparameters; those of the step, for each group: weight_decay, decoupled_weight_decay,
@@ -328,7 +330,8 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
             self.info = self._report(norm, np.nan, False)
         else:
             infos: list[StepInfo | None] = []
-            if any(engine.has_gradients for engine in engines):
+            averages = "ema_decay" in self._names  # they follow all parameters at each step
+            if averages or any(engine.has_gradients for engine in engines):
                 infos = [engine.run(scale / coefficient) for engine in engines]
             alone = infos[0] if infos and not self._outside else None
             self.info = alone or self._report(norm, coefficient, True)
