@@ -362,7 +362,7 @@ class Optimizer:
         self._check_settings(uniforms)
         if not self._source.takes_lr and "weight_decay" not in self._source.hyperparameters:
             for u in uniforms:
-                if np.any(u["decoupled_weight_decay"]) and np.any(u["weight_decay"]):
+                if u["decoupled_weight_decay"] and somewhere(u["weight_decay"]):
                     raise ValueError(
                         f"decoupled weight decay is in proportion to lr, which rule {self._source.name!r} does not "
                         "have. Use decoupled_weight_decay=False, or let the rule name weight_decay itself."
@@ -413,7 +413,7 @@ class Optimizer:
                 if other is not first and not np.array_equal(other, first):
                     one = ", ".join(n for n, scope in zip(staged.scalars, staged.shared, strict=True) if scope == "all")
                     raise ValueError(
-                        f"{labels.get(name, name)} must be the same in all groups, got {first!r} and {other!r}: it "
+                        f"{labels.get(name, name)} must be the same in all groups, got {checks.shown(first)} and {checks.shown(other)}: it "
                         f"enters {one} of rule {staged.name!r}, which is one for all parameters."
                     )
 
