@@ -413,8 +413,9 @@ class Optimizer:
                 if other is not first and not np.array_equal(other, first):
                     one = ", ".join(n for n, scope in zip(staged.scalars, staged.shared, strict=True) if scope == "all")
                     raise ValueError(
-                        f"{labels.get(name, name)} must be the same in all groups, got {checks.shown(first)} and {checks.shown(other)}: it "
-                        f"enters {one} of rule {staged.name!r}, which is one for all parameters."
+                        f"{labels.get(name, name)} must be the same in all groups, got {checks.shown(first)} and "
+                        f"{checks.shown(other)}: it enters {one} of rule {staged.name!r}, which is one for all "
+                        "parameters."
                     )
 
     # Rows, tables and plans
