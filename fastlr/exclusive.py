@@ -43,12 +43,14 @@ def take_over(users: Users, token: list[Any]) -> None:
         RuntimeError: if it is not gone.
     """
     while True:  # each of these calls is atomic, so that of several threads one gets in
-        holder = users.setdefault(True, token)
+        first = holder = users.setdefault(True, token)
         if holder is token:
             return
         while len(holder) > 1:
             holder = holder[1]
         _check_gone(holder, sys._getframe(1))
+        if users.get(True) is not first:  # it has returned, and somebody else may be in by now
+            continue
         holder.append(token)
         if holder[1] is token:
             users[True] = token

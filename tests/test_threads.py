@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 import threading
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 
 import fastlr
 from fastlr import threads
+from fastlr.exclusive import exclusive
 from fastlr.kernels.notices import warn_once
 
 PRELUDE = """
@@ -418,3 +421,42 @@ def test_helpers_are_shared_and_few(monkeypatch):
             opt.step(np.ones(100_000))
     helpers = [t for t in threading.enumerate() if t.name.startswith("fastlr-")]
     assert 2 <= len(helpers) <= 8 and all(t.daemon for t in helpers)
+
+
+def test_one_call_at_a_time():
+    """Whoever finds a call under way may see it return, or a generator in it wait, at that very moment."""
+
+    class Guarded:
+        def __init__(self):
+            self._users, self._unsettled, self.inside = {}, None, []
+
+        @exclusive
+        def call(self, items):
+            self.inside.append(1)
+            most = len(self.inside)
+            most = max(most, *(len(self.inside) for _ in range(items)))
+            self.inside.pop()
+            return most
+
+    guarded, most = Guarded(), []
+
+    def work(items):
+        start.wait()
+        for _ in range(5000):
+            with contextlib.suppress(RuntimeError):
+                most.append(guarded.call(items))
+
+    counts = (1, 4, 16, 40)
+    start = threading.Barrier(len(counts))
+    workers = [threading.Thread(target=work, args=(items,)) for items in counts]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert max(most) == 1
+    assert not guarded.inside
