@@ -29,8 +29,12 @@ def test_damaged_files_and_states(part):
     check("files", files.trial, 500, part)
 
 
-@pytest.mark.parametrize("calls", ["step", "own", "accumulate", "load", "restore", "rebuild", "set", "compiled"])
+@pytest.mark.parametrize(
+    "calls", ["step", "own", "accumulate", "load", "restore", "rebuild", "set", "compiled", "torch"]
+)
 def test_exceptions_at_any_line(calls):
+    if calls == "torch":
+        pytest.importorskip("torch")
     check("interrupts", interrupts.trial_of(calls), 600 if calls == "step" else 150)
 
 

@@ -93,7 +93,8 @@ def as_number(value: Any) -> float | None:
     ):
         return None
     try:
-        with np.errstate(over="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             return float(value)
     except (TypeError, ValueError, OverflowError):
         return None

@@ -5,6 +5,7 @@ No code is run from a file, and no more memory is asked for than the parameters 
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import math
@@ -34,6 +35,7 @@ try:
 except ImportError:  # not a POSIX system
     resource = None  # type: ignore[assignment]
 
+_HAS_TORCH = importlib.util.find_spec("torch") is not None
 _ROOM = 256 << 20  # bytes that loading a state of some hundred bytes may ask for
 _SECONDS = 2.0  # of processor time that it may take
 _ran: list[str] = []  # what was run from a file: nothing
@@ -660,7 +662,11 @@ def _own(kind: str) -> tuple[type[BaseException], ...]:
 def trial(r: random.Random) -> Iterator[str]:
     """One damaged file or state dict."""
     name, pick = r.choice([*BUILDERS]), r.random()
-    if pick < 0.7:
+    if _HAS_TORCH and r.random() < 0.15:
+        from . import tensors
+
+        yield tensors.judge(r)
+    elif pick < 0.7:
         suffix = ".npz" if pick < 0.4 else ".safetensors"
         data, kind, same = _damaged_npz(r, name) if suffix == ".npz" else (*_damaged_safetensors(r, name), False)
         path = Path(_folder.name, f"damaged{suffix}")

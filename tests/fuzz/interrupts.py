@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -286,6 +287,49 @@ _SCENES = [
     Scene("compiled, clip, ema", _made(_compiled_more, 1), _step(0)),
     Scene("compiled, clip, ema, first", _made(_compiled_more, 0), _step(0)),
 ]
+
+
+class _TorchWorld(World):
+    """One of `fastlr.torch`."""
+
+    def see(self) -> dict[str, Any]:
+        from . import tensors
+
+        return tensors.see(self.opt)
+
+
+def _torch_world(steps: int, given: int = -1, two: bool = False, **settings: Any) -> World:
+    """With parameters of one dtype or two, and gradients for the next step but for one of them."""
+    import torch
+
+    from . import tensors
+
+    dtypes = (torch.float32, torch.float64)[: 1 + two]
+    opt, other = (tensors.build(count, *dtypes, **settings) for count in (steps, 2))
+    tensors.give(opt, 3, given)
+    return _TorchWorld(opt, state=other.state_dict())
+
+
+def _torch_goes_on(w: World) -> None:
+    from . import tensors
+
+    for k in (1, 2):
+        tensors.give(w.opt, k)
+        w.opt.step()
+
+
+if importlib.util.find_spec("torch") is not None:
+    _torch = [
+        ("first", _made(_torch_world, 0), lambda w: w.opt.step()),
+        ("later", _made(_torch_world, 2), lambda w: w.opt.step()),
+        ("first without a gradient", _made(_torch_world, 0, given=0), lambda w: w.opt.step()),
+        ("later without a gradient", _made(_torch_world, 2, given=0), lambda w: w.opt.step()),
+        ("schedule", _made(_torch_world, 1, lr=Cosine(0.1, steps=5)), lambda w: w.opt.step()),
+        ("load_state_dict", _made(_torch_world, 1), lambda w: w.opt.load_state_dict(w.state)),
+        ("two dtypes, first", _made(_torch_world, 0, two=True), lambda w: w.opt.step()),
+        ("two dtypes, later", _made(_torch_world, 2, two=True), lambda w: w.opt.step()),
+    ]
+    _SCENES += [Scene(f"torch, {name}", build, act, _torch_goes_on) for name, build, act in _torch]
 SCENES = {scene.name: scene for scene in _SCENES}
 
 
