@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import mmap
 import os
 import signal
@@ -16,6 +17,7 @@ from importlib import import_module
 from .promises import Report, run
 
 KINDS = ("arguments", "files", "interrupts", "threads", "reentry")
+_PART = 500  # trials after which a process tells what came of them
 _HANGS_S = 120  # without a new input
 
 
@@ -27,9 +29,12 @@ def _work(kind: str, seed: int, first: int, inputs: float, seconds: float, indic
             shown[:8] = index.to_bytes(8, "little")
 
         trial = import_module(f".{kind}", __package__).trial
-        until = time.monotonic() + seconds
-        report = run(kind, trial, seed, first, inputs=inputs, until=until, indices=indices, on_index=on_index)
-        print(json.dumps(report.asdict()), flush=True)
+        until, after, more = time.monotonic() + seconds, first + indices, True
+        while inputs > 0 and time.monotonic() < until and first < after and more:
+            part = min(_PART, after - first)
+            report = run(kind, trial, seed, first, inputs=inputs, until=until, indices=part, on_index=on_index)
+            print(json.dumps(report.asdict()), flush=True)
+            first, inputs, more = report.after, inputs - report.inputs, report.inputs > 0
 
 
 def _watched(kind: str, seed: int, first: int, inputs: float, seconds: float, indices: float) -> Report:
@@ -61,18 +66,18 @@ def _watched(kind: str, seed: int, first: int, inputs: float, seconds: float, in
             lines = out.read().splitlines()
             with open(place.name, "rb") as file:
                 index = int.from_bytes(file.read(8), "little")
-        if process.returncode == 0 and lines:
-            done = json.loads(lines[-1])
-            report.merge(done)
-            if not sum(done["outcomes"].values()):
+        parts = [json.loads(line) for line in lines]
+        for part in parts:
+            report.merge(part)
+        if process.returncode == 0:
+            if not parts or not sum(parts[-1]["outcomes"].values()):
                 break  # there are no more
         elif process.returncode > 0 or index == 2**64 - 1:
             raise SystemExit(f"{kind}: nothing could be run; see above.")
-        else:  # what came of the inputs before it is lost: they are made again
+        else:  # what came of the last inputs before it is lost: they are made again
             if index > report.after:
-                report.merge(
-                    _watched(kind, seed, report.after, float("inf"), float("inf"), index - report.after).asdict()
-                )
+                again = _watched(kind, seed, report.after, math.inf, math.inf, index - report.after)
+                report.merge(again.asdict())
             code = process.returncode
             name = "hangs" if code == -signal.SIGKILL else f"ends the process ({code})"
             report.add_broken(name, index, "see above")
@@ -94,8 +99,8 @@ def main() -> None:
         _work(*json.loads(given.work))
         return
     kinds = KINDS if given.only is None else ("arguments" if given.only == "args" else given.only,)
-    minutes = given.minutes or (float("inf") if given.count or given.index is not None else 5.0)
-    inputs, indices = given.count or float("inf"), float("inf") if given.index is None else 1
+    minutes = given.minutes or (math.inf if given.count or given.index is not None else 5.0)
+    inputs, indices = given.count or math.inf, math.inf if given.index is None else 1
     broken = False
     for kind in kinds:
         began = time.monotonic()
