@@ -93,6 +93,8 @@ def _number(name: str, label: str, value: Any, population: int | None) -> float 
         raise TypeError(f"{label} must be a number, got {shown(value)}.")
     try:
         array = np.array(value, dtype=np.float64)
+    except OverflowError:
+        raise ValueError(f"{label} {expected(name)}, got {shown(value)}.") from None
     except (TypeError, ValueError):
         raise TypeError(f"{label} must be a number, got {shown(value)}.") from None
     if array.ndim and (population is None or array.shape != (population,)):

@@ -45,7 +45,8 @@ class Remembered:
         self._states = other._states
 
 
-def _plateaus(schedule: Schedule) -> list[Plateau]:
+def plateaus_of(schedule: Schedule) -> list[Plateau]:
+    """The plateaus in a schedule, in the order of its text."""
     text = Text(inline)
     schedule._emit(text, "n")
     return [plateau for plateau, _ in text.plateaus]
@@ -360,7 +361,7 @@ class Rates(Mapping[str, Any]):
 def _places(hyper: Groups) -> Iterator[tuple[str, Plateau]]:
     """The plateaus among the hyperparameters, each with the name of its place."""
     for label, schedule in hyper.schedules():
-        for k, plateau in enumerate(_plateaus(schedule)):
+        for k, plateau in enumerate(plateaus_of(schedule)):
             yield f"{label}, {k}" if k else label, plateau
 
 

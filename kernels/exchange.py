@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import numba
@@ -18,10 +20,22 @@ from numba import types
 from numba.extending import intrinsic
 
 from .caching import KernelCache
-from .memory import row
+from .memory import put, row
 from .tiles import compiles
 
-__all__ = ["ADDRESS", "DEVICE", "FIELDS", "GRADIENT_IS_NEW", "KIND", "LAYOUT", "MOVED", "SAME", "Exchange", "kind_of"]
+__all__ = [
+    "ADDRESS",
+    "DEVICE",
+    "FIELDS",
+    "GRADIENT_IS_NEW",
+    "KIND",
+    "LAYOUT",
+    "MOVED",
+    "SAME",
+    "Exchange",
+    "items",
+    "kind_of",
+]
 
 # What is known of a tensor: its address, its dtype, its device, and its shape and strides as one number.
 FIELDS = 4
@@ -53,8 +67,21 @@ def _describe(typing_context: Any, function: Any, thing: Any, box: Any) -> Any:
     return types.int64(types.int64, types.int64, types.int64), generate
 
 
+@intrinsic
+def _next(typing_context: Any, function: Any, mapping: Any, at: Any, key: Any, value: Any) -> Any:
+    """The next item of a dict, as `PyDict_Next` of CPython's C API; 0 at the end, and of what is no dict."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        word = ir.IntType(64)
+        pointer = builder.inttoptr(args[0], ir.FunctionType(ir.IntType(32), [word] * 4).as_pointer())
+        return builder.sext(builder.call(pointer, args[1:]), word)
+
+    return types.int64(*[types.int64] * 5), generate
+
+
 _clear_error = types.ExternalFunction("PyErr_Clear", types.void())
 _word, _tensor, _half_words = row("int64", 1), row("int64", 6), 0xFFFFFFFF
+_set = put("int64")
 
 
 def _look(function, thing, box, out, k):
@@ -82,6 +109,22 @@ def _describe_all(function, things, box, out):
     return len(out)
 
 
+def _holds(function, mapping, expected, outer, inner):
+    """Whether a dict of dicts holds these very objects; see `Exchange.holds`."""
+    k = 0
+    _set(outer, 0)
+    while _next(function, mapping, outer, outer + 8, outer + 16) != 0:
+        if k + 2 > len(expected) or _word(outer + 8)[0] != expected[k] or _word(outer + 16)[0] != expected[k + 1]:
+            return False
+        k += 2
+        _set(inner, 0)
+        while _next(function, _word(outer + 16)[0], inner, inner + 8, inner + 16) != 0:
+            if k + 2 > len(expected) or _word(inner + 8)[0] != expected[k] or _word(inner + 16)[0] != expected[k + 1]:
+                return False
+            k += 2
+    return k == len(expected)
+
+
 def _compare(function, params, gradients, none, box, known, at, kind, found):
     """Compare parameters and gradients with what is known; see `Exchange.compare`."""
     news = SAME
@@ -91,7 +134,7 @@ def _compare(function, params, gradients, none, box, known, at, kind, found):
         for field in range(FIELDS):
             if found[0, field] != known[k, field]:
                 return MOVED
-    for k in range(len(known)):
+    for k in range(len(at)):
         thing = _word(gradients + 8 * k)[0]
         if thing == none or look(function, thing, box, found, 0) == 0:
             return k
@@ -99,6 +142,8 @@ def _compare(function, params, gradients, none, box, known, at, kind, found):
             kind[0] = found[0, KIND]
             news = GRADIENT_IS_NEW
         if found[0, KIND] != kind[0] or found[0, DEVICE] != known[k, DEVICE] or found[0, LAYOUT] != known[k, LAYOUT]:
+            return k
+        if found[0, ADDRESS] == 0 and known[k, ADDRESS] != 0:
             return k
         if at[k] != found[0, ADDRESS]:
             at[k] = found[0, ADDRESS]
@@ -114,6 +159,7 @@ def _compiled(name: str) -> Any:
     table, line, word = types.Array(types.int64, 2, "C"), types.Array(types.int64, 1, "C"), types.int64
     functions = {
         "describe_all": (_describe_all, [word, word, word, table]),
+        "holds": (_holds, [word, word, line, word, word]),
         "compare": (_compare, [word, word, word, word, word, table, line, line, table]),
     }
     function, arguments = functions[name]
@@ -156,6 +202,9 @@ class Exchange:
         self._box, self._found = np.zeros(8, np.int64), np.zeros((1, FIELDS), np.int64)
         self._address_of_box = self._box.ctypes.data
         self._none = id(None)
+        self._items = np.zeros(6, np.int64)
+        self._address_of_items = self._items.ctypes.data
+        self._next = ctypes.cast(ctypes.pythonapi.PyDict_Next, ctypes.c_void_p).value
 
     def describe(self, things: np.ndarray) -> np.ndarray:
         """What is known of tensors.
@@ -176,18 +225,39 @@ class Exchange:
         return out
 
     def compare(self, params: int, gradients: int, known: np.ndarray, at: np.ndarray, kind: np.ndarray) -> int:
-        """Compare parameters and gradients with what was known.
+        """Compare parameters, what goes along with them, and gradients with what was known.
 
         Args:
-            params: the address of an array of the parameters, of dtype object.
-            gradients: of their gradients.
-            known: of the parameters, from `describe`. Gradients are to have the same shape, strides and device.
+            params: the address of an array of the parameters, and then the others, of dtype object.
+            gradients: of the gradients of the parameters.
+            known: of the parameters and the others, from `describe`. Gradients are to have the same shape, strides and
+                device as their parameters.
             at: the addresses of the gradients, brought up to date, shape `(n,)`.
             kind: the dtype of the gradients, brought up to date, shape `(1,)`.
 
         Returns:
-            `SAME`; `GRADIENT_IS_NEW` if an address or the dtype is another; `MOVED` if a parameter is not as known; or
+            `SAME`; `GRADIENT_IS_NEW` if an address or the dtype is another; `MOVED` if a tensor is not as known; or
             the place of a gradient that is None or otherwise as it should be: then addresses may be out of date.
         """
         run = _compiled("compare")
         return int(run(self._at, params, gradients, self._none, self._address_of_box, known, at, kind, self._found))
+
+    def holds(self, mapping: dict[Any, Any], expected: np.ndarray) -> bool:
+        """Whether a dict holds the same objects as before, in the same order; of values that are dicts, these as well.
+
+        Args:
+            mapping: the dict.
+            expected: from `items`; the objects have to be alive.
+        """
+        at = self._address_of_items
+        return bool(_compiled("holds")(self._next, id(mapping), expected, at, at + 24))
+
+
+def items(mapping: Mapping[Any, Any]) -> list[Any]:
+    """All keys and values of a dict, one after the other, each value that is a dict followed by its own."""
+    out: list[Any] = []
+    for key, value in mapping.items():
+        out += key, value
+        if isinstance(value, dict):
+            out += itertools.chain.from_iterable(value.items())
+    return out

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import ast
 import inspect
+import pickle
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -69,6 +71,7 @@ class Rule(Source):
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__(function)
+        self.__module__ = function.__module__
         self._staged: dict[Any, Staged] = {}
         self._check_order()
         flags = {name: value for name, value in self.defaults.items() if isinstance(value, bool)}
@@ -144,6 +147,30 @@ class Rule(Source):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the rule as ordinary Python, on numbers."""
         return self.function(*args, **kwargs)
+
+    def __copy__(self) -> Rule:
+        """The rule itself: nothing in it changes."""
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Rule:
+        """The rule itself."""
+        return self
+
+    def __reduce__(self) -> str:
+        """By reference, as functions are pickled: the module and the name in it.
+
+        Raises:
+            pickle.PicklingError: if the rule cannot be imported from there.
+        """
+        scope = vars(sys.modules.get(self.__module__, ast))
+        known = (name for name in (self.name, *scope) if scope.get(name) is self)
+        found = next(known, None)
+        if found is None:
+            raise pickle.PicklingError(
+                f"rule {self.name!r} cannot be pickled: no name in module {self.__module__!r} stands for it. Write it "
+                "at the top level of a module, under @fastlr.rule."
+            )
+        return found
 
     def __repr__(self) -> str:
         """The rule with its arguments."""

@@ -934,6 +934,7 @@ def test_a_fastlr_schedule():
         opt.step()
         reference.step()
         assert opt.info.lr == pytest.approx(schedule(k))
+        assert opt.param_groups[0]["lr"] == schedule(k + 1) and opt.param_groups[0]["schedules"]["lr"] is schedule
     assert_close(ours, theirs)
     buffer = io.BytesIO()
     torch.save(opt.state_dict(), buffer)
@@ -943,14 +944,14 @@ def test_a_fastlr_schedule():
     torch.optim.AdamW(theirs).load_state_dict(state)
     again = fastlr.torch.AdamW(ours)
     again.load_state_dict(state)
-    assert again.param_groups[0]["lr"] == schedule
+    assert again.param_groups[0]["schedules"]["lr"] == schedule and again.param_groups[0]["lr"] == schedule(12)
     set_gradients(ours, theirs, seed=12)
     reference.param_groups[0].update(lr=schedule(12), betas=(0.9, 0.999))
     again.step()
     reference.step()
     assert_close(ours, theirs)
     again.load_state_dict(reference.state_dict())  # which knows of no schedule: it stays
-    assert again.param_groups[0]["lr"] == schedule
+    assert again.param_groups[0]["schedules"]["lr"] == schedule
 
 
 # Masters and state on the host

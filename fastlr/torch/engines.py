@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from ..optimizer import Optimizer as Native
 from ..rows import Counts
 from ..schedules import Schedule
 from ..step_info import StepInfo
-from . import tensors
+from . import states, tensors
 
 _gradient, _dtype = attrgetter("grad"), attrgetter("dtype")
 _address, _count, _is_contiguous = torch.Tensor.data_ptr, torch.Tensor.numel, torch.Tensor.is_contiguous
@@ -40,14 +41,27 @@ class Leaf:
         return f"parameter {self.name!r}"
 
 
+@dataclass
+class Shown:
+    """What engines have put into the state, in as far as it is still there.
+
+    Attributes:
+        addresses: of each tensor, by its `id`.
+        updates: of each tensor that shows a count which nobody has changed, the count, by its `id`.
+    """
+
+    addresses: dict[int, int]
+    updates: dict[int, int]
+
+
 class Engine:
     """A native optimizer over parameters where they are; only the state is in flat memory of its own.
 
     Args:
         make: makes the native optimizer from arrays, groups and hyperparameters.
         leaves: the parameters, all of one dtype on one device.
-        groups: the groups of the PyTorch optimizer.
-        names: the hyperparameters that each of them holds.
+        hyper: the hyperparameters of each group.
+        names: those that the native optimizer has.
         settings: the options of the native optimizer.
         ema_out: where to keep the average of each parameter, or None.
 
@@ -55,6 +69,8 @@ class Engine:
         params: the parameters.
         native: the native optimizer.
         found: the gradients that `find` found, None where there is none.
+        entries: what stands in the state for each parameter, by `adopt`.
+        writes: what is to be copied into tensors of the user's before the first step: from, to.
 
     Raises:
         TypeError: if the native optimizer does not take a parameter or a hyperparameter.
@@ -65,45 +81,45 @@ class Engine:
         self,
         make: Callable[..., Native],
         leaves: Sequence[Leaf],
-        groups: Sequence[dict[str, Any]],
+        hyper: Sequence[Mapping[str, Any]],
         names: Sequence[str],
         settings: Mapping[str, Any],
-        ema_out: Sequence[torch.Tensor] | None,
+        ema_out: Sequence[tensors.Theirs] | None,
     ) -> None:
         self.leaves, self.params = tuple(leaves), [leaf.param for leaf in leaves]
         self._names = tuple(names)
-        self._values_of = itemgetter(*names)
         self._members = sorted({leaf.group for leaf in leaves})
-        several = len(groups) > 1
+        several = len(hyper) > 1
         paths = [f"{leaf.group}:{leaf.name}" if several else leaf.name for leaf in leaves]
         if len(set(paths)) < len(paths):  # names need not be unique
             paths = [f"{path}#{k}" for k, path in enumerate(paths)]
-        self._taken = {g: self._plain(groups[g]) for g in self._members}
-        hyper = {f"{g}:*": dict(self._taken[g]) for g in self._members}
+        self._taken: dict[int, list[tuple[str, Any]] | None] = {g: self._plain(hyper[g]) for g in self._members}
+        overrides = {f"{g}:*": dict(self._taken[g] or ()) for g in self._members}
         self.ema_out = ema_out
         sizes = [p.numel() for p in self.params]
         self._starts = np.cumsum([0, *sizes])[:-1].tolist()
         more = self._more(paths)
         if ema_out is not None:
-            more["ema_out"] = dict(zip(paths, map(self._as_array, ema_out), strict=True))
-        first = as_arguments(dict(self._taken[self._members[0]]))
-        self.native = make(self._targets(paths), **first, **settings, **more, groups=hyper if several else None)
+            averages = (self._as_array(average.tensor) for average in ema_out)
+            more["ema_out"] = dict(zip(paths, averages, strict=True))
+        first = as_arguments(dict(self._taken[self._members[0]] or ()))
+        groups = overrides if several else None
+        self.native = make(self._targets(paths), **first, **settings, **more, groups=groups)
         self._group_of = {g: self.native.groups[f"{g}:*"] if several else self.native for g in self._members}
-        self._addresses = list(map(_address, self.params))
         self._strides = [p.stride() for p in self.params]
         self._sizes, self._in_rows = sizes, all(map(_is_contiguous, self.params))
         self._singles = [p for p in self.params if p.numel() == 1]
-        self._given: dict[int, tuple[Any, ...]] = {}
         self._own: torch.dtype = getattr(torch, self.native._params.dtype.name)
         self._readable = {self._own, *tensors.HALVES}
         self._kind: torch.dtype | None = None
         self._located = Located([], "")
         self._usual: Located | None = None  # if the gradients of the step before were all there, as they should be
         self.found: Any = ()
+        self._flats: dict[str, torch.Tensor] = {}  # the columns of the native optimizer
+        self.entries: list[dict[str, Any]] = []
+        self.writes: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._exchange = _exchange()
         if self._exchange is not None:
-            self._things = _objects(self.params)
-            self._described = self._exchange.describe(self._things)
             self._at = np.zeros(len(self.params), np.int64)
             self._found_kind = np.zeros(1, np.int64)
             self._kinds = {exchange.kind_of(name): name for name in (self.native._params.dtype.name, *FORMATS)}
@@ -120,7 +136,7 @@ class Engine:
         """More options for the native optimizer."""
         return {}
 
-    def _initial(self, k: int, saved: Mapping[str, Any], loaded: bool) -> None:
+    def _initial(self, k: int, saved: Mapping[str, Any], shown: Shown | None) -> None:
         """Take over what else was saved of a parameter; see `adopt`."""
 
     def _extra(self, k: int) -> dict[str, Any]:
@@ -146,8 +162,8 @@ class Engine:
         """A column of the native optimizer as one tensor for each parameter, with its shape and strides."""
         columns = self.native._columns
         if name == "ema" and self.ema_out is not None:
-            return list(self.ema_out)
-        flat = self._as_tensor(columns._flat[name])
+            return [average.tensor for average in self.ema_out]
+        flat = self._flats.setdefault(name, self._as_tensor(columns._flat[name]))
         if name == "shadow":
             flat = flat.view(getattr(torch, self.native._shadow))
         return [tensors.like(p, flat, start) for p, start in zip(self.params, self._starts, strict=True)]
@@ -159,53 +175,112 @@ class Engine:
         """The names of a native optimizer's states, without those of its own options."""
         return tuple(native._states.get(x, x) for x in native._columns.letters if x != "ema")
 
-    def adopt(
-        self, saved: Mapping[torch.Tensor, Mapping[str, Any]], loaded: bool, steps: int
-    ) -> dict[torch.Tensor, dict[str, Any]]:
-        """Go on from a saved state.
+    def adopt(self, saved: Mapping[Any, Any], shown: Shown | None, steps: int) -> None:
+        """Go on from a state; nothing that a user could see is written yet, see `writes`.
 
         Args:
             saved: for each parameter its entries; those without start afresh.
-            loaded: whether it comes from somewhere else, and not from the engine before.
-            steps: how many steps have been made, whether or not these parameters took part.
+            shown: what engines before have put there, or None if the state comes from somewhere else.
+            steps: steps made so far, whether or not these parameters took part.
 
-        Returns:
-            The entries that stand for the state from now on: views of the memory that steps update.
+        Raises:
+            ValueError: if what stands there cannot be the state of a parameter.
         """
         native, rule = self.native, self.native._source
         columns = {native._states.get(x, x): self.views(x) for x in native._columns.letters}
         starts = [native._initial_scalar(name) for name in rule.scalars]
         counts = Counts.zero(len(self.params), 1, starts)
         counts.scalars = counts.scalars.copy()
-        for k, param in enumerate(self.params):
-            entries = saved.get(param) or {}
+        known = {} if shown is None else shown.updates
+        for k, leaf in enumerate(self.leaves):
+            entries = states.entries_of(leaf.called, saved.get(leaf.param))
             t = entries.get("step", any(entries.get(n) is not None for n in columns))
-            counts.t[k] = counts.clock[k] = int(t)
-            counts.skipped[k] = int(entries.get("skipped", 0))
+            t = int(t) if isinstance(t, bool) else known.get(id(t)) or states.count(leaf.called, "step", t)
+            counts.t[k], counts.clock[k] = t, steps
+            counts.skipped[k] = states.count(leaf.called, "skipped", entries.get("skipped", 0))
             for j, name in enumerate(rule.scalars):
                 if name in entries:
-                    counts.scalars[k, 0, j] = float(entries[name])
+                    counts.scalars[k, 0, j] = states.number(leaf.called, name, entries[name])
             for name, views in columns.items():
-                if isinstance(entries.get(name), torch.Tensor) and views[k] is not entries[name]:
-                    views[k].copy_(entries[name])
-            self._initial(k, entries, loaded)
+                value = entries.get(name)
+                if value is None:
+                    continue
+                own = shown is not None and shown.addresses.get(id(value)) == _address(value)
+                value = states.tensor(leaf.called, name, value, leaf.param).detach()
+                if name != "ema" or self.ema_out is None:
+                    views[k].copy_(value)
+                elif not own:  # an average goes on from what stands in the tensor of the user's
+                    self.writes.append((views[k].detach(), value))
+            self._initial(k, entries, shown)
         counts.steps = steps
         native._columns.encode_shadow()
         native._put(**native._rows_for(counts))
-        self._steps = torch.zeros(len(self.params))
-        self._scalars = torch.zeros((len(rule.scalars), len(self.params)), dtype=torch.float64)
-        self._shown = self._steps.numpy(), self._scalars.numpy()
-        self._show_counts()
-        self._written = [*self.params, *(self.ema_out or ()), *map(self._as_tensor, native._columns._flat.values())]
-        return {
-            p: {
-                "step": self._steps[k],
+        count, scalars = torch.zeros(len(self.params)), torch.zeros((len(rule.scalars), len(self.params)))
+        scalars = scalars.double()
+        self._shown = count.numpy(), scalars.numpy()
+        self._show(native._rows.counts())
+        self._written = [
+            *self.params,
+            *(average.memory for average in self.ema_out or ()),
+            *(self._flats.setdefault(name, self._as_tensor(flat)) for name, flat in native._columns._flat.items()),
+        ]
+        if self.ema_out is not None and "ema" in columns:  # the tensors themselves are the user's to keep
+            columns["ema"] = [average.memory for average in self.ema_out]
+        one = torch.zeros(())
+        self.entries = [
+            {
+                "step": tensors.like(one, count, k),
                 **{name: views[k] for name, views in columns.items()},
-                **{name: self._scalars[j, k] for j, name in enumerate(rule.scalars)},
+                **{name: tensors.like(one, scalars[j], k) for j, name in enumerate(rule.scalars)},
                 **self._extra(k),
             }
-            for k, p in enumerate(self.params)
-        }
+            for k in range(len(self.params))
+        ]
+        self._watch()
+
+    def _watch(self) -> None:
+        """Remember where parameters, states and averages are."""
+        external = set() if self.ema_out is None else {"ema"}
+        counted = {"step", *self.native._source.scalars, *external}
+        self._things: Any = [*self.params]
+        self._things += [t for entries in self.entries for name, t in entries.items() if name not in counted]
+        self._averages = len(self._things)
+        self._called = [leaf.called for leaf in self.leaves]
+        if self._exchange is not None:
+            things = _objects(itertools.chain(self._things, (average.tensor for average in self.ema_out or ())))
+            self._described = self._exchange.describe(things)
+            self._things = things
+            self._things[self._averages :] = None
+        else:
+            self._addresses = list(map(_address, [*self._things, *(a.tensor for a in self.ema_out or ())]))
+
+    def shown(self) -> Shown:
+        """What has been put into the state, in as far as nobody has changed it."""
+        addresses = {id(t): _address(t) for entries in self.entries for t in entries.values()}
+        t = self.native._rows.counts().t[:, 0].tolist()
+        same = np.frombuffer(self._last[0], np.float32) == self._shown[0]
+        updates = {id(e["step"]): n for e, n, kept in zip(self.entries, t, same, strict=True) if kept}
+        return Shown(addresses, updates)
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether the counts in the state are those that were put there."""
+        count, scalars = self._shown
+        return count.tobytes() == self._last[0] and (not len(scalars) or scalars.tobytes() == self._last[1])
+
+    def is_in(self, state: Mapping[Any, Any]) -> bool:
+        """Whether the entries of all parameters stand in a state, whatever else does."""
+        for param, entries in zip(self.params, self.entries, strict=True):
+            found = state.get(param)
+            if not isinstance(found, dict) or any(found.get(name) is not value for name, value in entries.items()):
+                return False
+        return True
+
+    def _show(self, counts: Counts) -> None:
+        """Bring the counts in the state up to date."""
+        steps, scalars = self._shown
+        steps[:], scalars[:] = counts.t[:, 0], counts.scalars[:, 0].T
+        self._last = steps.tobytes(), scalars.tobytes()
 
     def _show_counts(self) -> None:
         """Bring the counts in the state up to date, if the host knows them without waiting for a GPU."""
@@ -216,55 +291,79 @@ class Engine:
             steps.fill(rows.counters.item(0, T))
         else:
             steps[:] = rows.counters[rows.index[:, 0], T]
+        last = b""
         if len(scalars):
             scalars[:] = rows.scalars[rows.index[:, 0]].T
+            last = scalars.tobytes()
+        self._last = steps.tobytes(), last
 
     def skipped(self) -> list[int]:
-        """For each parameter the steps that were skipped; the counts in the state are brought up to date as well."""
+        """For each parameter the steps that were skipped; counts in the state that nobody has changed are as of now."""
         counts = self.native._rows.counts()
-        steps, scalars = self._shown
-        steps[:], scalars[:] = counts.t[:, 0], counts.scalars[:, 0].T
+        if self.is_shown:
+            self._show(counts)
         return [int(n) for n in counts.skipped[:, 0]]
+
+    @property
+    def host_counts(self) -> bool:
+        """Whether the host knows the number of steps without waiting for a GPU."""
+        return bool(self.native._on_host or (self.native._rows.host_knows and not self.native._capturable))
+
+    def present(self, schedule: Schedule, step: int) -> float | None:
+        """What a schedule that hyperparameters follow gives for a step; None if none of the parameters follows it."""
+        if self.native._staged is None or self.native._hyper.changed:
+            self.native._refresh()
+        for entry in self.native._scheduled.entries:
+            if entry.schedule is schedule:
+                return float(entry.value(float(step), entry.numbers))
+        return None
 
     # A step
 
-    def _plain(self, group: Mapping[str, Any]) -> list[tuple[str, Any]]:
-        return [(name, tensors.number(name, group[name])) for name in self._names]
+    def _plain(self, values: Mapping[str, Any]) -> list[tuple[str, Any]]:
+        return [(name, tensors.number(name, values[name])) for name in self._names]
 
-    def take_settings(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Take over what has changed in the groups of the PyTorch optimizer.
+    def take_settings(self, hyper: Mapping[int, Mapping[str, Any]]) -> None:
+        """Take over hyperparameters of groups.
+
+        Args:
+            hyper: those of the groups in which something may have changed.
 
         Raises:
             TypeError: if a value is of the wrong kind.
             ValueError: if one is out of range.
         """
         for g in self._members:
-            given = self._values_of(groups[g])
-            if given == self._given.get(g):
+            if g not in hyper:
                 continue
-            plain = self._plain(groups[g])
-            for (name, value), (_, before) in zip(plain, self._taken[g], strict=True):
-                if value is not before and (isinstance(value, Schedule) or value != before):
+            plain, before = self._plain(hyper[g]), self._taken[g]
+            self._taken[g] = None  # until all have been taken over
+            for k, (name, value) in enumerate(plain):
+                old = None if before is None else before[k][1]
+                if before is None or (value is not old and (isinstance(value, Schedule) or value != old)):
                     setattr(self._group_of[g], name, value)
             self._taken[g] = plain
-            if not any(map(holds_tensors, given)):  # a tensor can change and stay the same object
-                self._given[g] = given
 
     def find(self) -> bool:
         """Find the gradients of all parameters and check them.
 
         Returns:
-            False if a parameter is no longer where it was: then an engine has to be made anew.
+            False if a parameter, a state or an average is no longer where it was: then an engine has to be made anew.
 
         Raises:
             TypeError: if one is sparse or of a dtype that cannot be read.
-            ValueError: if one has another shape than its parameter or is elsewhere.
+            ValueError: if one has another shape than its parameter or is elsewhere, or an average is gone.
         """
+        averages = self._averages_now()
         if self._exchange is None:
-            return self._find_one_by_one()
+            return self._find_one_by_one(averages)
+        if averages:
+            self._things[self._averages :] = _objects(averages, len(averages))
         self.found = grads = _objects(map(_gradient, self.params), len(self.params))
         params, gradients = (things.__array_interface__["data"][0] for things in (self._things, grads))
         seen = self._exchange.compare(params, gradients, self._described, self._at, self._found_kind)
+        if averages:  # which only their owner keeps
+            self._things[self._averages :] = None
         if seen == exchange.MOVED:
             return False
         if seen < 0 and not any(p.grad.is_neg() for p in self._singles):  # no others can be, in order as they are
@@ -283,9 +382,15 @@ class Engine:
         """Whether gradients at these addresses are apart from what the step writes."""
         return not self.native._gradients.any_overlaps(at, getattr(torch, name).itemsize)
 
-    def _find_one_by_one(self) -> bool:
+    def _averages_now(self) -> list[torch.Tensor]:
+        """The user's tensors in which averages are kept, none if there are none."""
+        if self.ema_out is None:
+            return []
+        return [average.now(called) for average, called in zip(self.ema_out, self._called, strict=True)]
+
+    def _find_one_by_one(self, averages: Sequence[torch.Tensor]) -> bool:
         """As `find`, without DLPack's exchange API: a call for each property of each tensor."""
-        if list(map(_address, self.params)) != self._addresses:
+        if list(map(_address, itertools.chain(self._things, averages))) != self._addresses:
             return False
         self.found = grads = list(map(_gradient, self.params))
         try:
@@ -296,6 +401,7 @@ class Engine:
             elif usual:
                 usual = [g.stride() for g in grads] == self._strides
             usual = usual and not any(p.grad.is_neg() for p in self._singles)
+            usual = usual and all(map(operator.or_, map(bool, at), map(operator.not_, self._sizes)))
         except (AttributeError, TypeError, RuntimeError):  # one is None, or has no memory
             usual = False
         if usual:
@@ -336,23 +442,41 @@ class Engine:
         """Whether any were found."""
         return self._located.active is None or any(self._located.active)
 
-    def run(self, scale: float) -> StepInfo | None:
-        """Make the step with the gradients found; without any it is a step all the same, for what follows schedules.
+    def prepare(self, scale: float) -> list[Any]:
+        """Everything of a step with the gradients found that can fail; it writes nothing that a user could see.
 
         Args:
-            scale: what to divide them by.
+            scale: what to divide the gradients by.
 
         Returns:
-            What was done; None if it is to be told by somebody else.
+            The parts of the step, for `run` one after the other.
+        """
+        return [self.native._prepare(self._located, None if scale == 1.0 else scale)]
+
+    def run(self, part: Any) -> StepInfo | None:
+        """Carry out a part of a step.
+
+        Returns:
+            What was done, or None if it is to be told by somebody else.
         """
         active, written = self._located.active, self._written
         if active is not None:
             written = [*itertools.compress(self.params, active), *written[len(self.params) :]]
         # Autograd has to know what is written behind its back: a backward that needs the old values must fail.
         _increment_versions(written)
-        info = self.native.step(self._located, grad_scale=None if scale == 1.0 else scale)
+        return self.native._run(*part)
+
+    def mark(self) -> bytes:
+        """Something that is another after each part of a step."""
+        found: bytes = self.native._rows.counters.tobytes()
+        return found
+
+    def deliver(self, part: Any) -> None:
+        """Do what belongs to a part of a step that has been run; once more if it was interrupted."""
+
+    def done(self) -> None:
+        """All parts of a step have been run."""
         self._show_counts()
-        return info
 
 
 def _increment_versions(tensors: list[torch.Tensor]) -> None:

@@ -19,8 +19,8 @@ from ..optimizer import Optimizer as Native
 from ..optimizers import AdamW
 from ..places import HOST, Alloc
 from ..step_info import StepInfo
-from . import tensors
-from .engines import Engine, Leaf
+from . import states, tensors
+from .engines import Engine, Leaf, Shown
 from .optimizer import Optimizer
 
 __all__ = ["HostOptimizer"]
@@ -131,20 +131,22 @@ class HostEngine(Engine):
     _LEAST_CHUNK, _MOST_CHUNKS = 1 << 24, 128  # a step of each chunk has a plan of its own, which are kept
 
     def __init__(self, make: Callable[..., Native], leaves: Sequence[Leaf], *others: Any, chunk: int | None) -> None:
-        groups, names, settings, ema_out = others
+        hyper, names, settings, ema_out = others
         first = leaves[0].param
         self._device, self._weights = first.device, first.dtype
         self._staged = chunk is not None or first.is_cuda
         self._alloc = settings.get("alloc") or (pinned if first.is_cuda else None)
         self._buffer: FlatBuffer | None = None
-        super().__init__(make, leaves, groups, names, {**settings, "alloc": self._alloc, "capturable": False}, ema_out)
+        super().__init__(make, leaves, hyper, names, {**settings, "alloc": self._alloc, "capturable": False}, ema_out)
         self._stage: torch.Tensor | None = None
+        streams = self._staged and first.is_cuda
+        self._down, self._up = (torch.cuda.Stream(first.device) if streams else None for _ in range(2))
         self._versions = self._versions_now()
         if self._staged:
             self._chunks = self._cut(chunk or max(self._LEAST_CHUNK, sum(self._sizes) // self._MOST_CHUNKS))
             self.parts = len(self._chunks)
             self._seen = [tuple(k in part for k in range(len(leaves))) for part in self._chunks]
-            self._down, self._up = (torch.cuda.Stream(first.device) if first.is_cuda else None for _ in range(2))
+            self._shadows = self.views("shadow") if self._weights in tensors.HALVES else []
 
     def _cut(self, chunk: int) -> list[range]:
         """Neighbouring parameters that travel together."""
@@ -178,16 +180,15 @@ class HostEngine(Engine):
             return shadow
         return {**shadow, "shadow_out": dict(zip(paths, map(self._as_array, self.params), strict=True))}
 
-    def _initial(self, k: int, saved: Mapping[str, Any], loaded: bool) -> None:
+    def _initial(self, k: int, saved: Mapping[str, Any], shown: Shown | None) -> None:
         master = saved.get("master")
-        if self._buffer is None or not isinstance(master, torch.Tensor):
+        if self._buffer is None or master is None:
             return
-        self._masters[k].copy_(master)
-        if loaded:  # masters are the truth, weights follow
-            with torch.no_grad():
-                self.params[k].copy_(master)
-        else:
+        self._masters[k].copy_(states.tensor(self.leaves[k].called, "master", master, self.params[k]).detach())
+        if shown is not None and shown.addresses.get(id(master)) == master.data_ptr():
             self.take_params([k])
+        else:  # masters are the truth, weights follow
+            self.writes.append((self.params[k].detach(), self._masters[k]))
 
     def _extra(self, k: int) -> dict[str, Any]:
         return {} if self._buffer is None else {"master": self._masters[k]}
@@ -221,51 +222,62 @@ class HostEngine(Engine):
         """What autograd counts of the writes to each parameter; it counts none to inference tensors."""
         return [0 if p.is_inference() else p._version for p in self.params]
 
-    def run(self, scale: float) -> StepInfo | None:
-        """As `Engine.run`."""
-        if self._staged:
-            self._run_staged(scale)
-            info = None
-        else:
-            info = super().run(scale)
+    def done(self) -> None:
+        """As `Engine.done`."""
+        if self._up is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._up)
+        super().done()
         self._versions = self._versions_now()
-        return info
 
     # Staged: gradients come, weights go
 
-    def _run_staged(self, scale: float) -> None:
+    def prepare(self, scale: float) -> list[Any]:
+        """As `Engine.prepare`; gradients are on their way to the host."""
+        if not self._staged:
+            return super().prepare(scale)
+        if not self.has_gradients:
+            return [(one, [], None) for one in super().prepare(scale)]
         there = [grad is not None for grad in self.found]
-        if not any(there):
-            self.native.step(self._located)
-            return
         kind = next(grad.dtype for grad in self.found if grad is not None)
         if self._stage is None or self._stage.dtype is not kind:
             nbytes = sum(self._sizes) * kind.itemsize
-            self._stage = torch.from_numpy(HOST.allocate(nbytes, np.uint8, 1, self._alloc)).view(kind)
+            stage = torch.from_numpy(HOST.allocate(nbytes, np.uint8, 1, self._alloc)).view(kind)
             starts = zip(self.params, self._starts, strict=True)
-            self._staged_gradients = [tensors.like(p, self._stage, start) for p, start in starts]
+            self._staged_gradients = [tensors.like(p, stage, start) for p, start in starts]
             self._staged_at = [gradient.data_ptr() for gradient in self._staged_gradients]
-        weights = self._masters if self._weights not in tensors.HALVES else self.views("shadow")
+            self._stage = stage
         if self._up is not None and self._down is not None:
             self._up.synchronize()  # the weights of the step before are on the GPU, their memory can be written
             self._down.wait_stream(torch.cuda.current_stream(self._device))
             self._up.wait_stream(torch.cuda.current_stream(self._device))
-        arrived = [self._fetch(chunk) for chunk in self._chunks]
-        number = self.native.steps
-        for chunk, seen, event in zip(self._chunks, self._seen, arrived, strict=True):
-            if event is not None:
-                event.synchronize()
+        parts, rows, number = [], self.native._rows, self.native.steps
+        for chunk, seen in zip(self._chunks, self._seen, strict=True):
             active = seen if all(there) else tuple(map(operator.and_, there, seen))
             if any(active) or "ema" in self.native._columns.letters:
                 located = Located(self._staged_at, tensors.name_of(kind), active, seen, number)
-                self.native.step(located, grad_scale=None if scale == 1.0 else scale)
-                with self._on(self._up), torch.no_grad():
-                    for k in chunk:
-                        if there[k]:
-                            self.params[k].copy_(weights[k], non_blocking=True)
-        if self._up is not None:
-            torch.cuda.current_stream(self._device).wait_stream(self._up)
-        self._show_counts()
+                prepared = self.native._prepare(located, None if scale == 1.0 else scale)
+                parts.append((prepared, [k for k in chunk if there[k]], self._fetch(chunk)))
+        return parts if self.native._rows is rows else self.prepare(scale)  # the tables were made anew meanwhile
+
+    def run(self, part: Any) -> StepInfo | None:
+        """As `Engine.run`."""
+        if not self._staged:
+            return super().run(part)
+        prepared, _, arrived = part
+        if arrived is not None:
+            arrived.synchronize()
+        self.native._run(*prepared)
+        self.deliver(part)
+        return None
+
+    def deliver(self, part: Any) -> None:
+        """As `Engine.deliver`: bring the weights of a part to where they belong."""
+        if not self._staged:
+            return
+        weights = self._masters if self._weights not in tensors.HALVES else self._shadows
+        with self._on(self._up), torch.no_grad():
+            for k in part[1]:
+                self.params[k].copy_(weights[k], non_blocking=True)
 
     def _fetch(self, chunk: range) -> Any:
         """Have the gradients of a chunk copied to the host; the event of their arrival, on the CPU None."""

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from .. import checkpoints, groups
+from ..exclusive import Users, enter, exclusive
+from ..kernels import exchange
+from ..kernels.atomic import commit
 from ..kernels.staging import Rule, Staged
 from ..optimizer import Optimizer as Native
 from ..optimizer import StepOptions
+from ..scheduled import Remembered
 from ..schedules import Schedule
 from ..step_info import Layout, StepInfo
-from . import tensors
-from .engines import Engine, Leaf, as_arguments, holds_tensors
+from . import following, states, tensors
+from .engines import Engine, Leaf, Shown, as_arguments, holds_tensors
+from .engines import _exchange as find_exchange
+from .following import SCHEDULES, follows
 
 __all__ = ["Optimizer", "counterpart"]
 
@@ -30,8 +39,34 @@ _LEAST = 1e-100
 # Options whose part PyTorch or this module plays.
 _ELSEWHERE = {"loss_scale", "ema_out", "shadow_out", "zero_grads", "lr_scale", "grad_dtype", "groups", "backend"}
 # What a saved group holds beside what a group does.
-_SAVED_ALONG = ("params", "schedules", "skipped_steps", "clock")
+_SAVED_ALONG = ("params", SCHEDULES, "skipped_steps", "clock", "observed", "averaging")
 _OFFERED = [name for name in StepOptions.__annotations__ if name not in _ELSEWHERE | {"capturable"}]
+
+
+@dataclass
+class _Taken:
+    """The hyperparameters of a group as engines have taken them over.
+
+    Attributes:
+        given: what stood in the group.
+        schedules: and beside it.
+        values: what that means.
+    """
+
+    given: tuple[Any, ...]
+    schedules: dict[str, Any]
+    values: tuple[Any, ...]
+
+
+@dataclass
+class _Made:
+    """Engines, and what belongs to them; see the attributes of `Optimizer` of the same names."""
+
+    engines: list[Engine]
+    outside: bool
+    known: list[list[torch.Tensor]]
+    taken: list[_Taken | None]
+    ema_out: list[tensors.Theirs] | None
 
 
 class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
@@ -81,6 +116,8 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
     """
 
     _engine: Callable[..., Engine] = Engine
+    _unsettled: ClassVar[None] = None  # see `exclusive`: here nothing is left to be done after an interrupt
+    _theirs: ClassVar[str | None] = None  # the counterpart in torch.optim
     _halves: ClassVar[bool] = False  # whether parameters may be bfloat16 and float16
     _step_supports_amp_scaling = True  # GradScaler sets grad_scale and found_inf instead of writing the gradients
 
@@ -126,23 +163,49 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         if ema_out is not None and "ema_decay" not in self._names:
             raise ValueError("ema_out is where the average is kept; give its decay as well, such as ema=0.999.")
         self._settings = {n: v for n, v in settings.items() if n not in {*self._names, "ema"}}
-        self._ema_out = None if ema_out is None else list(ema_out)
-        self._engines: list[Engine] | None = None
-        self._known: list[list[torch.Tensor]] = []  # the parameters of each group that the engines are made for
-        self._loaded: Mapping[str, Any] | None = None
-        self._skipped = 0
-        self._clock = 0
-        self.info: StepInfo | None = None
+        self._ema_out: list[tensors.Theirs] | None = None
+        self._start(clock=0, skipped=0, observed=Remembered())
         starts = {n: getattr(probe, n) for n in vars(probe).keys() & inspect.signature(make).parameters.keys()}
         super().__init__(params, {**implementations, **starts, **self._normal(settings, probe)})
-        self._check_ema_out()
+        if ema_out is not None:
+            self.ema_out = ema_out
+
+    def _start(self, clock: int, skipped: int, observed: Remembered) -> None:
+        """What an optimizer has before its engines are made: new, or a copy.
+
+        Args:
+            clock: steps made.
+            skipped: steps skipped, without those that engines count.
+            observed: what plateaus remember.
+        """
+        self._users: Users = {}
+        self._engines: list[Engine] | None = None
+        self._outside = False
+        self._known: list[list[torch.Tensor]] = []  # the parameters of each group that the engines are made for
+        self._hyper: list[_Taken | None] = []  # and their hyperparameters
+        self._loaded: dict[str, Any] | None = None
+        self._clock, self._skipped, self._observed = clock, skipped, observed
+        self._training: list[tuple[torch.Tensor, torch.Tensor | None]] | None = (
+            None  # weights, while averages take their place
+        )
+        self._values_of = operator.itemgetter(*self._names)
+        self._exchange = find_exchange()
+        self._held: tuple[list[Any], np.ndarray] = [], np.zeros(0, np.int64)
+        self.info: StepInfo | None = None
 
     def _normal(self, given: Mapping[str, Any], probe: Native) -> dict[str, Any]:
         """Hyperparameters as groups hold them: as the native optimizer has them, tensors as they were given."""
         return {n: given[n] if n in given and holds_tensors(given[n]) else getattr(probe, n) for n in self._names}
 
+    def _number(self, schedule: Schedule, step: int | None = None) -> float:
+        """What a schedule gives for a step, the next one if none is given; a plateau has what it remembers."""
+        step = self._steps_made() if step is None else step
+        found = (engine.present(schedule, step) for engine in self._engines or ())
+        return next((value for value in found if value is not None), None) or schedule(step)
+
     # Parameters and groups
 
+    @exclusive
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, as in `torch.optim`; with `ema_out=` the group brings "ema_out" along.
 
@@ -151,43 +214,72 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
             ValueError: if one is out of range, or a parameter is in a group already.
         """
         more = list(param_group.pop("ema_out", ())) if isinstance(param_group, dict) else []
-        super().add_param_group(param_group)
-        try:
-            group = self.param_groups[-1]
-            for leaf in self._leaves_of(len(self.param_groups) - 1):
-                tensors.check_parameter(leaf.called, leaf.param, self._halves)
-            group.update(self._normal(group, self._probe(group)))
-            if group["capturable"] and not all(p.is_cuda for p in group["params"]):
-                raise ValueError("capturable=True is for parameters on a GPU; these are on the CPU.")
-            if self._ema_out is not None and self._engines is not None:
-                self._check_ema_out([*self._ema_out, *more])
-        except BaseException:
-            self.param_groups.pop()
-            raise
+        trial = object.__new__(torch.optim.Optimizer)  # PyTorch's own part, on a list of its own
+        trial.defaults, trial.param_groups = self.defaults, list(self.param_groups)
+        torch.optim.Optimizer.add_param_group(trial, param_group)
+        every, group = trial.param_groups, trial.param_groups[-1]
+        for leaf in self._leaves_of(every, len(every) - 1):
+            tensors.check_parameter(leaf.called, leaf.param, self._halves)
+        g = len(every) - 1
+        values = following.resolved(g, group, self._names, self._values_of(group))
+        values = tuple(self._normal(dict(zip(self._names, values, strict=True)), self._probe(values)).values())
+        if group["capturable"] and not all(p.is_cuda for p in group["params"]):
+            raise ValueError("capturable=True is for parameters on a GPU; these are on the CPU.")
+        writes: list[tuple[Any, Any, Any]] = [(self.param_groups, slice(g, g), [group])]
         if self._ema_out is not None:
-            self._ema_out += more
+            given = [average.tensor for average in self._ema_out] + more
+            self._check_ema_out(given, self._leaves(every))
+            averages = [*self._ema_out, *map(tensors.Theirs, more)]
+            writes.append((self.__dict__, "_ema_out", averages))
+        group.update(zip(self._names, values, strict=True))
+        following.settle(g, group, self._names, values)
+        following.show(group, self._number)
+        commit(writes)
 
-    def _probe(self, group: Mapping[str, Any]) -> Native:
+    def _probe(self, values: Sequence[Any]) -> Native:
         """A native optimizer of nothing with the settings of a group: checks them, and tells which states they need."""
-        hyper = {n: tensors.number(n, group[n]) for n in self._names if n in group}
+        hyper = {n: tensors.number(n, value) for n, value in zip(self._names, values, strict=True)}
         return self._make(np.zeros(1, np.float32), **{**self._settings, "alloc": None}, **as_arguments(hyper))
 
-    def _leaves_of(self, g: int) -> list[Leaf]:
-        group = self.param_groups[g]
-        first = sum(len(before["params"]) for before in self.param_groups[:g])
+    @staticmethod
+    def _leaves_of(param_groups: Sequence[Mapping[str, Any]], g: int) -> list[Leaf]:
+        group = param_groups[g]
+        first = sum(len(before["params"]) for before in param_groups[:g])
         names = group.get("param_names") or [str(first + k) for k in range(len(group["params"]))]
         return [Leaf(p, name, g) for p, name in zip(group["params"], names, strict=True)]
 
-    def _leaves(self) -> list[Leaf]:
+    def _leaves(self, param_groups: Sequence[Mapping[str, Any]] | None = None) -> list[Leaf]:
         """All parameters, each once."""
-        every = itertools.chain.from_iterable(map(self._leaves_of, range(len(self.param_groups))))
+        some = self.param_groups if param_groups is None else param_groups
+        every = itertools.chain.from_iterable(self._leaves_of(some, g) for g in range(len(some)))
         return list({id(leaf.param): leaf for leaf in reversed(list(every))}.values())[::-1]
 
-    def _check_ema_out(self, given: Sequence[torch.Tensor] | None = None) -> None:
-        given = self._ema_out if given is None else given
-        if given is None:
-            return
-        leaves = self._leaves()
+    @property
+    def ema_out(self) -> list[torch.Tensor] | None:
+        """The tensors in which the average is kept, or None; set it when they are others, such as a new target network.
+
+        Raises:
+            TypeError: if something else than tensors is set.
+            ValueError: if they do not fit, or the optimizer was built without `ema=`.
+        """
+        return None if self._ema_out is None else [average.tensor for average in self._ema_out]
+
+    @ema_out.setter
+    @exclusive
+    def ema_out(self, given: Iterable[torch.Tensor]) -> None:
+        if "ema_decay" not in self._names:
+            raise ValueError("ema_out is where the average is kept; give its decay as well, such as ema=0.999.")
+        given = list(given)
+        self._check_ema_out(given, self._leaves())
+        fresh = [tensors.Theirs(average) for average in given]
+        state = {p: {n: v for n, v in e.items() if n != "ema"} for p, e in self.state.items() if isinstance(e, dict)}
+        made = None if self._engines is None else self._make_engines(self.param_groups, state, self._shown(), fresh)
+        commit([(self.__dict__, "_ema_out", fresh)])
+        if made is not None:
+            self._install(made)
+
+    @staticmethod
+    def _check_ema_out(given: Sequence[torch.Tensor], leaves: Sequence[Leaf]) -> None:
         if len(given) != len(leaves):
             raise ValueError(f"ema_out has {len(given)} tensors for {len(leaves)} parameters. Pass one for each.")
         for leaf, average in zip(leaves, given, strict=True):
@@ -201,6 +293,8 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
                 )
             if average.stride() != p.stride():
                 raise ValueError(f"ema_out for {leaf.called} has other strides than the parameter. Pass a copy of it.")
+            if not average.is_meta and not tensors.has_memory(average):
+                raise ValueError(f"ema_out for {leaf.called} has no memory: its storage has been given back.")
 
     # Engines
 
@@ -212,14 +306,79 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         )
         return self._engines if self._engines is not None and same else self._build()
 
+    def _ready(self) -> list[Engine]:
+        """The engines, made anew if parameters, groups or the state are others than before; gradients are found."""
+        engines = self._current()
+        if not all(map(operator.attrgetter("is_shown"), engines)) or not self._holds_state(engines):
+            engines = self._build()
+        if not all(list(map(operator.methodcaller("find"), engines))):  # a tensor is elsewhere
+            engines = self._build()
+            for engine in engines:
+                engine.find()
+        return engines
+
+    def _holds_state(self, engines: Sequence[Engine]) -> bool:
+        """Whether the entries of the engines stand in the state, beside whatever others keep there."""
+        held, addresses = self._held
+        if self._exchange is not None:
+            if self._exchange.holds(self.state, addresses):
+                return True
+            now = exchange.items(self.state)
+        else:
+            now = exchange.items(self.state)
+            if len(now) == len(held) and all(map(operator.is_, now, held)):
+                return True
+        found = all(engine.is_in(self.state) for engine in engines)
+        if found:  # it is something of others that has changed
+            self._hold(now)
+        return found
+
+    def _hold(self, held: list[Any]) -> None:
+        """Remember what stands in the state."""
+        self._held = held, np.fromiter(map(id, held), np.int64, len(held))
+
+    def _shown(self) -> Shown:
+        """What the engines have put into the state."""
+        every = [engine.shown() for engine in self._engines or ()]
+        return Shown(
+            {k: v for one in every for k, v in one.addresses.items()},
+            {k: v for one in every for k, v in one.updates.items()},
+        )
+
     def _build(self) -> list[Engine]:
         """New engines, which go on from the state as it is; on an error everything is as it was."""
         self._save_counts()
-        leaves = self._leaves()
-        self._check_ema_out()
-        averages: dict[int, torch.Tensor] = {}
-        if self._ema_out is not None:
-            averages = {id(leaf.param): e for leaf, e in zip(leaves, self._ema_out, strict=True)}
+        made = self._make_engines(self.param_groups, self.state, self._shown(), self._ema_out)
+        self._install(made)
+        return made.engines
+
+    def _make_engines(
+        self,
+        param_groups: Sequence[dict[str, Any]],
+        state: Mapping[Any, Any],
+        shown: Shown | None,
+        ema_out: Sequence[tensors.Theirs] | None,
+        clock: int | None = None,
+        observed: Remembered | None = None,
+    ) -> _Made:
+        """Engines for groups and a state; nothing that a user could see is written yet.
+
+        Args:
+            param_groups: the groups.
+            state: what they go on from.
+            shown: what the engines before have put there, or None if the state comes from somewhere else.
+            ema_out: where averages are kept, or None.
+            clock: steps made so far; None: as many as this optimizer has made.
+            observed: what plateaus remember; None: as in this optimizer.
+        """
+        leaves = self._leaves(param_groups)
+        averages: dict[int, tensors.Theirs] = {}
+        if ema_out is not None:
+            self._check_ema_out([average.tensor for average in ema_out], leaves)
+            fresh = [tensors.Theirs(average.now(leaf.called)) for leaf, average in zip(leaves, ema_out, strict=True)]
+            for new, old in zip(fresh, ema_out, strict=True):
+                new.kept = old.kept or None
+            averages = {id(leaf.param): average for leaf, average in zip(leaves, fresh, strict=True)}
         places: dict[tuple[torch.dtype, torch.device], list[Leaf]] = {}
         for leaf in leaves:
             tensors.check_parameter(leaf.called, leaf.param, self._halves)
@@ -234,22 +393,92 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         if outside:
             settings["skip_nonfinite"] = False
             names.remove("clip_norm")
-        if any(group["capturable"] for group in self.param_groups):
+        if any(group["capturable"] for group in param_groups):
             settings["capturable"] = True
-        engines, state, steps = [], dict(self.state), self._steps_made()
+        taken: list[_Taken | None] = [self._taken_from(g, group) for g, group in enumerate(param_groups)]
+        hyper = [dict(zip(self._names, one.values, strict=True)) for one in taken if one is not None]
+        steps = self._steps_made() if clock is None else clock
+        observed = self._remembered() if observed is None else observed
+        engines = []
         for members in places.values():
             own = [averages[id(leaf.param)] for leaf in members] if averages else None
-            engine = self._engine(self._make, members, self.param_groups, names, settings, own)
-            state.update(engine.adopt(self.state, self._loaded is not None, steps))
+            engine = self._engine(self._make, members, hyper, names, settings, own)
+            engine.native._put(_observed=observed.copy())
+            engine.adopt(state, shown, steps)
             if len(places) > 1 or engine.parts > 1:
                 _check_sums(engine.native.rule)
             engines.append(engine)
-        here = {id(leaf.param) for leaf in leaves}
-        self.state.clear()
-        self.state.update({p: entries for p, entries in state.items() if id(p) in here})
-        self._engines, self._outside = engines, outside
-        self._known = [list(group["params"]) for group in self.param_groups]
-        return engines
+        known = [list(group["params"]) for group in param_groups]
+        return _Made(engines, outside, known, taken, list(averages.values()) if averages else None)
+
+    def _install(self, made: _Made, **more: Any) -> None:
+        """Go on with new engines, all at once.
+
+        Args:
+            made: the engines, and what belongs to them.
+            more: other attributes to set with them.
+        """
+        state: Any = more.get("state", self.state)
+        here = {id(p) for engine in made.engines for p in engine.params}
+        gone = [p for engine in self._engines or () for p in engine.params if id(p) not in here]
+        for engine in made.engines:
+            for param, entries in zip(engine.params, engine.entries, strict=True):
+                found = state.get(param)
+                if isinstance(found, dict):
+                    found.update(entries)  # what others keep there stays
+                else:
+                    state[param] = dict(entries)
+        for param in gone if "state" not in more else ():
+            state.pop(param, None)
+        writes = [(to, ..., value) for engine in made.engines for to, value in engine.writes]
+        attributes = {"_engines": made.engines, "_outside": made.outside, "_known": made.known, "_hyper": made.taken}
+        attributes.update(more, **({} if made.ema_out is None else {"_ema_out": made.ema_out}))
+        for engine in made.engines:
+            engine.writes = []
+        with torch.no_grad():
+            commit([*((self.__dict__, name, value) for name, value in attributes.items()), *writes])
+        self._hold(exchange.items(self.state))
+        self._bring_in_order({g: taken for g, taken in enumerate(made.taken) if taken is not None})
+
+    def _taken_from(self, g: int, group: dict[str, Any]) -> _Taken:
+        """The hyperparameters of a group as they are now, to be taken over."""
+        given = self._values_of(group)
+        values = following.resolved(g, group, self._names, given)
+        return _Taken(given, dict(group.get(SCHEDULES) or ()), values)
+
+    def _changed(self) -> dict[int, _Taken]:
+        """The hyperparameters of the groups in which something has changed since they were taken over."""
+        out = {}
+        for g, (group, taken) in enumerate(zip(self.param_groups, self._hyper, strict=True)):
+            if (
+                taken is None
+                or self._values_of(group) != taken.given
+                or (group.get(SCHEDULES) or {}) != taken.schedules
+            ):
+                out[g] = self._taken_from(g, group)
+        return out
+
+    def _bring_in_order(self, changed: Mapping[int, _Taken]) -> None:
+        """Hyperparameters of groups have been taken over: bring these in order."""
+        for g, taken in changed.items():
+            following.settle(g, self.param_groups[g], self._names, taken.values)
+            self._hyper[g] = taken
+        self._show_numbers(changed)
+
+    def _show_numbers(self, some: Iterable[int] | None = None) -> None:
+        """Put the numbers for the next step where people look, in some groups or in all that follow schedules."""
+        if some is None and not any(SCHEDULES in group for group in self.param_groups):
+            return
+        known = all(engine.host_counts for engine in self._engines or ())
+        for g in range(len(self.param_groups)) if some is None else some:
+            group, taken = self.param_groups[g], self._hyper[g]
+            if SCHEDULES in group and known:
+                following.show(group, self._number)
+            if taken is not None:
+                given = self._values_of(group)
+                # a tensor can change and stay the same object
+                unsure = holds_tensors(given)
+                self._hyper[g] = None if unsure else _Taken(given, dict(group.get(SCHEDULES, ())), taken.values)
 
     def _measures_outside(self, leaves: Sequence[Leaf]) -> bool:
         """Whether clipping and the test for NaN and Inf have to be done outside of the native optimizer."""
@@ -265,18 +494,22 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         """Steps made, which is what schedules follow; a parameter may have been left out of some."""
         if self._engines:
             return max(engine.native.steps for engine in self._engines)
-        return max(self._clock, self._most_updates())
+        return max(self._clock, _most_updates(self.state))
 
-    def _most_updates(self) -> int:
-        """The updates of the parameter that has had the most, by the state."""
-        return max((int(x["step"]) for x in self.state.values() if isinstance(x, dict) and "step" in x), default=0)
+    def _remembered(self) -> Remembered:
+        """What plateaus remember."""
+        out = self._observed.copy()
+        for engine in self._engines or ():
+            out._states.update(engine.native._observed._states)
+        return out
 
     def _save_counts(self) -> None:
         """Put into the state what engines count beside it."""
         for engine in self._engines or ():
             for param, skipped in zip(engine.params, engine.skipped(), strict=True):
-                if skipped and param in self.state:
-                    self.state[param]["skipped"] = skipped
+                entries = self.state.get(param)
+                if skipped and isinstance(entries, dict) and "step" in entries:
+                    entries["skipped"] = skipped
 
     # A step
 
@@ -300,22 +533,22 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        engines = self._current()
-        if not all(engine.find() for engine in engines):  # a parameter is elsewhere
-            engines = self._build()
-            for engine in engines:
-                engine.find()
+        token = enter(self._users)  # noqa: F841  (see `exclusive`)
         try:
-            self._update(engines)
+            if self._training is not None:
+                raise RuntimeError(
+                    "the parameters are the averages, for evaluation. Call train() before the next step."
+                )
+            self._update(self._ready())
         finally:
-            for engine in engines:  # gradients are not kept alive
+            for engine in self._engines or ():  # gradients are not kept alive
                 engine.found = ()
+            self._users.clear()
         return loss
 
     def _update(self, engines: Sequence[Engine]) -> None:
         """Make the step with the gradients found; `info` tells of it."""
-        for engine in engines:
-            engine.take_settings(self.param_groups)
+        self._take_settings(engines)
         scale, coefficient, norm, finite = 1.0, 1.0, None, True
         if "found_inf" in self.__dict__:  # set by GradScaler for the time of the step
             finite = not float(self.found_inf)
@@ -326,15 +559,47 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
             finite = np.isfinite(norm) or not self._settings.get("skip_nonfinite")
             coefficient = self._coefficient(norm)
         if not finite:
-            self._skipped += 1
-            self.info = self._report(norm, np.nan, False)
-        else:
-            infos: list[StepInfo | None] = []
-            averages = "ema_decay" in self._names  # they follow all parameters at each step
-            if averages or any(engine.has_gradients for engine in engines):
-                infos = [engine.run(scale / coefficient) for engine in engines]
-            alone = infos[0] if infos and not self._outside else None
-            self.info = alone or self._report(norm, coefficient, True)
+            skipped = self._report(norm, np.nan, False, False)
+            commit([(self.__dict__, "_skipped", self._skipped + 1), (self.__dict__, "info", skipped)])
+            return
+        parts: list[tuple[Engine, Any]] = []
+        averages = "ema_decay" in self._names  # they follow all parameters at each step
+        if averages or any(engine.has_gradients for engine in engines):  # then schedules go on for all
+            parts = [(engine, part) for engine in engines for part in engine.prepare(scale / coefficient)]
+        report = None if parts and not self._outside else self._report(norm, coefficient, True, bool(parts))
+        told = self._run(parts)
+        self.info = report or told
+        self._show_numbers()
+
+    def _take_settings(self, engines: Sequence[Engine]) -> None:
+        """Have engines take over what has changed in the groups."""
+        changed = self._changed()
+        if changed:
+            hyper = {g: dict(zip(self._names, taken.values, strict=True)) for g, taken in changed.items()}
+            for engine in engines:
+                engine.take_settings(hyper)
+            self._bring_in_order(changed)
+
+    @staticmethod
+    def _run(parts: Sequence[tuple[Engine, Any]]) -> StepInfo | None:
+        """Carry out all parts of a step; if it is interrupted once the first is done, the others are done as well."""
+        info, begun, marks = None, 0, {}
+        try:
+            for begun, (engine, part) in enumerate(parts):
+                marks[begun] = engine.mark()
+                info = engine.run(part)
+        except BaseException:
+            at, (engine, part) = begun, parts[begun]
+            ran = at in marks and engine.mark() != marks[at]
+            if ran:
+                engine.deliver(part)
+            for engine, part in parts[at + ran :] if at + ran else ():
+                engine.run(part)
+            raise
+        finally:
+            for engine in dict.fromkeys(engine for engine, _ in parts):
+                engine.done()
+        return info
 
     def _coefficient(self, norm: float) -> float:
         """What to multiply all gradients by to clip them."""
@@ -343,8 +608,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
                 f"scope={self._settings['scope']!r} needs all parameters to be of one dtype on one device. Use one "
                 "optimizer for each, or scope='all'."
             )
-        steps = self._steps_made()
-        limits = {_at(tensors.number("clip_norm", group["clip_norm"]), steps) for group in self.param_groups}
+        limits = {self._present(group, "clip_norm") for group in self.param_groups}
         if len(limits) != 1:
             raise ValueError(
                 "groups with different clip_norm need all parameters to be of one dtype on one device. Give all "
@@ -355,12 +619,15 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
             return 1.0
         return max(min(1.0, limit / (norm + 1e-6)), _LEAST)
 
-    def _report(self, norm: float | None, coefficient: float, finite: bool) -> StepInfo:
-        """What is told of a step that the native optimizers did not tell of: of all parameters together."""
-        steps = self._steps_made()
-        rates: list[Any] = [None]
-        if "lr" in self._names:
-            rates = [_at(tensors.number("lr", g["lr"]), max(0, steps - finite)) for g in self.param_groups]
+    def _present(self, group: Mapping[str, Any], name: str) -> Any:
+        """A hyperparameter of a group for the next step."""
+        value = (group.get(SCHEDULES) or {}).get(name, group[name])
+        return following.at(tensors.number(name, value), self._number)
+
+    def _report(self, norm: float | None, coefficient: float, finite: bool, counts: bool) -> StepInfo:
+        """What is told of a step that the native optimizers do not tell of, before it: of all parameters together."""
+        steps = self._steps_made() + counts
+        rates = [self._present(group, "lr") if "lr" in self._names else None for group in self.param_groups]
         lrs = {"": rates[0], **({f"{g}:*": rate for g, rate in enumerate(rates)} if len(rates) > 1 else {})}
         names = ["finite"] if norm is None else ["finite", "grad_norm", "clip_coef"]
         one = np.zeros((1, 1), np.int64)
@@ -399,31 +666,128 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         """Steps that were skipped because a gradient was not finite."""
         return self._skipped + max((int(e.native.skipped_steps) for e in self._engines or ()), default=0)
 
+    # Schedules and averages
+
+    @exclusive
+    def observe(self, metric: Any) -> None:
+        """Tell every `schedules.Plateau` among the hyperparameters how the training goes.
+
+        Args:
+            metric: such as the loss on held-out data; NaN counts as not better.
+
+        Raises:
+            TypeError: if it is no number.
+            ValueError: if no hyperparameter follows a `Plateau`.
+        """
+        engines = self._current()
+        self._take_settings(engines)
+        refused = []
+        for engine in engines:
+            try:
+                engine.native.observe(metric)
+            except ValueError as error:  # there is none among its parameters
+                refused.append(error)
+        if len(refused) == len(engines):
+            raise refused[0]
+        self._show_numbers()
+
+    @property
+    def _average(self) -> str | None:
+        """The rule's letter for the average of a schedule-free optimizer; None for all others."""
+        states_of: Mapping[str, str] = getattr(self._make, "_states", {})
+        return next((letter for letter, name in states_of.items() if name == "averaged"), None)
+
+    def _need_average(self) -> str:
+        letter = self._average
+        if letter is None:
+            raise AttributeError(f"{type(self).__name__} is not schedule-free: it keeps no average to evaluate.")
+        return letter
+
+    @property
+    def averaged(self) -> Any:
+        """Of a schedule-free optimizer the averaged parameters, what to evaluate and to keep; as `ema`."""
+        return self._by_parameter(self._need_average())
+
+    @property
+    def eval(self) -> Callable[[], None]:
+        """Of a schedule-free optimizer: `opt.eval()` puts the averages into the parameters, until `train()`."""
+        self._need_average()
+        return self._put_averages
+
+    @property
+    def train(self) -> Callable[[], None]:
+        """Of a schedule-free optimizer: `opt.train()` puts the weights of training back, bit for bit."""
+        self._need_average()
+        return self._put_weights
+
+    @exclusive
+    def _put_averages(self) -> None:
+        if self._training is not None:
+            return
+        engines = self._current()
+        pairs = [(p, e["averaged"]) for engine in engines for p, e in zip(engine.params, engine.entries, strict=True)]
+        kept = [(p, p.detach().clone()) for p, _ in pairs]
+        writes: list[tuple[Any, Any, Any]] = [(p.detach(), ..., average) for p, average in pairs]
+        commit([(self.__dict__, "_training", kept), *writes])
+
+    @exclusive
+    def _put_weights(self) -> None:
+        if self._training is None:
+            return
+        writes: list[tuple[Any, Any, Any]] = []
+        for p, weights in self._training:
+            writes.append((p.detach(), ..., self._weights_of(p) if weights is None else weights))
+        commit([*writes, (self.__dict__, "_training", None)])
+
+    def _weights_of(self, param: torch.Tensor) -> torch.Tensor:
+        """The weights of training by the state, up to the rounding of one operation."""
+        entries = self.state[param]
+        if "master" in entries:
+            return entries["master"]
+        (group,) = (group for group in self.param_groups if any(p is param for p in group["params"]))
+        beta = self._present(group, "betas")[0] if "betas" in group else self._present(group, "beta")
+        return entries["z"] + beta * (entries["averaged"] - entries["z"])
+
     # Saving and copying
 
+    @exclusive
     def state_dict(self) -> dict[str, Any]:
         """The state in the form of `torch.optim`, which the counterpart there loads.
 
-        A hyperparameter that follows a fastlr schedule has its present value in the group, where PyTorch looks for it;
-        the schedule is saved beside it. The tensors are those of the optimizer, not copies, as in PyTorch.
+        A hyperparameter that follows a fastlr schedule is there with its number for the next step, where PyTorch looks
+        for it, and the schedule beside it. The tensors are those of the optimizer, not copies, as in PyTorch.
         """
         self._save_counts()
-        out = super().state_dict()
-        if not _starts_with_state(type(self).__name__):  # a first update is still to come, as if there were no state
-            out["state"] = {k: v for k, v in out["state"].items() if not _is_new(v)}
-        steps = self._steps_made()
-        for g, group in enumerate(out["param_groups"]):
-            schedules = {n: v for n, v in group.items() if n in self._names and _follows(v)}
-            for name, value in schedules.items():
-                group[name] = _at(value, steps)
-            if g == 0 and self._skipped:
-                group["skipped_steps"] = self._skipped
-            if g == 0 and steps != self._most_updates():
-                group["clock"] = steps
+        out: dict[str, Any] = super().state_dict()
+        if not _starts_with_state(self._theirs):  # a first update is still to come, as if there were no state
+            known = {name for engine in self._engines or () for one in engine.entries[:1] for name in one}
+            kept = {k: _without_new(v, known) for k, v in out["state"].items()}
+            out["state"] = {k: v for k, v in kept.items() if not isinstance(v, dict) or v or not out["state"][k]}
+        remembered = self._remembered()
+        for g, (group, here) in enumerate(zip(out["param_groups"], self.param_groups, strict=True)):
+            taken = self._hyper[g] if g < len(self._hyper) else None
+            try:
+                values = self._taken_from(g, here).values
+            except ValueError:  # a scheduler of PyTorch sets it as well, as the next step says
+                values = self._values_of(here) if taken is None else taken.values
+            schedules = {n: v for n, v in zip(self._names, values, strict=True) if follows(v)}
+            group.pop(SCHEDULES, None)
+            group.update({name: following.at(value, self._number) for name, value in schedules.items()})
             if schedules:
-                group["schedules"] = {name: groups.plain(value) for name, value in schedules.items()}
+                group[SCHEDULES] = {name: groups.plain(value) for name, value in schedules.items()}
+            observed = following.remembered({SCHEDULES: schedules}, remembered)
+            if observed:
+                group["observed"] = observed
+        steps = self._steps_made()
+        along = {
+            "skipped_steps": self._skipped,
+            "clock": steps if steps != _most_updates(self.state) else 0,
+            "averaging": self._training is not None,
+        }
+        out["param_groups"][0].update({name: value for name, value in along.items() if value})
         return out
 
+    @exclusive
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over a state, of this optimizer or of its counterpart in `torch.optim`.
 
@@ -434,69 +798,117 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
             ValueError: if it is of other parameters or of another optimizer; then nothing is changed.
         """
 
-        def hold(_: Any, final: dict[str, Any]) -> None:  # the last hook: what all others have made of the state
-            self._check_state(final)
-            self._loaded = final
+        def hold(_: Any, final: dict[str, Any]) -> dict[str, Any]:  # the last hook: what all others have made of it
+            with _as_value_errors():
+                self._loaded = self._read(final)
+            ids = itertools.count()
+            return {
+                "state": {},
+                "param_groups": [{"params": [next(ids) for _ in g["params"]]} for g in self.param_groups],
+            }
 
+        if not isinstance(state_dict, Mapping):
+            raise ValueError(f"the state of an optimizer is a dict, got a {type(state_dict).__name__}.")
         handle = self.register_load_state_dict_pre_hook(hold)
         try:
             super().load_state_dict(dict(state_dict))
-            if not any(p.device.type == "meta" for group in self.param_groups for p in group["params"]):
-                self._build()
         finally:
-            handle.remove()
             self._loaded = None
+            handle.remove()
 
-    def _group_from(self, saved: Mapping[str, Any], present: Mapping[str, Any]) -> dict[str, Any]:
-        """A group as it will be when a saved one is loaded."""
-        group = {**present, **{k: v for k, v in saved.items() if k not in _SAVED_ALONG}}
-        schedules = saved.get("schedules")
-        if schedules is not None:
-            group.update(checkpoints.as_given(schedules, present))
-        else:
-            group.update({n: v for n, v in present.items() if n in self._names and _follows(v)})
-        return group
-
-    def _check_state(self, state: Mapping[str, Any]) -> None:
-        """Check a state against this optimizer, whole.
+    def _read(self, saved: Any) -> dict[str, Any]:
+        """Check a state whole, and make what is to be set to go on from it.
 
         Raises:
             ValueError: if it does not fit.
         """
-        if not isinstance(state, Mapping) or not {"state", "param_groups"} <= state.keys():
-            raise ValueError("this is not the state of an optimizer of PyTorch: it has no 'state' and 'param_groups'.")
-        counts = [[len(g["params"]) for g in groups] for groups in (state["param_groups"], self.param_groups)]
-        if counts[0] != counts[1]:
-            raise ValueError(
-                f"the state has groups of {counts[0]} parameters, this optimizer of {counts[1]}: it has a different "
-                "number of parameter groups, or one that doesn't match the size of optimizer's group."
-            )
-        for g, (saved, present) in enumerate(zip(state["param_groups"], self.param_groups, strict=True)):
-            missing = [n for n in self._own_names if n not in saved]
-            if missing:
+        state, param_groups = states.check_containers(saved, self.param_groups)
+        along = param_groups[0]
+        skipped, clock = (states.count("the optimizer", n, along.get(n, 0)) for n in ("skipped_steps", "clock"))
+        new = [self._group_from(g, one, self.param_groups[g]) for g, one in enumerate(param_groups)]
+        observed = Remembered()
+        for g, (one, group) in enumerate(zip(param_groups, new, strict=True)):
+            called = f"'observed' of group {g} in the state"
+            states.checked(called, following.recall, group, one.get("observed", {}), observed)
+        params: dict[Any, torch.Tensor] = {}
+        for g, (one, group) in enumerate(zip(param_groups, new, strict=True)):
+            for k, p in zip(one["params"], group["params"], strict=True):
+                if params.setdefault(k, p) is not p:
+                    raise ValueError(f"'params' of group {g} in the state has {k!r} twice, for different parameters.")
+        own: defaultdict[Any, Any] = defaultdict(dict)
+        expected: set[str] = set()
+        for g, (one, group) in enumerate(zip(param_groups, new, strict=True)):
+            values = self._taken_from(g, group).values
+            names = Engine.state_names(self._probe(values))
+            expected.update(names)
+            for k, leaf in zip(one["params"], self._leaves_of(new, g), strict=True):
+                own[leaf.param] = self._entries_from(leaf, state.get(k), names)
+        for k, value in state.items():
+            if k in params:
+                continue
+            if isinstance(k, int) and isinstance(value, Mapping) and not expected.isdisjoint(value):
                 raise ValueError(
-                    f"the state is of another optimizer than {type(self).__name__}: its group {g} has no "
-                    f"{', '.join(missing)}."
+                    f"the state has entries for parameter {k}, but no group has a parameter of that number."
                 )
-            probe = self._probe(self._group_from(saved, present))
-            expected = Engine.state_names(probe)
-            for index, leaf in zip(saved["params"], self._leaves_of(g), strict=True):
-                entries = state["state"].get(index) or {}
-                first = "step" not in entries and not any(entries.get(n) is not None for n in expected)
-                if _is_new(entries) or (first and set(entries) <= set(expected)):
-                    continue
-                for name in expected:
-                    value = entries.get(name)
-                    if not isinstance(value, torch.Tensor):
-                        raise ValueError(
-                            f"the state of {leaf.called} has no {name!r}, only {', '.join(map(str, entries))}. It is "
-                            f"of another optimizer than {type(self).__name__} with these settings."
-                        )
-                    if value.shape != leaf.param.shape:
-                        raise ValueError(
-                            f"{name!r} of {leaf.called} has shape {tuple(value.shape)} in the state, the parameter "
-                            f"{tuple(leaf.param.shape)}."
-                        )
+            own[k] = value
+        own = defaultdict(dict, {k: v for k, v in own.items() if not isinstance(k, torch.Tensor) or v})
+        clock = max(clock, _most_updates(own))
+        more = {"state": own, "param_groups": new, "_skipped": skipped, "_clock": clock, "_observed": observed}
+        halves = any("master" in entries for entries in own.values() if isinstance(entries, dict))
+        averaging = bool(along.get("averaging")) and self._average is not None and not halves
+        more["_training"] = [(p, None) for group in new for p in group["params"]] if averaging else None
+        if any(p.device.type == "meta" for group in new for p in group["params"]):
+            return {**more, "_engines": None}
+        return {**more, "made": self._make_engines(new, own, None, self._ema_out, clock, observed)}
+
+    def _entries_from(self, leaf: Leaf, saved: Any, expected: Sequence[str]) -> dict[str, Any]:
+        """The saved state of a parameter, checked as far as it can be without an engine.
+
+        Raises:
+            ValueError: if something is missing.
+        """
+        entries = dict(states.entries_of(leaf.called, saved))
+        first = "step" not in entries and not any(entries.get(n) is not None for n in expected)
+        if not _is_new(leaf.called, entries) and not (first and set(entries) <= set(expected)):
+            for name in expected if not first or not entries.keys().isdisjoint(expected) else ():
+                if not isinstance(entries.get(name), torch.Tensor):
+                    raise ValueError(
+                        f"the state of {leaf.called} has no {name!r}, only {', '.join(map(str, entries))}. It is "
+                        f"of another optimizer than {type(self).__name__} with these settings."
+                    )
+        device = leaf.param.device
+
+        def here(value: Any) -> Any:
+            return value if not isinstance(value, torch.Tensor) or value.device == device else value.to(device)
+
+        kept = {*expected, "step", "skipped", "master"}
+        return {name: value if name in kept else here(value) for name, value in entries.items()}
+
+    def _group_from(self, g: int, saved: Mapping[str, Any], present: Mapping[str, Any]) -> dict[str, Any]:
+        """A group as it will be when a saved one is loaded.
+
+        Raises:
+            ValueError: if it is of another optimizer, or a schedule cannot be read.
+        """
+        missing = [n for n in self._own_names if n not in saved]
+        if missing:
+            raise ValueError(
+                f"the state is of another optimizer than {type(self).__name__}: its group {g} has no "
+                f"{', '.join(missing)}."
+            )
+        group = {**present, **{k: v for k, v in saved.items() if k not in _SAVED_ALONG}}
+        followed = dict(present.get(SCHEDULES) or {})
+        given = saved.get(SCHEDULES)
+        if given is not None:
+            called = f"{SCHEDULES!r} of group {g} in the state"
+            followed = states.checked(called, checkpoints.as_given, given, {**present, **followed})
+            wrong = [name for name, value in followed.items() if not follows(value)]
+            if wrong:
+                raise ValueError(f"{called} must be schedules, but that of {wrong[0]!r} is {followed[wrong[0]]!r}.")
+        group.pop(SCHEDULES, None)
+        if followed:
+            group[SCHEDULES] = following.Followed({n: v for n, v in followed.items() if n in self._names})
+        return group
 
     @property
     def _own_names(self) -> list[str]:
@@ -504,36 +916,45 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         others = (*StepOptions.__annotations__, "ema_decay")
         return [n for n in self._names if n not in others and not isinstance(self.param_groups[0][n], bool)]
 
+    @exclusive
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles take along; engines are made anew."""
         self._save_counts()
-        kept = ("_make", "_names", "_settings", "_ema_out", "_skipped")
-        own = {name: self.__dict__.get(name) for name in kept}
-        return {**super().__getstate__(), **own, "_clock": self._steps_made()}
+        kept = {name: self.__dict__[name] for name in ("_make", "_names", "_settings", "_skipped", "_training")}
+        kept["_ema_out"], kept["_clock"] = self.ema_out, self._steps_made()
+        kept["_observed"] = list(self._remembered()._states.values())  # copies of the plateaus will remember it
+        return {**super().__getstate__(), **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over groups and state: from a copy, a pickle, or `load_state_dict`."""
-        saved = self.__dict__.get("_loaded")
-        if saved is not None:
-            # PyTorch has cast the state to the parameters' dtype and device; masters and products keep theirs.
-            indices = [k for group in saved["param_groups"] for k in group["params"]]
-            params = [p for group in self.param_groups for p in group["params"]]
-            for k, p in zip(indices, params, strict=True):
-                if k in saved["state"]:
-                    state["state"][p] = dict(saved["state"][k])
-            new = [
-                self._group_from(group, present)
-                for group, present in zip(saved["param_groups"], self.param_groups, strict=True)
-            ]
-            self._skipped = int(saved["param_groups"][0].get("skipped_steps", 0))
-            self._clock = int(saved["param_groups"][0].get("clock", 0))
-            state["param_groups"] = [
-                {**group, "params": present["params"]} for group, present in zip(new, self.param_groups, strict=True)
-            ]
+        loaded = self.__dict__.get("_loaded")
+        if loaded is not None:
+            more = dict(loaded)
+            made = more.pop("made", None)
+            if made is not None:
+                self._install(made, **more)
+            else:
+                commit([(self.__dict__, name, value) for name, value in more.items()])
+            return
         super().__setstate__(state)
-        self._engines = None
-        for name, start in (("info", None), ("_loaded", None), ("_known", []), ("_clock", 0)):
-            self.__dict__.setdefault(name, start)
+        given, training = state.get("_ema_out"), state.get("_training")
+        self._ema_out = None if given is None else [tensors.Theirs(average) for average in given]
+        observed = Remembered()
+        for plateau, known in state.get("_observed", ()):
+            observed.put(plateau, known)
+        self._start(state.get("_clock", 0), state.get("_skipped", 0), observed)
+        self._training = training
+
+
+@contextlib.contextmanager
+def _as_value_errors() -> Iterator[None]:
+    """Whatever goes wrong with a saved state is a ValueError: the state is not right."""
+    try:
+        yield
+    except (ValueError, MemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(f"the state cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 @functools.cache
@@ -543,18 +964,6 @@ def _never_compiled() -> Callable[..., Any]:
     Made late: `torch.compiler.disable` imports the compiler, which PyTorch does when the first optimizer is built.
     """
     return torch.compiler.disable(Optimizer._step)
-
-
-def _follows(value: Any) -> bool:
-    """Whether a hyperparameter follows a schedule, or a part of it does."""
-    return isinstance(value, Schedule) or (isinstance(value, tuple | list) and any(map(_follows, value)))
-
-
-def _at(value: Any, step: int) -> Any:
-    """A hyperparameter at a step."""
-    if isinstance(value, tuple | list):
-        return tuple(_at(one, step) for one in value)
-    return float(value(step)) if isinstance(value, Schedule) else value
 
 
 def _check_sums(staged: Staged) -> None:
@@ -570,15 +979,28 @@ def _check_sums(staged: Staged) -> None:
         )
 
 
-def _is_new(entries: Mapping[str, Any]) -> bool:
+def _is_new(called: str, entries: Mapping[str, Any]) -> bool:
     """Whether a parameter with this state has not been updated yet."""
-    return not entries or ("step" in entries and int(entries["step"]) == 0)
+    return not entries or ("step" in entries and states.count(called, "step", entries["step"]) == 0)
+
+
+def _without_new(entries: Any, known: set[str]) -> Any:
+    """What to save of the state of a parameter: if it has not been updated yet, only what others keep there."""
+    if not isinstance(entries, dict) or "step" not in entries or float(entries["step"]) != 0:
+        return entries
+    return {name: value for name, value in entries.items() if name not in known}
+
+
+def _most_updates(state: Mapping[Any, Any]) -> int:
+    """The updates of the parameter that has had the most, by the state."""
+    counts = (entries["step"] for entries in state.values() if isinstance(entries, dict) and "step" in entries)
+    return max((int(states.number("a parameter", "step", one)) for one in counts), default=0)
 
 
 @functools.cache
-def _starts_with_state(name: str) -> bool:
+def _starts_with_state(name: str | None) -> bool:
     """Whether PyTorch's optimizer of this name makes its state when it is built, and not at the first update."""
-    theirs = getattr(torch.optim, name, None)
+    theirs = None if name is None else getattr(torch.optim, name)
     return theirs is not None and len(theirs([torch.zeros(1)]).state) > 0
 
 
@@ -604,7 +1026,12 @@ def counterpart(native: type[Native]) -> type[Optimizer]:
     return type(
         name,
         (Optimizer,),
-        {"__init__": construct, "__doc__": f"{described}\n    {source}\n    ", "__module__": __package__},
+        {
+            "__init__": construct,
+            "_theirs": name if hasattr(torch.optim, name) else None,
+            "__doc__": f"{described}\n    {source}\n    ",
+            "__module__": __package__,
+        },
     )
 
 

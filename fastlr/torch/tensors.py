@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,8 +38,67 @@ def in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def like(tensor: torch.Tensor, flat: torch.Tensor, start: int) -> torch.Tensor:
-    """A view of flat memory, from an element on, with the shape and strides of a dense tensor."""
-    return flat.as_strided(tensor.shape, tensor.stride(), flat.storage_offset() + start)
+    """A view of flat memory, from an element on, with the shape and strides of a dense tensor.
+
+    To autograd it is a view, which is written when the memory is; but its storage is its own part only, since saving a
+    tensor saves its storage.
+    """
+    view = flat.as_strided(tensor.shape, tensor.stride(), flat.storage_offset() + start)
+    if view.numel():
+        view.data = torch.from_dlpack(view)
+    return view
+
+
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Whether all elements are in memory: that of a storage can be given back, and that on the device meta is none."""
+    if tensor.is_meta or tensor.layout is not torch.strided:
+        return False
+    if not tensor.numel():
+        return True
+    last = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    needed = (tensor.storage_offset() + last + 1) * tensor.element_size()
+    return tensor.untyped_storage().nbytes() >= needed and tensor.data_ptr() != 0
+
+
+class Theirs:
+    """A tensor of the user's that a step writes: its memory is kept, itself only as long as the user keeps it.
+
+    Args:
+        tensor: the tensor.
+
+    Attributes:
+        memory: another tensor over its memory.
+        kept: whether somebody else has the tensor; None: not known yet.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.memory, self._reference = tensor.detach(), weakref.ref(tensor)
+        self.kept: bool | None = None
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The tensor, or one over the same memory if nobody has it any more."""
+        found = self._reference()
+        return self.memory if found is None else found
+
+    def now(self, called: str) -> torch.Tensor:
+        """The tensor; one that nobody else ever kept is ours.
+
+        Raises:
+            ValueError: if it was somebody's, and is gone.
+        """
+        found = self._reference()
+        if self.kept is None:
+            self.kept = found is not None
+        if found is not None:
+            return found
+        if self.kept:
+            raise ValueError(
+                f"the tensor given as ema_out for {called} no longer exists, so nobody would see the average: "
+                "load_state_dict(assign=True), or a new module in its place? Give the optimizer the new ones: "
+                "opt.ema_out = target.parameters()."
+            )
+        return self.memory
 
 
 def check_parameter(called: str, tensor: torch.Tensor, halves: bool) -> None:
@@ -70,6 +130,8 @@ def check_parameter(called: str, tensor: torch.Tensor, halves: bool) -> None:
         raise TypeError(f"{called} is {name_of(tensor.dtype)}, expected float32 or float64.{hint}")
     if tensor.device.type not in ("cpu", "cuda", "meta"):
         raise ValueError(f"{called} is on {tensor.device}; fastlr updates parameters on the CPU and on NVIDIA GPUs.")
+    if not tensor.is_meta and not has_memory(tensor):
+        raise ValueError(f"{called} has no memory: its storage has been given back, or is too small for its shape.")
     if not is_dense(tensor) or tensor.is_neg():
         raise ValueError(
             f"{called} is not dense in memory: shape {tuple(tensor.shape)}, strides {tensor.stride()}. "
@@ -95,6 +157,8 @@ def check_gradient(called: str, grad: torch.Tensor, param: torch.Tensor) -> None
         raise ValueError(f"the gradient of {called} has shape {tuple(grad.shape)}, the parameter {tuple(param.shape)}.")
     if grad.device != param.device:
         raise ValueError(f"the gradient of {called} is on {grad.device}, the parameter on {param.device}.")
+    if not has_memory(grad):
+        raise ValueError(f"the gradient of {called} has no memory: its storage has been given back.")
 
 
 def with_strides_of(param: torch.Tensor, grad: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
