@@ -355,9 +355,10 @@ def reading(path: str | os.PathLike[str]) -> Iterator[Archive]:
             except ValueError as error:  # of what it is made of
                 raise _DamagedError(str(error)) from None
             yield archive
-        except (ValueError, MemoryError):
-            raise
         except Exception as error:  # whatever zipfile, zlib, struct and json make of bytes that make no sense
-            if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
-                raise  # the disk's
-            raise ValueError(f"{damaged}: {error}.") from None
+            ours = isinstance(error, ValueError) and not isinstance(error, UnicodeError)
+            of_the_disk = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
+            if ours or of_the_disk or isinstance(error, MemoryError):
+                raise
+            text = str(error)
+            raise ValueError(f"{damaged}: {text if len(text) < 200 else text[:200] + '...'}.") from None
