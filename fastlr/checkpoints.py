@@ -345,8 +345,8 @@ def _hyperparameters(
     try:
         values = opt._hyper.read(groups) if exact is None else exact
         return opt._hyper.with_values(values, opt._params.paths)
-    except (TypeError, ArithmeticError, RecursionError) as error:  # right for a user, but not for what a state holds
-        raise ValueError(f"the hyperparameters in the state are wrong: {error}") from None
+    except (TypeError, ValueError, ArithmeticError, RecursionError) as error:  # some quote what may be very long
+        raise ValueError(f"in the hyperparameters of the state, {str(error)[:400]}") from None
 
 
 def _fitting(opt: Optimizer, attributes: Mapping[str, Any], counts: Counts) -> dict[str, Any]:

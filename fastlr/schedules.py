@@ -480,7 +480,7 @@ class Schedule(abc.ABC):
                 if not isinstance(getattr(made, f.name), kind):
                     raise TypeError(f"{f.name} cannot be {shown(getattr(made, f.name))}")
         except (KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-            raise ValueError(f"this is not a schedule: {shown(data)} ({error}).") from None
+            raise ValueError(f"this is not a schedule: {shown(data)} ({str(error)[:200]}).") from None
         return made
 
 
