@@ -307,7 +307,7 @@ def _check(
     counts = _counts(opt, saved, steps, array)
     hyper = _hyperparameters(opt, saved["groups"], exact) if hyperparameters else opt._hyper
     attributes = {"_hyper": hyper, "_observed": scheduled.restored(hyper, saved.get("observed", {}))}
-    attributes.update(_fitting(opt, attributes, counts))
+    attributes.update(_fitting(opt, attributes, counts, foreign=hyperparameters and exact is None))
     params = [a for _, a in arrays[-len(opt._params.leaves) :]] if with_params else opt._params.leaves
     return _Checked(arrays, params, attributes, counts, loss_scale)
 
@@ -349,8 +349,15 @@ def _hyperparameters(
         raise ValueError(f"in the hyperparameters of the state, {str(error)[:400]}") from None
 
 
-def _fitting(opt: Optimizer, attributes: Mapping[str, Any], counts: Counts) -> dict[str, Any]:
-    """The attributes that follow from others, once it is known that the next step can be made with them."""
+def _fitting(opt: Optimizer, attributes: Mapping[str, Any], counts: Counts, foreign: bool) -> dict[str, Any]:
+    """The attributes that follow from others, once it is known that the next step can be made with them.
+
+    Args:
+        opt: the optimizer.
+        attributes: hyperparameters, and what plateaus remember.
+        counts: what is counted.
+        foreign: whether the hyperparameters come from a file, so that schedules have to fit the next step.
+    """
     probe: Optimizer = object.__new__(type(opt))
     probe.__dict__.update({**opt.__dict__, **attributes, "_observed": attributes["_observed"].copy()})
     try:
@@ -360,6 +367,8 @@ def _fitting(opt: Optimizer, attributes: Mapping[str, Any], counts: Counts) -> d
             raise ValueError(f"with the hyperparameters in the state the rule has other states than here: {names}.")
         rows = probe._make_rows(counts, opt._partition)
         follows = probe._follow(probe._hyper.uniforms(), staged, rows)
+        if foreign:
+            follows.fill(counts.steps, np.zeros((len(rows), len(staged.uniforms))))
         if opt._on_host:
             return probe._rows_for(counts)
         follows.formulas()

@@ -856,6 +856,8 @@ def test_a_value_out_of_range_changes_nothing(rng):
     ):
         opt.step(g[2])
     assert all(np.array_equal(before[k], v) for k, v in opt.snapshot().items())
+    opt.restore(before)
+    assert opt.steps == 2
 
 
 def test_numbers_change_without_another_kernel(rng):

@@ -465,6 +465,7 @@ _NONSENSE = [
     _set(*_OWN, "lr", {"type": ["Cosine"]}),
     _set(*_OWN, "lr", {"type": "Constant", "value": [[]]}),
     _set(*_OWN, "lr", _nested(300)),
+    _set(*_OWN, "betas", [{"type": "Linear", "start": 0.9, "end": 1.0, "steps": 3}, 0.9]),
     _set(*_OWN, "betas", [2.0, 0.9]),
     _set(*_OWN, "betas", [0.9]),
     _set(*_OWN, "betas", 0.9),

@@ -407,7 +407,8 @@ def _damaged_npz(r: random.Random, name: str) -> tuple[bytes, str, bool]:
     elif kind == "twice":
         twice = [(key, r.choice([members[key], _npy(np.zeros(3)), b"", _npy(_odd_array(r, state[key[:-4]]))]))]
     elif kind == "more":
-        members[r.choice(["x.npy", "x", "params.x.npy", "exp_avg.npy", "allow_pickle.npy", "file.npy"])] = r.choice(
+        others = ["x.npy", "x", "params.x.npy", "exp_avg.npy", "allow_pickle.npy", "file.npy"]
+        members[r.choice([other for other in others if other not in members])] = r.choice(
             [b"", b"x", _npy(np.zeros(3)), _npy(np.full(2, _Pickled(), object)), members[key]]
         )
     elif kind == "order":
@@ -507,7 +508,8 @@ def _damaged_dict(r: random.Random, name: str) -> tuple[Any, str]:
         out[key] = _odd_array(r, out[key])
     elif kind == "value":
         text = r.choice([*VALUES, *ARRAYS])
-        out[key] = made(text, shape=out[key].shape, D=out[key].dtype.str[1:], own=out[key])
+        dtype = out[key].dtype.str[1:] if out[key].dtype.kind == "f" else "f8"  # not all of them can be of integers
+        out[key] = made(text, shape=out[key].shape, D=dtype, own=out[key])
         kind = text
     elif kind == "gone":
         del out[key]
