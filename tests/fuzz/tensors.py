@@ -8,12 +8,12 @@ import math
 import random
 from typing import Any
 
-import numpy as np
 import torch
 
 import fastlr.torch
 from fastlr.schedules import Cosine
 
+from .arguments import as_number
 from .promises import BrokenPromiseError, difference, refusal
 from .values import VALUES, made
 
@@ -165,9 +165,8 @@ def _nonsense(opt: torch.optim.Optimizer) -> str:
             for x in values:
                 if isinstance(x, fastlr.schedules.Schedule) or (callable(x) and not isinstance(x, type)):
                     continue
-                number = x.item() if isinstance(x, torch.Tensor) else x
-                good = isinstance(number, int | float | np.integer | np.floating) and not isinstance(number, bool)
-                if not good or not low <= number < high or getattr(number, "dtype", np.dtype(float)).kind not in "fiu":
+                number = as_number(x.item() if isinstance(x, torch.Tensor) and x.numel() == 1 else x)
+                if number is None or not low <= number < high:
                     return f"{name} is {x!r}"
     for entries in opt.state_dict()["state"].values():
         step = float(entries.get("step", 0))
