@@ -26,7 +26,7 @@ def test_odd_arguments(part):
 
 @pytest.mark.parametrize("part", range(2))
 def test_damaged_files_and_states(part):
-    check("files", files.trial, 500, part)
+    check("files", files.trial, 400, part)
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_damaged_files_and_states(part):
 def test_exceptions_at_any_line(calls):
     if calls == "torch":
         pytest.importorskip("torch")
-    check("interrupts", interrupts.trial_of(calls), 600 if calls == "step" else 150)
+    check("interrupts", interrupts.trial_of(calls), 400 if calls == "step" else 100)
 
 
 def test_calls_from_several_threads():
@@ -44,7 +44,7 @@ def test_calls_from_several_threads():
 
 @pytest.mark.parametrize("calls", ["step, first", "step, later", "step, loss scale", "accumulate, second", "restore"])
 def test_calls_inside_calls(calls):
-    check("reentry", reentry.trial_of(calls), 60)
+    check("reentry", reentry.trial_of(calls), 50)
 
 
 @pytest.mark.parametrize("caller", reentry.CALLERS)
