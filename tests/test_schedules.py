@@ -422,7 +422,9 @@ PER_MODEL = [
 ]
 
 
-@pytest.mark.parametrize(("schedule", "one"), PER_MODEL, ids=lambda x: type(x).__name__ if isinstance(x, Schedule) else "")
+@pytest.mark.parametrize(
+    ("schedule", "one"), PER_MODEL, ids=lambda x: type(x).__name__ if isinstance(x, Schedule) else ""
+)
 def test_a_population_follows_a_schedule_of_arrays(schedule, one):
     params = fleet()
     opt = fastlr.SGD(params, lr=schedule, groups={"w": {"weight_decay": 0.1 * schedule}}, backend="numpy")
