@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from . import checks, extras, files, groups, scheduled
+from . import checks, extras, files, scheduled
 from .groups import Groups
 from .kernels.atomic import commit
 from .rows import Counts
@@ -20,7 +20,7 @@ from .rows import Counts
 if TYPE_CHECKING:
     from .optimizer import Optimizer
 
-__all__ = ["Snapshot", "apply", "as_given", "collect", "load", "save", "snapshot"]
+__all__ = ["Snapshot", "apply", "collect", "load", "save", "snapshot"]
 
 _FORMAT = 2
 _DESCRIPTION = "fastlr"
@@ -58,7 +58,7 @@ def _described(opt: Optimizer, params: bool) -> dict[str, Any]:
     described["params"] = params
     if opt.loss_scale is not None:
         described["loss_scale"] = opt.loss_scale.state_dict()
-    observed = scheduled.saved(opt._hyper, opt._observed)
+    observed = scheduled.saved(scheduled.places(opt._hyper), opt._observed)
     if observed:
         described["observed"] = observed
     if _depth(described, _DEEPEST) > _DEEPEST:
@@ -306,7 +306,7 @@ def _check(
     arrays = [(c.array, array(c.key, c.shape, opt._params.dtype)) for c in _columns(opt, with_params)]
     counts = _counts(opt, saved, steps, array)
     hyper = _hyperparameters(opt, saved["groups"], exact) if hyperparameters else opt._hyper
-    attributes = {"_hyper": hyper, "_observed": scheduled.restored(hyper, saved.get("observed", {}))}
+    attributes = {"_hyper": hyper, "_observed": scheduled.restored(scheduled.places(hyper), saved.get("observed", {}))}
     attributes.update(_fitting(opt, attributes, counts, foreign=hyperparameters and exact is None))
     params = [a for _, a in arrays[-len(opt._params.leaves) :]] if with_params else opt._params.leaves
     return _Checked(arrays, params, attributes, counts, loss_scale)
@@ -415,20 +415,6 @@ def _apart(arrays: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[tuple[np.nda
         return source.copy() if before >= 0 and spans[before][1] > begin else source
 
     return [(to, own(source)) for to, source in arrays]
-
-
-def as_given(values: Mapping[str, Any], present: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """Lists and dicts from JSON as the tuples, arrays and schedules that they were.
-
-    Args:
-        values: as `groups.plain` made them.
-        present: what the optimizer has now, for functions of the user's, which cannot be saved.
-        where: what to put before names in messages.
-
-    Raises:
-        ValueError: if a function would be needed and is not there.
-    """
-    return {n: groups.given(f"{where}{n}", v, (), present.get(n)) for n, v in values.items()}
 
 
 def _difference(what: str, saved: Any, here: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -358,19 +358,19 @@ class Rates(Mapping[str, Any]):
         return len(self._parts)
 
 
-def _places(hyper: Groups) -> Iterator[tuple[str, Plateau]]:
+def places(hyper: Groups) -> Iterator[tuple[str, Plateau]]:
     """The plateaus among the hyperparameters, each with the name of its place."""
     for label, schedule in hyper.schedules():
         for k, plateau in enumerate(plateaus_of(schedule)):
             yield f"{label}, {k}" if k else label, plateau
 
 
-def saved(hyper: Groups, observed: Remembered) -> dict[str, Any]:
+def saved(here: Iterable[tuple[str, Plateau]], observed: Remembered) -> dict[str, Any]:
     """What plateaus remember, as plain data: by their places, since equal ones may remember different things."""
-    return {place: asdict(observed.of(plateau)) for place, plateau in _places(hyper)}
+    return {place: asdict(observed.of(plateau)) for place, plateau in here}
 
 
-def restored(hyper: Groups, data: Any) -> Remembered:
+def restored(here: Iterable[tuple[str, Plateau]], data: Any) -> Remembered:
     """What `saved` returned, for the plateaus that are in these places now.
 
     States of fastlr 0.1 have it by the code of the plateau, equal ones together.
@@ -393,7 +393,7 @@ def restored(hyper: Groups, data: Any) -> Remembered:
         raise ValueError(f"this is not what plateaus remember: {checks.shown(data)}.")
     states = {name: Observed(**{k: one(k, v) for k, v in state.items()}) for name, state in data.items()}
     observed = Remembered()
-    for place, plateau in _places(hyper):
+    for place, plateau in here:
         state = states.get(place, states.get(repr(plateau)))
         if state is not None:
             observed.put(plateau, replace(state))

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
-from ..scheduled import Remembered, plateaus_of
-from ..schedules import Function, Observed, Plateau, Schedule
+from ..scheduled import plateaus_of
+from ..schedules import Function, Plateau, Schedule
 
-__all__ = ["SCHEDULES", "Followed", "at", "follows", "recall", "remembered", "resolved", "settle", "show"]
+__all__ = ["SCHEDULES", "Followed", "at", "follows", "plateaus", "resolved", "settle", "show"]
 
 SCHEDULES = "schedules"  # the key in a group
 
@@ -137,25 +136,3 @@ def plateaus(group: Mapping[str, Any]) -> Iterator[tuple[str, Plateau]]:
         for k, part in enumerate(value if isinstance(value, tuple) else [value]):
             for j, plateau in enumerate(plateaus_of(part) if isinstance(part, Schedule) else ()):
                 yield f"{name}[{k}], {j}", plateau
-
-
-def remembered(group: Mapping[str, Any], observed: Remembered) -> dict[str, Any]:
-    """What the plateaus of a group remember, as plain data: by their places."""
-    return {place: asdict(observed.of(plateau)) for place, plateau in plateaus(group)}
-
-
-def recall(group: Mapping[str, Any], data: Mapping[str, Any], observed: Remembered) -> None:
-    """Let the plateaus of a group remember what `remembered` returned.
-
-    Raises:
-        ValueError: if it is something else.
-    """
-    for place, plateau in plateaus(group):
-        if place in data:
-            state = Observed(**data[place])
-            best = 0.0 if state.best is None else state.best
-            if type(state.scale) is not float or type(best) not in (int, float) or not 0.0 < state.scale <= 1.0:
-                raise ValueError(f"{place} must have a scale in (0, 1] and a number as its best, got {state!r}.")
-            if any(type(count) is not int or count < 0 for count in (state.bad, state.cooling)):
-                raise ValueError(f"{place} must have counted from 0 on, got {state!r}.")
-            observed.put(plateau, state)

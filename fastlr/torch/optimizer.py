@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from .. import checkpoints, groups
+from .. import groups, scheduled
 from ..exclusive import Users, enter, exclusive
 from ..kernels import exchange
 from ..kernels.atomic import commit
@@ -775,7 +775,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
             group.update({name: following.at(value, self._number) for name, value in schedules.items()})
             if schedules:
                 group[SCHEDULES] = {name: groups.plain(value) for name, value in schedules.items()}
-            observed = following.remembered({SCHEDULES: schedules}, remembered)
+            observed = scheduled.saved(following.plateaus({SCHEDULES: schedules}), remembered)
             if observed:
                 group["observed"] = observed
         steps = self._steps_made()
@@ -829,7 +829,8 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         observed = Remembered()
         for g, (one, group) in enumerate(zip(param_groups, new, strict=True)):
             called = f"'observed' of group {g} in the state"
-            states.checked(called, following.recall, group, one.get("observed", {}), observed)
+            part = states.checked(called, scheduled.restored, following.plateaus(group), one.get("observed", {}))
+            observed._states.update(part._states)
         params: dict[Any, torch.Tensor] = {}
         for g, (one, group) in enumerate(zip(param_groups, new, strict=True)):
             for k, p in zip(one["params"], group["params"], strict=True):
@@ -901,7 +902,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         given = saved.get(SCHEDULES)
         if given is not None:
             called = f"{SCHEDULES!r} of group {g} in the state"
-            followed = states.checked(called, checkpoints.as_given, given, {**present, **followed})
+            followed = states.checked(called, _schedules_from, given, present, followed)
             wrong = [name for name, value in followed.items() if not follows(value)]
             if wrong:
                 raise ValueError(f"{called} must be schedules, but that of {wrong[0]!r} is {followed[wrong[0]]!r}.")
@@ -977,6 +978,11 @@ def _check_sums(staged: Staged) -> None:
             f"rule {staged.name!r} sums over several parameters, so all must be of one dtype on one device and updated "
             "together: with HostOptimizer in one chunk, which chunk= can make large enough."
         )
+
+
+def _schedules_from(saved: Mapping[str, Any], present: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The schedules that were saved of a group; a function of the user's is the one that is there now."""
+    return {name: groups.given(name, value, present.get(name), own.get(name)) for name, value in saved.items()}
 
 
 def _is_new(called: str, entries: Mapping[str, Any]) -> bool:
