@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
+import numbers
 import reprlib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
 
+from . import places
+from .kernels.formats import FORMATS
 from .places import Memory
 
 DTYPES = ("float32", "float64")
@@ -87,16 +91,74 @@ def expected(name: str) -> str:
     return f"must be in [{low:g}, {high:g}{']' if closed else ')'}"
 
 
+MOST = 2**63 - 1  # the largest whole number that is taken
+
+
+def _python_number(value: Any) -> Any:
+    """A number as Python has it, exactly, or None if it is no number: this decides for every argument what one is.
+
+    Numbers are Python's real ones (int, float, Fraction, Decimal), integers and floats of NumPy, and what another
+    library keeps as an array without dimensions. No numbers are bools, text, complex numbers, dates, durations, what is
+    masked, and what carries a unit.
+    """
+    if isinstance(value, np.ndarray | np.generic):
+        real = value.dtype.kind in "iuf" or value.dtype.name in FORMATS
+        plain = isinstance(value, np.generic) or places.is_plain(value)
+        return value.item() if real and plain and value.ndim == 0 else None
+    if getattr(value, "shape", None) == () and hasattr(value, "item") and places.is_plain(value):
+        value = value.item()
+    return value if isinstance(value, numbers.Real | Decimal) and not isinstance(value, bool) else None
+
+
+def real(name: str, value: Any, wanted: str = "a number") -> float:
+    """A number as a float; NaN and infinity are numbers here.
+
+    Args:
+        name: what the caller calls it.
+        value: what the user gave.
+        wanted: what it must be, in words.
+
+    Raises:
+        TypeError: if it is no number.
+        ValueError: if a float cannot hold it.
+    """
+    if type(value) is float:
+        return value
+    try:
+        number = _python_number(value)
+    except Exception as error:  # whatever another library raises where there is nothing to read
+        raise TypeError(f"{name} is a {type(value).__name__} that cannot be read as a number: {error}.") from None
+    if number is None:
+        raise TypeError(f"{name} must be {wanted}, got {shown(value)}.")
+    try:
+        found = float(number)
+    except (OverflowError, ValueError):  # ValueError: Decimal's signaling NaN
+        found = math.inf
+    if math.isinf(found) and number != found:
+        raise ValueError(f"{name} must be {wanted} that a float64 can hold, got {shown(value)}.")
+    return found
+
+
+def reals(name: str, value: Any) -> np.ndarray:
+    """One number, or a list or an array of them, as an array of float64 of its own.
+
+    Raises:
+        TypeError: if it is something else, or one of them is no number.
+        ValueError: if a float cannot hold one.
+    """
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview):
+        return np.array([real(f"{name}[{k}]", one) for k, one in enumerate(value)], np.float64)
+    if not getattr(value, "shape", ()):
+        return np.array(real(name, value))
+    array = readable(name, value)
+    if array.dtype.kind not in "iuf":
+        raise TypeError(f"{name} must be a number or an array of numbers, got an array of {array.dtype}.")
+    return array.astype(np.float64)
+
+
 def _number(name: str, label: str, value: Any, population: int | None) -> float | np.ndarray:
     low, high, closed = _RANGES.get(name, (-math.inf, math.inf, False))
-    if value is None or isinstance(value, bool | np.bool_ | str):
-        raise TypeError(f"{label} must be a number, got {shown(value)}.")
-    try:
-        array = np.array(value, dtype=np.float64)
-    except OverflowError:
-        raise ValueError(f"{label} {expected(name)}, got {shown(value)}.") from None
-    except (TypeError, ValueError):
-        raise TypeError(f"{label} must be a number, got {shown(value)}.") from None
+    array = reals(label, value)
     if array.ndim and (population is None or array.shape != (population,)):
         wanted = "one number" if population is None else f"one number or an array of shape ({population},)"
         hint = "" if population is not None else " (only a population takes arrays: see fastlr.flatten)"
@@ -164,7 +226,7 @@ def mask(name: str, value: Any, population: int | None) -> np.ndarray:
         TypeError: if it is no array of bools.
         ValueError: if it has another shape.
     """
-    array = np.array(value)
+    array = readable(name, value).copy()
     if array.dtype != bool:
         raise TypeError(f"{name} must be True, False or an array of bools, one for each model, got {shown(value)}.")
     if array.shape != (population,):
@@ -190,12 +252,25 @@ def number(name: str, value: Any, low: float, high: float) -> float:
         TypeError: if it is no number.
         ValueError: if it is not above the one and below the other.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
-        raise TypeError(f"{name} must be a number, got {shown(value)}.")
-    if not low < value < high:
+    found = real(name, value)
+    if not low < found < high:
         expected = f"above {low:g} and finite" if high == math.inf else f"between {low:g} and {high:g}, exclusive"
         raise ValueError(f"{name} must be {expected}, got {shown(value)}.")
-    return float(value)
+    return found
+
+
+def within(name: str, value: Any, low: float = 0.0, high: float = math.inf) -> float:
+    """A finite number from one to another, these included.
+
+    Raises:
+        TypeError: if it is no number.
+        ValueError: if it is below the one, above the other, or not finite.
+    """
+    found = real(name, value)
+    if not (low <= found <= high and math.isfinite(found)):
+        wanted = f"at least {low:g} and finite" if high == math.inf else f"from {low:g} to {high:g}"
+        raise ValueError(f"{name} must be {wanted}, got {shown(value)}.")
+    return found
 
 
 def called(path: str, name: str = "params") -> str:
@@ -321,11 +396,21 @@ def address(array: np.ndarray) -> int:
     return int(array.__array_interface__["data"][0])
 
 
-def _readable(path: str, leaf: Any) -> np.ndarray:
+def readable(name: str, leaf: Any) -> np.ndarray:
+    """What a user gave for an array of numbers, as NumPy reads it; without a copy where possible.
+
+    Raises:
+        TypeError: if it is none, or means more than its memory.
+    """
+    places.check_plain(name, leaf)
     try:
-        return leaf if isinstance(leaf, np.ndarray) else np.asarray(leaf)
+        array = np.asarray(leaf)
     except Exception as error:  # whatever an array of another library raises: torch for requires_grad, say
-        raise TypeError(f"{called(path, 'grads')} is a {type(leaf).__name__} that NumPy cannot read: {error}") from None
+        raise TypeError(f"{name} is a {type(leaf).__name__} that NumPy cannot read: {error}") from None
+    if array.dtype == object:
+        given = "an array of objects" if isinstance(leaf, np.ndarray) else f"a {type(leaf).__name__}"
+        raise TypeError(f"{name} is {given}, expected an array of numbers.")
+    return array
 
 
 def _bits(leaf: Any) -> np.ndarray | None:
@@ -333,7 +418,7 @@ def _bits(leaf: Any) -> np.ndarray | None:
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(leaf, torch.Tensor) or leaf.dtype != torch.bfloat16:
         return None
-    array: np.ndarray = _readable("", leaf.detach().view(torch.int16)).view(np.uint16)
+    array: np.ndarray = readable("", leaf.detach().view(torch.int16)).view(np.uint16)
     return array
 
 
@@ -356,7 +441,7 @@ def gradient(
     array = _bits(leaf)
     kind = "bfloat16"
     if array is None:
-        array = _readable(path, leaf)
+        array = readable(leaf_name, leaf)
         if array.dtype.name not in formats or not array.dtype.isnative:
             own = next(iter(formats))
             hint = " (bits of 16-bit floats need grad_dtype=)" if array.dtype == np.uint16 else ""
@@ -405,18 +490,31 @@ def patterns(name: str, value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
+def whole(name: str, value: Any, least: int) -> int:
+    """A whole number, which may be written as a float: 1e4.
+
+    Raises:
+        TypeError: if it is no whole number.
+        ValueError: if it is below the least or above `MOST`.
+    """
+    if not real(name, value, "a whole number").is_integer():
+        raise TypeError(f"{name} must be a whole number, got {shown(value)}.")
+    found = int(_python_number(value))
+    if found < least:
+        raise ValueError(f"{name} must be at least {least}, got {shown(value)}.")
+    if found > MOST:
+        raise ValueError(f"{name} must be at most 2**63 - 1, got {shown(value)}.")
+    return found
+
+
 def count(name: str, value: Any) -> int:
-    """A positive whole number.
+    """A positive whole number, as `whole`.
 
     Raises:
         TypeError: if it is no whole number.
         ValueError: if it is not positive.
     """
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} must be a whole number, got {shown(value)}.")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}.")
-    return int(value)
+    return whole(name, value, 1)
 
 
 def counted(name: str, value: Any) -> int:
@@ -428,21 +526,6 @@ def counted(name: str, value: Any) -> int:
     if type(value) is not int or not 0 <= value < 2**53:
         raise ValueError(f"{name} must be a whole number from 0 to 2**53, got {shown(value)}.")
     return value
-
-
-def finite_float(name: str, value: int | float) -> float:
-    """A number as float64.
-
-    Raises:
-        ValueError: if it is NaN, infinite or too large.
-    """
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise ValueError(f"{name} must be finite, got {shown(value)}.")
-    return number
 
 
 def choices(name: str, given: Iterable[str], known: Iterable[str]) -> None:

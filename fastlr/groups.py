@@ -118,9 +118,10 @@ def given(label: str, value: Any, like: Any, own: Any = None) -> Any:
         return tuple(given(f"{label}[{k}]", v, None, o) for k, (v, o) in enumerate(zip(value, owned, strict=True)))
     if value and all(isinstance(v, bool) for v in value):
         return np.array(value)
-    if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in value):
-        raise ValueError(f"{label} must be numbers, got {checks.shown(value)}.")
-    return np.array([checks.finite_float(label, v) for v in value])
+    try:
+        return checks.reals(label, value)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
 
 
 class Group:

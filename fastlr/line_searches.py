@@ -428,6 +428,7 @@ class LBFGS:
         Returns:
             The last iteration.
         """
+        grad_tolerance = checks.within("grad_tolerance", grad_tolerance)
         failed = 0
         for _ in range(checks.count("max_steps", max_steps)):
             info = self.step(fun)

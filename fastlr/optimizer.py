@@ -38,7 +38,7 @@ from .loss_scale import LossScale
 from .places import HOST, Alloc
 from .plans import Column, Plan
 from .rows import Counts, Rows
-from .scheduled import Formula, Rates, Remembered, Scheduled, ensure, evaluator, metric_of
+from .scheduled import Formula, Rates, Remembered, Scheduled, ensure, evaluator
 from .schedules import Schedule
 from .step_info import Layout, StepInfo
 from .trees import is_container
@@ -585,7 +585,7 @@ class Optimizer:
             TypeError: if it is no number.
             ValueError: if no hyperparameter follows a `Plateau`.
         """
-        number = metric_of(metric)
+        number = checks.real("metric", metric)
         if self._staged is None or self._hyper.changed:
             self._refresh()
         self._hyper.changed.add("lr")  # after an interrupt the next step takes over what has been observed

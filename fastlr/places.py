@@ -50,6 +50,35 @@ class Memory:
         return int(np.prod(self.shape, dtype=np.int64))
 
 
+def is_plain(array: Any) -> bool:
+    """Whether an array means the numbers in its memory and nothing else: no mask, no unit, no arithmetic of its own."""
+    if isinstance(array, np.ndarray):
+        return type(array) in (np.ndarray, np.memmap)
+    return not hasattr(array, "units")
+
+
+def check_plain(called: str, array: Any) -> None:
+    """Check that an array means the numbers in its memory and nothing else.
+
+    Raises:
+        TypeError: if it is more; the message says what to pass.
+    """
+    if is_plain(array):
+        return
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(
+            f"{called} is a masked array, whose mask would be ignored. Pass x.filled(0), or x.data to use the masked "
+            "elements too."
+        )
+    kind = f"{type(array).__module__}.{type(array).__qualname__}"
+    if isinstance(array, np.ndarray):
+        raise TypeError(
+            f"{called} is a {kind}, a subclass of np.ndarray, and what it adds would be ignored. "
+            "Pass np.asarray(x), which is the same memory."
+        )
+    raise TypeError(f"{called} is a {kind}, whose units would be ignored. Pass the numbers alone.")
+
+
 class Place(abc.ABC):
     """A kind of memory and the library whose arrays are in it.
 
@@ -114,6 +143,7 @@ class Host(Place):
                 f"{called} is a {type(leaf).__name__}, expected a NumPy array that can be updated in place. "
                 "Convert it, or share its memory (torch: tensor.detach().numpy(); JAX: a copy, np.array(x))."
             )
+        check_plain(called, leaf)
         flags, address = leaf.flags, leaf.__array_interface__["data"][0]
         described = (flags.c_contiguous, flags.aligned, flags.writeable)
         return Memory(address, leaf.shape, str(leaf.dtype), leaf.nbytes, *described)

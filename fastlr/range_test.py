@@ -87,11 +87,9 @@ def evaluate(fun: Callable[[Any], Any], params: Any) -> tuple[float, Any]:
     found = fun(params)
     loss, grads = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
     try:
-        return float(loss), grads
-    except (TypeError, ValueError):
-        raise TypeError(
-            f"the function returned {found!r}, expected (loss, grads), or a loss after filling opt.grads."
-        ) from None
+        return checks.real("the loss", loss), grads
+    except TypeError as error:
+        raise TypeError(f"the function must return (loss, grads), or a loss after filling opt.grads: {error}") from None
 
 
 def find_lr(
@@ -138,10 +136,10 @@ def find_lr(
     """
     low = checks.number("low", low, 0.0, math.inf)
     high = checks.number("high", high, low, math.inf)
-    smoothing = 0.0 if smoothing == 0 else checks.number("smoothing", smoothing, 0.0, 1.0)
+    if checks.real("smoothing", smoothing) != 0:
+        smoothing = checks.number("smoothing", smoothing, 0.0, 1.0)
     diverge = checks.number("diverge", diverge, 1.0, math.inf)
-    if checks.count("steps", steps) < 5:
-        raise ValueError(f"steps must be at least 5, got {steps}.")
+    steps = checks.whole("steps", steps, 5)
     if "lr" not in opt.groups.names:
         raise ValueError(f"{type(opt).__name__} of rule {opt._source.name!r} has no lr to look for.")
     lrs = np.geomspace(low, high, steps)

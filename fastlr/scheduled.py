@@ -398,15 +398,3 @@ def restored(here: Iterable[tuple[str, Plateau]], data: Any) -> Remembered:
         if state is not None:
             observed.put(plateau, replace(state))
     return observed
-
-
-def metric_of(value: Any) -> float:
-    """A metric as a number; NaN is allowed, and never better.
-
-    Raises:
-        TypeError: if it is no number.
-    """
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"metric must be a number, got {checks.shown(value)}.") from None

@@ -29,7 +29,7 @@ from typing import Any, ClassVar, TypeAlias
 import numpy as np
 
 from . import checks
-from .checks import shown
+from .checks import MOST, shown
 from .kernels.staging import define
 
 __all__ = [
@@ -225,17 +225,15 @@ def _own(function: Callable[..., Any], population: int | None, several: bool) ->
             wanted += " or one for each model" + ("" if population is None else f", an array ({population},)")
         gave = f"{called} must return {wanted}, but at step {step} it returned"
         try:
-            array = np.asarray(found)
-        except Exception as error:  # whatever an array of another library raises: torch for requires_grad, say
-            raise TypeError(f"{gave} a {type(found).__name__} that NumPy cannot read: {error}") from None
-        if array.dtype.kind not in "iuf":
-            raise TypeError(f"{gave} {shown(found)}.")
+            array = checks.reals("it", found)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{gave} {shown(found)}.") from None
         if array.ndim == 0:
             return float(array)
         if not several or array.ndim > 1 or population not in (None, len(array)):
             hint = "" if several else " Only a population takes one number for each model: see fastlr.flatten."
             raise ValueError(f"{gave} an array of shape {array.shape}.{hint}")
-        return array.astype(np.float64)
+        return array
 
     return call
 
@@ -330,7 +328,7 @@ class Schedule(abc.ABC):
         """
         made = self._carried_out()
         if type(step) is int:
-            if not 0 <= step <= _MOST:
+            if not 0 <= step <= MOST:
                 limit = "non-negative" if step < 0 else "at most 2**63 - 1"
                 raise ValueError(f"step must be {limit}, got {shown(step)}.")
             if made.models is None and not made.own:
@@ -419,9 +417,10 @@ class Schedule(abc.ABC):
         """The product with another schedule, a number, or an array with one number for each model of a population."""
         if isinstance(other, Schedule):
             return Product(self, other)
-        if isinstance(other, bool | str) or not isinstance(other, int | float | np.number | np.ndarray | tuple | list):
+        try:
+            return Scaled(self, other)
+        except TypeError:  # no number: let Python say so, or the other know what to do
             return NotImplemented
-        return Scaled(self, other)  # type: ignore[arg-type]
 
     __rmul__ = __mul__
 
@@ -484,44 +483,22 @@ class Schedule(abc.ABC):
         return made
 
 
-_MOST = 2**63 - 1  # the largest count that is taken
-
-
 def _count(name: str, value: Any, zero: bool = False) -> int:
-    """A whole number from 1 on, or from 0 on; a float such as 1e4 is one."""
-    if isinstance(value, float | np.floating) and float(value).is_integer():
-        value = int(value)
-    if zero and not isinstance(value, bool | np.bool_) and value == 0:
-        return 0
-    if isinstance(value, int) and value > _MOST:
-        raise ValueError(f"{name} must be at most 2**63 - 1, got {shown(value)}.")
-    return checks.count(name, value)
+    """A whole number from 1 on, or from 0 on."""
+    return checks.whole(name, value, 0 if zero else 1)
 
 
-def _number(name: str, value: Any, low: float = 0.0, high: float = math.inf) -> float:
-    """A number in [low, high], finite."""
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
-        raise TypeError(f"{name} must be a number, got {shown(value)}.")
-    given: Any = value
-    if not low <= given <= high or abs(given) > _LARGEST:  # an int may be too large for a float
-        wanted = f"at least {low:g} and finite" if high == math.inf else f"from {low:g} to {high:g}"
-        raise ValueError(f"{name} must be {wanted}, got {shown(value)}.")
-    return float(value)
-
-
-_LARGEST = float(np.finfo(np.float64).max)
+_number = checks.within
 
 
 def _numbers(name: str, value: Any, low: float = 0.0, high: float = math.inf) -> Any:
     """A number as `_number`, or a tuple of one for each model of a population."""
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
-    if isinstance(value, list | tuple):
-        given = list(value)
-        if not given:
-            raise ValueError(f"{name} must be a number, or one for each model, got {shown(value)}.")
-        return tuple(_number(f"{name}[{k}]", one, low, high) for k, one in enumerate(given))
-    return _number(name, value, low, high)
+    found = checks.reals(name, value)
+    if found.ndim == 0:
+        return _number(name, value, low, high)
+    if found.ndim > 1 or not found.size:
+        raise ValueError(f"{name} must be a number, or one for each model, got {shown(value)}.")
+    return tuple(_number(f"{name}[{k}]", one, low, high) for k, one in enumerate(found.tolist()))
 
 
 def _over(value: Any, divisor: float) -> Any:
@@ -746,7 +723,7 @@ class Exponential(Schedule):
 
     def extent(self) -> int:
         """As `Schedule.extent`."""
-        return max(1, int(min(5 * self.half_life, _MOST))) if self.half_life else max(100, 10 * self.every)
+        return max(1, int(min(5 * self.half_life, MOST))) if self.half_life else max(100, 10 * self.every)
 
     def _emit(self, text: Text, n: str) -> str:
         if self.every > 1:
@@ -1448,9 +1425,7 @@ class Shift(Schedule):
     by: int
 
     def __post_init__(self) -> None:
-        negative = isinstance(self.by, int | float | np.integer | np.floating) and self.by < 0
-        by = _count("by", -self.by if negative else self.by, zero=True)
-        _fix(self, by=-by if negative else by)
+        _fix(self, by=checks.whole("by", self.by, -MOST))
 
     def extent(self) -> int:
         """As `Schedule.extent`."""

@@ -245,7 +245,7 @@ BAD = [
         ValueError,
         "c2 must be between",
     ),
-    (lambda: fastlr.line_search(lambda p: None, np.ones(2), np.ones(2)), TypeError, "expected (loss, grads)"),
+    (lambda: fastlr.line_search(lambda p: None, np.ones(2), np.ones(2)), TypeError, "must return (loss, grads)"),
     (lambda: fastlr.LBFGS(np.ones(2), history=0), ValueError, "history must be at least 1, got 0."),
     (lambda: fastlr.LBFGS(np.ones(2, int)), TypeError, "expected float32 or float64"),
 ]

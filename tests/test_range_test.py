@@ -123,5 +123,5 @@ def test_bad_input(settings, error, message):
     with pytest.raises(error) as raised:
         fastlr.find_lr(opt, quadratic(1.0), **settings)
     assert message in str(raised.value)
-    with pytest.raises(TypeError, match=r"expected \(loss, grads\)"):
+    with pytest.raises(TypeError, match=r"must return \(loss, grads\)"):
         fastlr.find_lr(opt, lambda p: "low")
