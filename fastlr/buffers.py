@@ -112,12 +112,13 @@ class FlatBuffer(Mapping[str, Any]):
 
         Raises:
             KeyError: if there is no such leaf.
+            TypeError: if it is no array of numbers.
             ValueError: if the shape is not exactly the leaf's.
         """
         leaf = self._views.get(str(path))
         if leaf is None:
             raise KeyError(self._unknown(str(path)))
-        array = np.asarray(value) if places.of(value) is HOST else value
+        array = checks.readable(repr(str(path)), value) if places.of(value) is HOST else value
         if tuple(array.shape) != tuple(leaf.shape):
             raise ValueError(
                 f"{str(path)!r} has shape {tuple(leaf.shape)}, got {tuple(array.shape)}; nothing is broadcast."

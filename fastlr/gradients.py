@@ -167,7 +167,7 @@ class Gradients:
                 if leaf is None:
                     addresses.append(0)
                     continue
-                if type(leaf) is not np.ndarray:  # a scalar of NumPy has an address as well, of a temporary
+                if type(leaf) is not np.ndarray:  # a scalar has the address of a temporary, a subclass a meaning of its own
                     break
                 if first is None:
                     first = leaf.dtype

@@ -34,16 +34,19 @@ def _follows(value: Any) -> bool:
 
 
 def matching(name: str, pattern: str, paths: Sequence[str]) -> list[str]:
-    """The paths that match a pattern.
+    """The path that a pattern is, or else the paths that match it.
 
     Raises:
         ValueError: if none does.
     """
+    if pattern in paths:  # brackets in it are no set of characters, then
+        return [pattern]
     matched = [p for p in paths if fnmatchcase(p, pattern)]
     if not matched:
         shown = ", ".join(difflib.get_close_matches(pattern, paths, n=3) or paths[:5])
         more = ", ..." if len(paths) > 5 else ""
-        raise ValueError(f"{name}: the pattern {pattern!r} matches no parameter. There are {shown}{more}.")
+        hint = " In a pattern [[] stands for a bracket." if "[" in pattern else ""
+        raise ValueError(f"{name}: the pattern {pattern!r} matches no parameter. There are {shown}{more}.{hint}")
     return matched
 
 
@@ -130,7 +133,7 @@ class Group:
     Reading what the group does not override gives the optimizer's own value.
 
     Attributes:
-        pattern: the `fnmatch` pattern, or "" for the optimizer's own values.
+        pattern: the path or `fnmatch` pattern, or "" for the optimizer's own values.
         paths: the leaves that match it.
     """
 

@@ -151,7 +151,8 @@ class Optimizer:
         grad_dtype: what gradients of dtype uint16 hold: "bfloat16" or "float16". Arrays of float16, of ml_dtypes'
             bfloat16 and PyTorch tensors of either are understood as they are.
         groups: pattern to hyperparameters, such as `{"*.bias": {"weight_decay": 0.0}, "embed": {"frozen": True}}`.
-            Patterns are `fnmatch` patterns on paths, case-sensitive; all that match apply in order, the later wins.
+            A path is that leaf; anything else is an `fnmatch` pattern on paths, case-sensitive. All that match apply in
+            order, the later wins.
         threads: how many threads a step may use, >= 1; default `fastlr.get_num_threads()`. More than 256 count as 256,
             and no more are used than there are tiles of up to 16,384 elements.
         alloc: `alloc(nbytes)` returns the memory for every buffer the optimizer makes.
@@ -733,7 +734,7 @@ class Optimizer:
                 if grads._structure.paths != self._params.paths or grads._shapes != tuple(self._params.shapes):
                     raise ValueError("grads is a buffer of other leaves than params. Make it from the same structure.")
                 grads = grads.data
-            flat = not is_container(grads)
+            flat = self._params.is_array or not is_container(grads)
         things = [grads] if flat else self._params.structure.leaves(grads)
         if only is not None and not flat:
             things = [thing if there else None for thing, there in zip(things, seen, strict=True)]
@@ -787,8 +788,9 @@ class Optimizer:
                 C-contiguous, else gathered. A leaf that is None is not updated. Without it `opt.grads` is used.
             grad_scale: what to divide the gradients by, > 0: the loss scale, or the number of gradients that were
                 added up; one number, or one for each model.
-            only: a pattern, or several: update the leaves whose paths match, and leave the others and their counters
-                as they are. Steps of all parts are one step of everything, where no sum goes beyond a part.
+            only: a path or a pattern as in `groups`, or several: update the leaves that match, and leave the others and
+                their counters as they are. Steps of all parts are one step of everything, where no sum goes beyond a
+                part.
             stream: for parameters on a GPU, the stream to step in: of PyTorch, CuPy or cuda.core, or a handle. Default:
                 the current stream of the parameters' library; of arrays of no library the legacy default stream.
 
@@ -926,7 +928,7 @@ class Optimizer:
             settings = {"threads": self._threads, "backend": self._backend, "grad_dtype": self._grad_bits}
             settings["capturable"] = self._capturable
             self._adding[first] = Optimizer(own, _ACCUMULATION, first=first, **settings)
-        whole = isinstance(grads, np.ndarray | FlatBuffer) or not is_container(grads)
+        whole = isinstance(grads, np.ndarray | FlatBuffer) or self._params.is_array or not is_container(grads)
         there = self._params.everyone if whole else tuple(g is not None for g in self._params.structure.leaves(grads))
         before = (False,) * len(there) if before is None else before
         adding = self._adding[first]

@@ -6,7 +6,11 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from . import checks
+
 __all__ = ["Structure", "is_container", "leaves_with_paths"]
+
+_DEEPEST = 100  # containers in each other; copy.deepcopy takes six calls for each, of the 1,000 that Python allows
 
 
 _CONTAINERS = (dict, list, tuple)  # the usual ones; `dict | list` at each call would make a type each time
@@ -36,14 +40,30 @@ def _join(prefix: str, key: Any) -> str:
     return f"{prefix}.{key}" if prefix else str(key)
 
 
-def leaves_with_paths(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every leaf of a tree with its path, in order."""
+def leaves_with_paths(
+    tree: Any, prefix: str = "", around: tuple[tuple[str, Any], ...] = ()
+) -> Iterator[tuple[str, Any]]:
+    """Every leaf of a tree with its path, in order.
+
+    Args:
+        tree: the tree.
+        prefix: its own path.
+        around: the containers that it stands in, with their paths.
+
+    Raises:
+        ValueError: if a container is in itself, or containers are nested too deep.
+    """
     children = _children(tree)
     if children is None:
         yield prefix, tree
-    else:
-        for key, child in children:
-            yield from leaves_with_paths(child, _join(prefix, key))
+        return
+    for path, container in around:
+        if container is tree:
+            raise ValueError(f"{checks.called(prefix)} is {checks.called(path)} itself: a tree cannot hold itself.")
+    if len(around) == _DEEPEST:
+        raise ValueError(f"params is nested more than {_DEEPEST} deep. Pass the arrays in fewer dicts or lists.")
+    for key, child in children:
+        yield from leaves_with_paths(child, _join(prefix, key), (*around, (prefix, tree)))
 
 
 class Structure:
@@ -151,7 +171,7 @@ class _Node:
             out.extend([None] * self._size())
             return
         given = _children(tree)
-        where = f"{name}[{self.path!r}]" if self.path else name
+        where = checks.called(self.path, name)
         if given is None:
             raise ValueError(
                 f"{where} is a {type(tree).__name__}, expected a {self._kind()} with {self._described()}. "

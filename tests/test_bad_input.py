@@ -119,6 +119,123 @@ def test_gradients(grads, error, message, flat):
     assert opt.steps == 1
 
 
+class Length(np.ndarray):
+    """Numbers with a unit, as libraries of units make a subclass for them."""
+
+
+MASKED = np.ma.array([1.0, 2.0, 3.0], mask=[False, True, False])
+MORE = [
+    (MASKED, "a masked array, whose mask would be ignored. Pass x.filled(0)"),
+    (np.ma.array(np.ones(3)), "a masked array"),
+    (np.ones(3).view(np.recarray), "a numpy.rec.recarray, a subclass of np.ndarray, and what it adds would be"),
+    (np.ones(3).view(Length), "Length, a subclass of np.ndarray, and what it adds would be ignored. Pass np."),
+]
+INTO = {
+    "params": lambda x: fastlr.SGD(x, backend="numpy"),
+    "params['w']": lambda x: fastlr.SGD({"w": x}, backend="numpy"),
+    "flatten": lambda x: fastlr.flatten({"w": x}),
+    "a buffer": lambda x: fastlr.flatten({"w": np.ones(3)}).__setitem__("w", x),
+    "grads": lambda x: fastlr.SGD(np.ones(3), backend="numpy").step(x),
+    "grads['w']": lambda x: fastlr.SGD({"w": np.ones(3)}, backend="numpy").step({"w": x}),
+    "grads['v']": lambda x: fastlr.SGD({"w": np.ones(3), "v": np.ones(3)}, backend="numpy").step(
+        {"w": np.ones(3), "v": x}
+    ),
+    "accumulate": lambda x: fastlr.SGD({"w": np.ones(3)}, backend="numpy").accumulate({"w": x}),
+    "lr_scale": lambda x: fastlr.SGD(np.ones(3), lr_scale=x, backend="numpy"),
+    "ema_out": lambda x: fastlr.SGD(np.ones(3), ema=0.5, ema_out=x.copy(), backend="numpy"),
+    "shadow_out": lambda x: fastlr.SGD(np.ones(3), shadow="float16", shadow_out=x.astype(np.float16), backend="numpy"),
+    "line_search": lambda x: fastlr.line_search(lambda p: (1.0, p), x, np.ones(3)),
+}
+
+
+@pytest.mark.parametrize("into", INTO)
+def test_arrays_that_mean_more_than_their_memory(into):
+    for array, message in MORE:
+        with pytest.raises(TypeError, match=re.escape(message)):
+            INTO[into](array)
+
+
+def test_a_list_is_the_gradient_of_one_array():
+    w = np.ones(2)
+    opt = fastlr.SGD(w, lr=1.0, backend="numpy")
+    opt.step([1.0, 2.0])
+    opt.accumulate((1.0, 2.0))
+    opt.step()
+    assert w.tolist() == [-1.0, -3.0]
+    bad = (
+        ([1.0], ValueError, "grads has shape (1,), params has 2 elements."),
+        ([], ValueError, "grads has shape (0,), params has 2 elements."),
+        ([np.ones(2)], ValueError, "grads has shape (1, 2), params has 2 elements."),
+        ([1.0, None], TypeError, "grads is a list, expected an array of numbers."),
+        ([1.0, [2.0]], TypeError, "grads is a list that NumPy cannot read"),
+        ([True, False], TypeError, "grads has dtype bool, but the parameters have float64."),
+        ({"w": w}, TypeError, "grads is a dict, expected an array of numbers."),
+    )
+    for grads, error, message in bad:
+        for call in (opt.step, opt.accumulate):
+            with pytest.raises(error, match=re.escape(message)):
+                call(grads)
+    assert w.tolist() == [-1.0, -3.0] and opt.steps == 2
+
+
+def nested(depth, leaf):
+    for _ in range(depth):
+        leaf = [leaf]
+    return leaf
+
+
+def test_trees_without_an_end():
+    """A tree in itself, and one that is nested so deep that Python gives up."""
+    circle = {"a": [np.ones(2)]}
+    circle["a"].append(circle)
+    deep = nested(2000, np.ones(2))
+    for call in (fastlr.SGD, fastlr.flatten):
+        with pytest.raises(ValueError, match=re.escape("params['a.1'] is params itself")):
+            call(circle)
+        with pytest.raises(ValueError, match=re.escape("params['b.a.1'] is params['b'] itself: a tree cannot hold")):
+            call({"b": circle})
+        with pytest.raises(ValueError, match="params is nested more than 100 deep"):
+            call(deep)
+    twice = [np.ones(2)]
+    with pytest.raises(ValueError, match="share memory"):  # not in itself, but the same array twice
+        fastlr.SGD({"a": twice, "b": twice})
+
+    w = nested(100, np.ones(2))
+    buffer = fastlr.flatten(w)
+    assert copy.deepcopy(buffer).size == pickle.loads(pickle.dumps(buffer)).size == 2
+    opt = fastlr.SGD(w, lr=1.0, backend="numpy")
+    opt.step(nested(100, np.ones(2)))
+    for grads in (deep, circle, nested(99, np.ones(2)), nested(101, np.ones(2))):
+        with pytest.raises((TypeError, ValueError), match="grads"):
+            opt.step(grads)
+    assert opt.steps == 1 and opt._params.leaves[0].tolist() == [0.0, 0.0]
+    opt = fastlr.SGD({"w": np.ones(2)}, lr=1.0, backend="numpy")
+    for grads in (deep, circle, {"w": circle}, {"w": deep}):
+        with pytest.raises((TypeError, ValueError), match="grads"):
+            opt.step(grads)
+
+
+def test_memory_maps_are_their_memory(tmp_path):
+    w, g = (np.memmap(tmp_path / name, np.float64, "w+", shape=3) for name in "wg")
+    g[:] = 1.0
+    for params, grads in ((w, g), ({"w": w}, {"w": g})):
+        fastlr.SGD(params, lr=1.0, backend="numpy").step(grads)
+    assert w.tolist() == [-2.0] * 3 and fastlr.flatten({"w": w})["w"].tolist() == [-2.0] * 3
+
+
+def test_what_wraps_numbers_with_a_unit():
+    class Meters:
+        units = "m"
+
+        def __array__(self, dtype=None, copy=None):
+            return np.ones(3)
+
+    w = np.ones(3)
+    with pytest.raises(TypeError, match="Meters, whose units would be ignored. Pass the numbers alone"):
+        fastlr.SGD(w, backend="numpy").step(Meters())
+    assert w.tolist() == [1.0] * 3
+
+
 def test_nested_structures_name_the_place():
     params = {"layers": [{"w": np.ones(2)}, {"w": np.ones(2)}]}
     opt = fastlr.SGD(params)

@@ -402,6 +402,21 @@ def test_later_groups_win_and_case_matters():
         fastlr.SGD({"aB": np.ones(1)}, groups={"ab": {"lr": 0.5}})
 
 
+def test_a_path_is_that_leaf_before_it_is_a_pattern():
+    """Paths may hold the characters of patterns."""
+    params = {name: np.ones(1) for name in ("layers[0].w", "layers0.w", "h[0]", "h0", "*", "?")}
+    frozen = {"layers[0].w": {"frozen": True}, "h[0]": {"lr": 2.0}, "*": {"lr": 3.0}, "?": {"lr": 4.0}}
+    opt = fastlr.SGD(params, lr=1.0, groups=frozen, backend="numpy")
+    assert {pattern: group.paths for pattern, group in opt.groups.items()} == {p: (p,) for p in frozen}
+    opt.step({name: np.ones(1) for name in params})
+    assert [p.item() for p in params.values()] == [1.0, 0.0, -1.0, 0.0, -2.0, -3.0]
+    opt.step({name: np.ones(1) for name in params}, only=["h[0]", "h[[]0]"])
+    opt.step({name: np.ones(1) for name in params}, only="layers[[]0[]].w")
+    assert [p.item() for p in params.values()] == [1.0, 0.0, -3.0, 0.0, -2.0, -3.0]
+    with pytest.raises(ValueError, match=r"matches no parameter\. .* In a pattern \[\[\] stands for a bracket\."):
+        opt.step({name: np.ones(1) for name in params}, only="layers[1]*")
+
+
 def test_a_frozen_leaf_keeps_its_count_and_its_clock_goes_on():
     params = {"a": np.zeros(2), "b": np.zeros(2)}
     opt = fastlr.Adam(params, groups={"b": {"frozen": True}})

@@ -1210,3 +1210,14 @@ def test_the_average_follows_every_parameter(kind):
         for e in opt.ema:
             assert e.tolist() == [expected] * 4
     assert opt.state[params[1]]["step"] == 0
+
+
+def test_names_that_look_like_patterns():
+    params = [torch.nn.Parameter(torch.ones(1)) for _ in range(4)]
+    groups = [{"params": [("*", params[0]), ("a", params[1])]}, {"params": [("*", params[2]), ("h[0]", params[3])]}]
+    opt = fastlr.torch.SGD([{**groups[0], "lr": 1.0}, {**groups[1], "lr": 2.0}])
+    set_gradients(params, seed=0)
+    grads = [p.grad.item() for p in params]
+    opt.step()
+    for p, g, lr in zip(params, grads, (1.0, 1.0, 2.0, 2.0), strict=True):
+        assert p.item() == pytest.approx(1.0 - lr * g, rel=1e-6)

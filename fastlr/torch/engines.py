@@ -91,10 +91,10 @@ class Engine:
         self._members = sorted({leaf.group for leaf in leaves})
         several = len(hyper) > 1
         paths = [f"{leaf.group}:{leaf.name}" if several else leaf.name for leaf in leaves]
-        if len(set(paths)) < len(paths):  # names need not be unique
-            paths = [f"{path}#{k}" for k, path in enumerate(paths)]
         self._taken: dict[int, list[tuple[str, Any]] | None] = {g: self._plain(hyper[g]) for g in self._members}
         overrides = {f"{g}:*": dict(self._taken[g] or ()) for g in self._members}
+        if len({*paths, *overrides}) < len(paths) + len(overrides):  # names need not be unique, and one may be "*"
+            paths = [f"{path}#{k}" for k, path in enumerate(paths)]
         self.ema_out = ema_out
         sizes = [p.numel() for p in self.params]
         self._starts = np.cumsum([0, *sizes])[:-1].tolist()
