@@ -183,8 +183,8 @@ def flatten(
             library.
         population: put this many models side by side: every leaf of shape `s` becomes `(population, *s)`, each row a
             copy of the leaf, and any hyperparameter of an optimizer over the buffer may be an array `(population,)`.
-        alloc: `alloc(nbytes)` returns the writable memory to use (pinned, memory-mapped, shared); the buffer is
-            aligned inside it.
+        alloc: `alloc(nbytes)` returns the writable memory to use (pinned, memory-mapped, shared), none of it in use for
+            something else; the buffer is aligned inside it.
         device: "cpu" or "cuda", "cuda:1", ...: where to put the buffer; default: where the arrays are.
 
     Returns:
@@ -214,7 +214,8 @@ def flatten(
     rows = () if population is None else (population,)
     shapes = [(*rows, *leaf.shape) for leaf in found]
     size = sum(int(np.prod(s, dtype=np.int64)) for s in shapes)
-    buffer = FlatBuffer(structure, shapes, target.allocate(size, dtype, 0, alloc), population)
+    used = found if source is HOST else ()
+    buffer = FlatBuffer(structure, shapes, target.allocate(size, dtype, 0, alloc, used), population)
     for path, leaf in zip(structure.paths, leaves, strict=True):
         view, content = buffer._views[path], source.contiguous(leaf)
         if target is HOST:

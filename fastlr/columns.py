@@ -158,10 +158,12 @@ class Columns:
         if "shadow" in given and place is places.HOST:
             given["shadow"] = [leaf.view(FORMATS[shadow or ""].storage) for leaf in given["shadow"]]
         self._flat: dict[str, Any] = {}
+        used = [*parameters.memory, *(place.memory(CALLED[n], leaf) for n in given for leaf in given[n])]
         for k, letter in enumerate([n for n in letters if n not in given]):
-            self._flat[letter] = place.allocate(parameters.size, parameters.dtype, 2 + k, alloc)
+            self._flat[letter] = place.allocate(parameters.size, parameters.dtype, 2 + k, alloc, used)
         if shadow is not None and "shadow" not in given:
-            self._flat["shadow"] = place.allocate(parameters.size, FORMATS[shadow].storage, 2 + len(letters), alloc)
+            storage = FORMATS[shadow].storage
+            self._flat["shadow"] = place.allocate(parameters.size, storage, 2 + len(letters), alloc, used)
         names = [*letters, *self.inputs, *(["shadow"] if shadow else [])]
         self.arrays = {n: given[n] if n in given else parameters.cut(self._flat[n]) for n in names}
         for letter in letters:

@@ -42,7 +42,9 @@ class DevicePlace(Place):
     def empty_bytes(self, nbytes: int) -> Any:
         """A flat array of bytes."""
 
-    def allocate(self, count: int, dtype: Any, position: int = 0, alloc: Alloc | None = None) -> Any:
+    def allocate(
+        self, count: int, dtype: Any, position: int = 0, alloc: Alloc | None = None, used: Sequence[Memory] = ()
+    ) -> Any:
         """A flat array of zeros.
 
         Raises:

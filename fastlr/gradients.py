@@ -92,7 +92,7 @@ class Gradients:
     def allocate_own(self) -> Any:
         """Zeros to write gradients into; the same memory each time."""
         if self.own is None:
-            self.own = self._at.allocate(self._size, self._dtype, 1, self._alloc)
+            self.own = self._at.allocate(self._size, self._dtype, 1, self._alloc, self._given_memory)
         return self.own
 
     def check_given(self) -> None:
@@ -167,7 +167,7 @@ class Gradients:
                 if leaf is None:
                     addresses.append(0)
                     continue
-                if type(leaf) is not np.ndarray:  # a scalar has the address of a temporary, a subclass a meaning of its own
+                if type(leaf) is not np.ndarray:  # scalars have addresses of temporaries, subclasses a mask
                     break
                 if first is None:
                     first = leaf.dtype
@@ -226,7 +226,7 @@ class Gradients:
         """Memory for gradients that cannot be read where they are."""
         storage = FORMATS[kind].storage if kind in FORMATS else kind
         if storage not in self._scratch:
-            self._scratch[storage] = self._at.allocate(self._size, storage, 1, self._alloc)
+            self._scratch[storage] = self._at.allocate(self._size, storage, 1, self._alloc, self._given_memory)
         return self._scratch[storage]
 
 

@@ -155,7 +155,8 @@ class Optimizer:
             order, the later wins.
         threads: how many threads a step may use, >= 1; default `fastlr.get_num_threads()`. More than 256 count as 256,
             and no more are used than there are tiles of up to 16,384 elements.
-        alloc: `alloc(nbytes)` returns the memory for every buffer the optimizer makes.
+        alloc: `alloc(nbytes)` returns the memory for every buffer the optimizer makes: writable, and none of it in use
+            for something else, such as another buffer.
         capturable: for parameters on a GPU: keep everything that changes from step to step there, so that a step can
             be captured into a CUDA graph and replayed. `info` and `opt.steps` then tell of the step made last, and
             setting a hyperparameter takes effect at the next replay.
@@ -236,6 +237,8 @@ class Optimizer:
             raise ValueError(f"lr_scale is a factor on lr, which rule {rule.name!r} does not have.")
         if threads is not None:
             threads = checks.count("threads", threads)
+        if alloc is not None and not callable(alloc):
+            raise TypeError(f"alloc must be a function of the number of bytes, got {checks.shown(alloc)}.")
         checks.choices("backend", [backend], _BACKENDS)
         checks.choices("scope", [scope], SCOPES)
         for name, kind in (("shadow", shadow), ("grad_dtype", grad_dtype)):

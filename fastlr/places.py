@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import abc
+import gc
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -105,7 +107,9 @@ class Place(abc.ABC):
         return self.memory("", array).address
 
     @abc.abstractmethod
-    def allocate(self, count: int, dtype: Any, position: int = 0, alloc: Alloc | None = None) -> Any:
+    def allocate(
+        self, count: int, dtype: Any, position: int = 0, alloc: Alloc | None = None, used: Sequence[Memory] = ()
+    ) -> Any:
         """A flat array of zeros, aligned for kernels."""
 
     @abc.abstractmethod
@@ -148,38 +152,30 @@ class Host(Place):
         described = (flags.c_contiguous, flags.aligned, flags.writeable)
         return Memory(address, leaf.shape, str(leaf.dtype), leaf.nbytes, *described)
 
-    def allocate(self, count: int, dtype: Any, position: int = 0, alloc: Alloc | None = None) -> np.ndarray:
+    def allocate(
+        self, count: int, dtype: Any, position: int = 0, alloc: Alloc | None = None, used: Sequence[Memory] = ()
+    ) -> np.ndarray:
         """Memory for `count` zeros, 64-byte aligned, at the page offset of its position among the streams of a sweep.
 
         Args:
             count: number of elements.
             dtype: their dtype.
             position: 0 for parameters, 1 for gradients, 2 and up for states.
-            alloc: where the memory comes from: `alloc(nbytes)` returns a writable buffer of at least that size.
+            alloc: where the memory comes from: `alloc(nbytes)` returns a writable buffer of at least that size, none
+                of which is in use.
+            used: what is in use, beside all that came from `alloc` before.
 
         Raises:
             TypeError: if what `alloc` returns is no buffer.
-            ValueError: if it is too small or read-only.
+            ValueError: if it is too small, read-only, or in use; then nothing is written.
         """
         nbytes = count * np.dtype(dtype).itemsize
         room = nbytes + 2 * _PAGE
-        if alloc is None:
-            raw = np.empty(room, np.uint8)
-        else:
-            given = alloc(room)
-            try:
-                raw = np.frombuffer(given, np.uint8)
-            except (TypeError, ValueError, BufferError) as error:
-                raise TypeError(
-                    f"alloc({room}) returned a {type(given).__name__}, expected a buffer: {error}."
-                ) from None
-            if raw.nbytes < room or not raw.flags.writeable:
-                raise ValueError(
-                    f"alloc({room}) returned {raw.nbytes} {'' if raw.flags.writeable else 'read-only '}bytes, "
-                    f"expected at least {room} writable ones."
-                )
+        raw = np.empty(room, np.uint8) if alloc is None else _bytes_from(alloc, room)
         start = -self.address(raw) % _PAGE + position * _STAGGER % _PAGE
         data = raw[start : start + nbytes].view(dtype)
+        if alloc is not None and nbytes:
+            _take(raw, self.address(data), nbytes, used)
         data.fill(0)
         return data
 
@@ -212,6 +208,50 @@ class Host(Place):
         except ImportError:
             return bits
         return bits.view(ml_dtypes.bfloat16)
+
+
+def _bytes_from(alloc: Alloc, room: int) -> np.ndarray:
+    """What a user's function returns for memory, as bytes; see `Host.allocate`."""
+    given = alloc(room)
+    try:
+        view = memoryview(given)
+        if "O" in view.format:
+            raise TypeError("it holds references to Python objects")
+        raw = np.frombuffer(view, np.uint8)  # an array of its own, which all views of it keep alive, and nothing else
+    except (TypeError, ValueError, BufferError) as error:
+        raise TypeError(f"alloc({room}) returned a {type(given).__name__}, expected a buffer: {error}.") from None
+    if raw.nbytes < room or not raw.flags.writeable:
+        raise ValueError(
+            f"alloc({room}) returned {raw.nbytes} {'' if raw.flags.writeable else 'read-only '}bytes, "
+            f"expected at least {room} writable ones."
+        )
+    return raw
+
+
+# What came from `alloc=` and is still in use: begin and end by the identity of an array that lives as long.
+_IN_USE: dict[int, tuple[int, int, weakref.ref[np.ndarray]]] = {}
+
+
+def _take(raw: np.ndarray, begin: int, nbytes: int, used: Sequence[Memory]) -> None:
+    """Take memory that came from `alloc=` into use until `raw` is gone.
+
+    Raises:
+        ValueError: if some of it is in use.
+    """
+    end = begin + nbytes
+
+    def taken() -> bool:
+        return any(a < end and begin < b for a, b, _ in list(_IN_USE.values()))
+
+    if taken():
+        gc.collect()  # what used it may be gone but for a circle of references
+    if taken() or any(m.address < end and begin < m.address + m.nbytes for m in used):
+        raise ValueError(
+            "alloc returned memory that is in use: that of parameters, or what it returned for a buffer that still "
+            "exists. It must return memory of its own for each buffer, until that buffer is gone."
+        )
+    key = id(raw)
+    _IN_USE[key] = begin, end, weakref.ref(raw, lambda _: _IN_USE.pop(key, None))
 
 
 HOST = Host()

@@ -135,6 +135,61 @@ def test_alloc_places_every_buffer():
         fastlr.flatten({"w": np.ones(1000)}, alloc=lambda n: "memory")
 
 
+def test_alloc_that_returns_memory_that_is_in_use():
+    page, n = np.zeros(8 * 1000 + 2 * 4096, np.uint8), 1000
+
+    def same(nbytes):
+        return page[:nbytes]
+
+    params = fastlr.flatten({"w": np.ones(n)})
+    message = "alloc returned memory that is in use"
+    with pytest.raises(ValueError, match=message):
+        fastlr.Adam(params, alloc=same, backend="numpy")
+    opt = fastlr.SGD(params, momentum=0.5, alloc=same, backend="numpy")  # one buffer, and the first is gone
+    with pytest.raises(ValueError, match=message):
+        _ = opt.grads
+    with pytest.raises(ValueError, match=message):
+        opt.step(np.ones(n)[::-1])  # gathered
+    with pytest.raises(ValueError, match=message):
+        opt.rebuild(fastlr.flatten({"w": np.ones(n)}))
+    with pytest.raises(ValueError, match=message):
+        fastlr.flatten({"w": np.ones(n)}, alloc=same)
+    opt.step(np.ones(n))
+    assert (opt.state["momentum_buffer"].data == 1.0).all()  # nobody has written to it
+    state = opt.state["momentum_buffer"]
+    del opt
+    with pytest.raises(ValueError, match=message):
+        fastlr.SGD(params, momentum=0.5, alloc=same, backend="numpy")
+    assert state["w"][0] == 1.0
+    del state
+    fastlr.SGD(params, momentum=0.5, alloc=same, backend="numpy")
+
+    memory = np.arange(6000.0)
+    w, other = memory[100:4100], np.ones(4000)
+    uses = (
+        lambda alloc: fastlr.SGD(w, momentum=0.5, alloc=alloc, backend="numpy"),
+        lambda alloc: fastlr.SGD(w, alloc=alloc, backend="numpy").grads,
+        lambda alloc: fastlr.SGD(other, momentum=0.5, ema=0.5, ema_out=w, alloc=alloc, backend="numpy"),
+        lambda alloc: fastlr.SGD(other, lr_scale=w, alloc=alloc, backend="numpy").grads,
+        lambda alloc: fastlr.flatten(w, alloc=alloc),
+    )
+    for use in uses:
+        with pytest.raises(ValueError, match=message):
+            use(lambda nbytes: memory)
+    assert np.array_equal(memory, np.arange(6000.0))
+
+
+def test_alloc_that_returns_no_plain_memory():
+    objects = np.array(["kept"] * 4096)[:, None].astype(object)
+    before = objects.tolist()
+    for alloc in (lambda nbytes: objects, lambda nbytes: None, lambda nbytes: np.zeros((2, nbytes), "m8[s]")):
+        with pytest.raises(TypeError, match="expected a buffer"):
+            fastlr.SGD(np.ones(3), momentum=0.5, alloc=alloc, backend="numpy")
+    assert objects.tolist() == before
+    with pytest.raises(TypeError, match="alloc must be a function of the number of bytes, got 5"):
+        fastlr.SGD(np.ones(3), alloc=5, backend="numpy")
+
+
 shapes = hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=5)
 
 
