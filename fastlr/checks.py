@@ -538,3 +538,52 @@ def choices(name: str, given: Iterable[str], known: Iterable[str]) -> None:
     for one in given:
         if one not in known:
             raise TypeError(f"{name} {one!r} is not known; there are {', '.join(known)}.")
+
+
+# What other libraries call an argument: what it is here, and in words what to do. Where a class lacks what it is here,
+# the words of that name answer.
+_CLIP, _BETAS = ("clip_norm", "use clip_norm="), ("betas", "use betas=(beta1, beta2)")
+_ONE_PASS = ("", "leave it out: it chooses among PyTorch's implementations, and here every step is one pass")
+_ELSEWHERE: dict[str, tuple[str, str]] = {
+    **dict.fromkeys(("learning_rate", "step_size", "eta"), ("lr", "use lr=")),
+    **dict.fromkeys(("schedule", "scheduler", "lr_scheduler", "lr_schedule"), ("lr", "use lr=, which takes schedules")),
+    **dict.fromkeys(("warmup", "warmup_steps"), ("lr", "use lr= with a schedule, such as Constant(1e-3).warmup(500)")),
+    **dict.fromkeys(("max_grad_norm", "global_clipnorm", "max_norm", "grad_clip", "gradient_clip_val"), _CLIP),
+    "clipnorm": ("clip_norm", 'use clip_norm= with scope="leaf"'),
+    "clipvalue": ("clip_value", "use clip_value="),
+    **dict.fromkeys(("beta_1", "beta_2", "beta1", "beta2", "b1", "b2"), _BETAS),
+    "betas": ("", "use momentum=, if this class has it; fastlr.Adam and its kin have betas"),
+    "momentum": ("betas", "use betas=, whose first is the momentum"),
+    **dict.fromkeys(("rho", "discounting_factor"), ("alpha", "use alpha=, the decay of the average")),
+    "epsilon": ("eps", "use eps="),
+    "eps_root": ("eps", "use eps=; the docstring says whether it is inside the root"),
+    "eps": ("", "leave it out: this rule has no eps"),
+    **dict.fromkeys(("l2", "wd", "l2_regularization", "weight_decay_rate"), ("weight_decay", "use weight_decay=")),
+    **dict.fromkeys(("decouple", "decoupled", "adam_w_mode"), ("", "use decoupled_weight_decay=")),
+    **dict.fromkeys(("mask", "exclude_from_weight_decay"), ("", "use groups with a weight_decay of their own")),
+    "tau": ("", "use ema=1 - tau, and ema_out= for a target network"),
+    **dict.fromkeys(("use_ema", "ema_momentum", "ema_decay", "polyak"), ("", "use ema=, the decay of the average")),
+    "amsgrad": ("", "use fastlr.Adam or fastlr.AdamW, which have it"),
+    "nesterov": ("", "use fastlr.SGD, which has it, or fastlr.NAdam, which is Adam with it"),
+    "initial_accumulator": ("", "use fastlr.Adagrad and its initial_accumulator_value="),
+    **dict.fromkeys(("bias_correction", "correct_bias"), ("", "leave it out: biases are corrected as in the paper")),
+    **dict.fromkeys(("loss_scale_factor", "dynamic_loss_scale"), ("", "use loss_scale=fastlr.LossScale(...)")),
+    "gradient_accumulation_steps": ("", "use opt.accumulate(grads), and then opt.step(grad_scale=steps)"),
+    **dict.fromkeys(("foreach", "fused", "differentiable"), _ONE_PASS),
+}
+
+
+def hyperparameters(name: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Check names of hyperparameters and options; those that other libraries have are answered with the one here.
+
+    Raises:
+        TypeError: if one is unknown.
+    """
+    known = list(known)
+    for one in given:
+        if one not in known and one in _ELSEWHERE:
+            here, advice = _ELSEWHERE[one]
+            if here not in known and here in _ELSEWHERE:
+                _, advice = _ELSEWHERE[here]
+            raise TypeError(f"{name} {one!r} is not known here: {advice}. There are {', '.join(known)}.")
+        choices(name, [one], known)

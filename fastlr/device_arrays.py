@@ -6,6 +6,7 @@ import abc
 import functools
 import math
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np

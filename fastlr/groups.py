@@ -238,7 +238,7 @@ class Groups(Mapping[str, Group]):
     def set(self, group: Group, name: str, value: Any) -> None:
         """Check and set one hyperparameter of a group; what is refused leaves the old value."""
         where = f"groups[{group.pattern!r}]: " if group.pattern else ""
-        checks.choices(f"{where}hyperparameter", [name], self.names)
+        checks.hyperparameters(f"{where}hyperparameter", [name], self.names)
         like = self.defaults._values[name]
         checked = "ema" if name == "ema_decay" else name
         made = hyperparameter(checked, value, like, self._population, where)

@@ -268,7 +268,7 @@ class Optimizer:
             known["lr"] = lr
         known.update(weight_decay=own_decay if weight_decay is None else weight_decay)
         known.update(decoupled_weight_decay=decoupled_weight_decay, maximize=maximize)
-        checks.choices("hyperparameter", hyperparameters, [*known, "clip_norm", "clip_value"])
+        checks.hyperparameters("hyperparameter", hyperparameters, [*known, "clip_norm", "clip_value"])
         known.update(hyperparameters)
         optional = {*hyperparameters, *_BEFORE.hyperparameters} - {"lr"}
         missing = [n for n, v in known.items() if v is None and n not in optional]

@@ -47,7 +47,7 @@ _LR = [
     ({"lr": True}, "lr must be a number, got True."),
     ({"weight_decay": -0.1}, "weight_decay must be non-negative and finite, got -0.1."),
     ({"maximize": 1}, "maximize must be True or False, got 1."),
-    ({"learning_rate": 0.1}, "hyperparameter 'learning_rate' is not known; there are"),
+    ({"learning_rate": 0.1}, "hyperparameter 'learning_rate' is not known here: use lr=. There are"),
     ({"threads": 0}, "threads must be at least 1, got 0."),
     ({"threads": 1.5}, "threads must be a whole number, got 1.5."),
     ({"backend": "gpu"}, "backend 'gpu' is not known; there are numba, numpy."),

@@ -316,3 +316,34 @@ def test_threads_and_warmup():
         fastlr.warmup("adam")
     with pytest.raises(TypeError, match="dtype 'float16' is not known; there are float32, float64"):
         fastlr.warmup(fastlr.Adam, dtypes=["float16"])
+
+
+ELSEWHERE = [
+    (fastlr.Adam, {"max_grad_norm": 1.0}, "use clip_norm="),
+    (fastlr.Adam, {"clipnorm": 1.0}, 'use clip_norm= with scope="leaf"'),
+    (fastlr.Adam, {"clipvalue": 1.0}, "use clip_value="),
+    (fastlr.SGD, {"tau": 0.005}, "use ema=1 - tau, and ema_out= for a target network"),
+    (fastlr.SGD, {"learning_rate": 0.1}, "use lr="),
+    (fastlr.Adam, {"beta_1": 0.9}, "use betas=(beta1, beta2)"),
+    (fastlr.SGD, {"b1": 0.9}, "use momentum=, if this class has it; fastlr.Adam and its kin have betas"),
+    (fastlr.SGD, {"betas": (0.9, 0.99)}, "use momentum=, if this class has it"),
+    (fastlr.Adam, {"momentum": 0.9}, "use betas=, whose first is the momentum"),
+    (fastlr.RMSprop, {"rho": 0.9}, "use alpha=, the decay of the average"),
+    (fastlr.AdamW, {"epsilon": 1e-8}, "use eps="),
+    (fastlr.SGD, {"epsilon": 1e-8}, "leave it out: this rule has no eps"),
+    (fastlr.Adam, {"wd": 0.1}, "use weight_decay="),
+    (fastlr.Adam, {"use_ema": True}, "use ema=, the decay of the average"),
+    (fastlr.SGD, {"amsgrad": True}, "use fastlr.Adam or fastlr.AdamW, which have it"),
+    (fastlr.Adam, {"nesterov": True}, "use fastlr.SGD, which has it, or fastlr.NAdam"),
+    (fastlr.Adam, {"fused": True}, "leave it out: it chooses among PyTorch's implementations"),
+]
+
+
+@pytest.mark.parametrize(("make", "settings", "message"), ELSEWHERE)
+def test_arguments_that_other_libraries_have(make, settings, message):
+    (name,) = settings
+    expected = re.escape(f"hyperparameter {name!r} is not known here: {message}")
+    with pytest.raises(TypeError, match=expected):
+        make(np.ones(3), **settings)
+    with pytest.raises(TypeError, match="groups\\['\\*'\\]: " + expected):
+        make(np.ones(3), groups={"*": settings})

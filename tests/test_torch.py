@@ -595,7 +595,7 @@ def test_bad_settings_and_states():
         ({"lr": -1.0}, ValueError, "lr must be non-negative and finite, got -1.0."),
         ({"lr": torch.tensor([1.0, 2.0])}, ValueError, "Tensor lr must be 1-element, got 2."),
         ({"betas": (0.9, 1.0)}, ValueError, "betas[1] must be in [0, 1), got 1.0."),
-        ({"momentum": 0.9}, TypeError, "got an unexpected keyword argument 'momentum'"),
+        ({"momentum": 0.9}, TypeError, "argument 'momentum' is not known here: use betas="),
         ({"differentiable": True}, ValueError, "differentiable=True is not there"),
         ({"capturable": True}, ValueError, "capturable=True is for parameters on a GPU"),
         ({"ema_out": params}, ValueError, "give its decay as well"),
@@ -603,7 +603,7 @@ def test_bad_settings_and_states():
         ({"ema": 0.9, "ema_out": [1, *params[1:]]}, TypeError, "ema_out for parameter '0' is a int, expected a tensor"),
         ({"ema": 0.9, "ema_out": parameters(torch.float32)}, ValueError, "is torch.float32 (11, 3) on cpu, the param"),
         ({"clip_norm": 0.0}, ValueError, "clip_norm must be positive and finite, got 0.0."),
-        ({"backend": "numpy"}, TypeError, "got an unexpected keyword argument 'backend'"),
+        ({"backend": "numpy"}, TypeError, "argument 'backend' is not known; there are params"),
     ):
         with pytest.raises(error) as raised:
             fastlr.torch.AdamW(params, **settings)
@@ -1221,3 +1221,18 @@ def test_names_that_look_like_patterns():
     opt.step()
     for p, g, lr in zip(params, grads, (1.0, 1.0, 2.0, 2.0), strict=True):
         assert p.item() == pytest.approx(1.0 - lr * g, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "message"),
+    [
+        (fastlr.torch.SGD, {"betas": (0.9, 0.99)}, "use momentum="),
+        (fastlr.torch.Adam, {"max_grad_norm": 1.0}, "use clip_norm="),
+        (fastlr.torch.Adam, {"tau": 0.1}, "use ema=1 - tau"),
+        (fastlr.torch.Adam, {"speed": 1.0}, "'speed' is not known; there are params, lr, betas"),
+        (fastlr.torch.HostOptimizer, {"rule": fastlr.Adam, "max_grad_norm": 1.0}, "use clip_norm="),
+    ],
+)
+def test_arguments_that_other_libraries_have(make, settings, message):
+    with pytest.raises(TypeError, match=message):
+        make([torch.nn.Parameter(torch.ones(1))], **settings)

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from .. import groups, scheduled
+from .. import checks, groups, scheduled
 from ..exclusive import Users, enter, exclusive
 from ..kernels import exchange
 from ..kernels.atomic import commit
@@ -1020,6 +1020,7 @@ def counterpart(native: type[Native]) -> type[Optimizer]:
     signature = _signature(native, getattr(torch.optim, name, None))
 
     def construct(self: Optimizer, params: Any, *args: Any, **settings: Any) -> None:
+        checks.hyperparameters("argument", settings, signature.parameters)
         given = signature.bind(params, *args, **settings).arguments
         self._set_up(given.pop("params"), native, given)
 
