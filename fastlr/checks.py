@@ -150,10 +150,7 @@ def reals(name: str, value: Any) -> np.ndarray:
         return np.array([real(f"{name}[{k}]", one) for k, one in enumerate(value)], np.float64)
     if not getattr(value, "shape", ()):
         return np.array(real(name, value))
-    array = readable(name, value)
-    if array.dtype.kind not in "iuf":
-        raise TypeError(f"{name} must be a number or an array of numbers, got an array of {array.dtype}.")
-    return array.astype(np.float64)
+    return numeric(name, value).astype(np.float64)
 
 
 def _number(name: str, label: str, value: Any, population: int | None) -> float | np.ndarray:
@@ -410,6 +407,18 @@ def readable(name: str, leaf: Any) -> np.ndarray:
     if array.dtype == object:
         given = "an array of objects" if isinstance(leaf, np.ndarray) else f"a {type(leaf).__name__}"
         raise TypeError(f"{name} is {given}, expected an array of numbers.")
+    return array
+
+
+def numeric(name: str, leaf: Any) -> np.ndarray:
+    """As `readable`, of whatever dtype of real numbers.
+
+    Raises:
+        TypeError: if it is no array of real numbers, or means more than its memory.
+    """
+    array = readable(name, leaf)
+    if array.dtype.kind not in "iuf" and array.dtype.name not in FORMATS:
+        raise TypeError(f"{name} must be real numbers, got an array of {array.dtype}.")
     return array
 
 

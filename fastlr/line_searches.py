@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,12 @@ import numpy as np
 from . import checks, threads
 from .buffers import FlatBuffer
 from .columns import Parameters
+from .exclusive import Users, exclusive
 from .kernels import vectors
 from .kernels.atomic import commit
 from .places import HOST
 from .range_test import evaluate
+from .trees import is_container
 
 __all__ = ["LBFGS", "LBFGSInfo", "LineSearch", "line_search"]
 
@@ -25,9 +27,9 @@ class LineSearch:
     """What a line search found.
 
     Attributes:
-        step: the step length; 0 if none was accepted, and then the parameters are where they were.
+        step: the step length; without success that of the best point seen, 0 if that is the start.
         loss: at the parameters as they are now.
-        grads: the gradient there, flat; None if it was not needed.
+        grads: the gradient there, flat.
         evaluations: calls of the function.
         success: whether the conditions hold.
         message: in words.
@@ -35,45 +37,107 @@ class LineSearch:
 
     step: float
     loss: float
-    grads: np.ndarray | None
+    grads: np.ndarray
     evaluations: int
     success: bool
     message: str
 
 
-class _Line:
-    """A function along a line: `phi(a) = fun(start + a direction)`."""
+_ROUNDING = "the loss changes by less than its rounding"
 
-    def __init__(self, fun: Callable[[Any], Any], place: _Flat, direction: np.ndarray, budget: int) -> None:
-        self.fun, self.place, self.direction, self.budget = fun, place, direction, budget
-        self.start = place.data.copy()
-        self.evaluations = 0
-        self.at = 0.0
+
+class _EndedError(Exception):
+    """The search ends without a step that fulfils the conditions; the message says why."""
+
+
+class _Line:
+    """A function along a line: `phi(a) = fun(start + a direction)`, and the best point seen on it.
+
+    Attributes:
+        start: the parameters there.
+        evaluations: calls of the function.
+        step: of the best point, which is the start or has a lower loss.
+        loss: there.
+        grads: there.
+    """
+
+    def __init__(self, fun: Callable[[Any], Any], flat: _Flat, direction: np.ndarray, budget: int) -> None:
+        self._fun, self._flat, self._direction, self._budget = fun, flat, direction, budget
+        self._eps = float(np.finfo(flat.data.dtype).eps)
+        self.start, self.grads = flat.data.copy(), flat.g.copy()
+        self.step, self.loss, self.evaluations = 0.0, math.nan, 0
+
+    def _evaluate(self) -> tuple[float, float]:
+        """The value and the slope where the parameters are."""
+        self.evaluations += 1
+        loss = self._flat.evaluate(self._fun)
+        return loss, vectors.dot(self._flat.g, self._direction, self._flat.threads)
+
+    def begin(self, loss: float | None) -> tuple[float, float]:
+        """The value and the slope at the start; if the value is known, the gradient is as well."""
+        if loss is None:
+            loss, slope = self._evaluate()
+            self.grads[:] = self._flat.g
+        else:
+            slope = vectors.dot(self._flat.g, self._direction, self._flat.threads)
+        self.loss = loss
+        return loss, slope
 
     def go(self, a: float) -> None:
         """Put the parameters at a step."""
-        vectors.combine(self.place.data, self.start, a, self.direction, self.place.threads)
-        self.at = a
+        if a == 0:
+            self._flat.data[:] = self.start
+        else:
+            vectors.combine(self._flat.data, self.start, a, self._direction, self._flat.threads)
 
     def __call__(self, a: float) -> tuple[float, float]:
-        """The value and the slope at a step; the gradient is in `place.g` afterwards."""
-        if self.evaluations >= self.budget:
-            raise _ExhaustedError
+        """The value and the slope at a step; the value is infinite where one of them is not finite.
+
+        Raises:
+            _EndedError: if no evaluations are left, or the step is beyond all floats.
+        """
+        if self.evaluations >= self._budget:
+            raise _EndedError(f"no step was found in {self._budget} evaluations")
+        if not math.isfinite(a):
+            raise _EndedError("no step was found: the loss falls for as long as steps are floats")
         self.go(a)
-        self.evaluations += 1
-        loss = self.place.evaluate(self.fun)
-        slope = vectors.dot(self.place.g, self.direction, self.place.threads)
+        loss, slope = self._evaluate()
+        if not (math.isfinite(loss) and math.isfinite(slope)):
+            return math.inf, math.nan
+        if loss < self.loss:
+            self.step, self.loss, self.grads[:] = a, loss, self._flat.g
         return loss, slope
 
+    def between(self, low: float, f: float, slope: float, high: float, wanted: float | None) -> float:
+        """A step inside an interval, away from its ends; the middle if there is no better idea.
 
-class _ExhaustedError(Exception):
-    """No evaluations are left."""
+        Args:
+            low: the end with the lower value.
+            f: the value there.
+            slope: the slope there.
+            high: the other end.
+            wanted: the idea.
+
+        Raises:
+            _EndedError: if the values inside cannot be told from `f`, or there is no step inside.
+        """
+        first, last = min(low, high), max(low, high)
+        a, margin = first + (last - first) / 2, 0.1 * (last - first)
+        if wanted is not None and math.isfinite(wanted):
+            a = min(max(wanted, first + margin), last - margin)
+        if abs(slope * (high - low)) <= self._eps * abs(f) or not first < a < last:
+            raise _EndedError(_ROUNDING)
+        return a
 
 
 class _Flat:
-    """Parameters as one flat vector, and a gradient beside them."""
+    """Parameters as one flat vector, and a gradient beside them.
 
-    def __init__(self, params: Any, grads: Any = None) -> None:
+    Attributes:
+        lent: whether somebody has `g` to fill it.
+    """
+
+    def __init__(self, params: Any) -> None:
         self.parameters = Parameters(params)
         if self.parameters.place is not HOST:
             raise TypeError("line search and L-BFGS work on the CPU; move the parameters with .to('cpu').")
@@ -81,29 +145,50 @@ class _Flat:
             raise TypeError("params must be one array or a FlatBuffer; put a tree into one by fastlr.flatten(tree).")
         self.params = params
         self.data = params.data if isinstance(params, FlatBuffer) else params.reshape(-1)
-        self.g = np.zeros_like(self.data) if grads is None else grads
+        self.g = np.zeros_like(self.data)
+        self.lent = False
         self.threads = threads.get_num_threads()
 
     def evaluate(self, fun: Callable[[Any], Any]) -> float:
-        """The loss at the parameters as they are; its gradient goes to `g`."""
+        """The loss at the parameters as they are; its gradient goes to `g`.
+
+        Raises:
+            TypeError: if the function returns something else.
+        """
         loss, grads = evaluate(fun, self.params)
         if grads is not None:
-            self.take(grads)
+            self.take("grads", grads)
+        elif not self.lent:
+            raise TypeError("the function must return (loss, grads), or with LBFGS a loss after filling opt.grads.")
         return loss
 
-    def take(self, grads: Any) -> None:
-        """Copy a gradient of any of the forms that are allowed into `g`."""
+    def take(self, name: str, grads: Any) -> None:
+        """Copy a gradient of any of the forms that are allowed into `g`.
+
+        Raises:
+            TypeError: if it is none.
+            ValueError: if it does not fit.
+        """
+        params = self.parameters
         if isinstance(grads, FlatBuffer):
+            if grads._structure.paths != params.paths or grads._shapes != tuple(params.shapes):
+                raise ValueError(f"{name} is a buffer of other leaves than params. Make it from the same structure.")
             grads = grads.data
-        if isinstance(grads, np.ndarray) and grads.size == self.g.size:
-            self.g[:] = grads.reshape(-1)
+        if params.is_array or not is_container(grads):
+            array = checks.numeric(name, grads)
+            shapes = {(params.size,): None, **({params.shapes[0]: None} if params.is_array else {})}
+            if array.shape not in shapes:
+                raise ValueError(f"{name} has shape {array.shape}, expected {' or '.join(map(str, shapes))}.")
+            self.g[:] = array.reshape(-1)
             return
-        leaves = self.parameters.structure.leaves(grads)
-        for place, path, leaf in zip(self.parameters.cut(self.g), self.parameters.paths, leaves, strict=True):
-            array = np.asarray(0.0 if leaf is None else leaf)
-            if leaf is not None and array.shape != place.shape:
-                called = checks.called(path, "grads")
-                raise ValueError(f"{called} has shape {array.shape}, but the parameter has {place.shape}.")
+        arrays = []
+        for path, leaf, shape in zip(params.paths, params.structure.leaves(grads, name), params.shapes, strict=True):
+            called = checks.called(path, name)
+            array = np.zeros(shape) if leaf is None else checks.numeric(called, leaf)
+            if array.shape != shape:
+                raise ValueError(f"{called} has shape {array.shape}, but the parameter has {shape}.")
+            arrays.append(array)
+        for place, array in zip(params.cut(self.g), arrays, strict=True):
             place[...] = array
 
 
@@ -118,15 +203,6 @@ def _cubic(a: float, fa: float, da: float, b: float, fb: float, db: float) -> fl
     return b - (b - a) * (db + d2 - d1) / under if under != 0 else None
 
 
-def _between(a: float, b: float, wanted: float | None) -> float:
-    """A point inside an interval, away from its ends; the middle if there is no better idea."""
-    low, high = min(a, b), max(a, b)
-    margin = 0.1 * (high - low)
-    if wanted is None or not math.isfinite(wanted):
-        return (a + b) / 2
-    return min(max(wanted, low + margin), high - margin)
-
-
 def _armijo(phi: _Line, f0: float, slope0: float, first: float, c1: float) -> tuple[float, float]:
     """Backtracking. Nocedal and Wright 2006, algorithm 3.1, with the interpolation of section 3.5."""
     a = first
@@ -134,8 +210,8 @@ def _armijo(phi: _Line, f0: float, slope0: float, first: float, c1: float) -> tu
         f, slope = phi(a)
         if f <= f0 + c1 * a * slope0:
             return a, f
-        wanted = _cubic(0.0, f0, slope0, a, f, slope) if math.isfinite(f) and math.isfinite(slope) else None
-        a = _between(0.0, a, wanted)
+        wanted = _cubic(0.0, f0, slope0, a, f, slope) if math.isfinite(f) else None
+        a = phi.between(0.0, f0, slope0, a, wanted)
 
 
 def _wolfe(phi: _Line, f0: float, slope0: float, first: float, c1: float, c2: float) -> tuple[float, float]:
@@ -143,9 +219,8 @@ def _wolfe(phi: _Line, f0: float, slope0: float, first: float, c1: float, c2: fl
 
     def zoom(low: float, f_low: float, d_low: float, high: float, f_high: float, d_high: float) -> tuple[float, float]:
         while True:
-            finite = math.isfinite(f_high) and math.isfinite(d_high)
-            wanted = _cubic(low, f_low, d_low, high, f_high, d_high) if finite else None
-            a = _between(low, high, wanted)
+            wanted = _cubic(low, f_low, d_low, high, f_high, d_high) if math.isfinite(f_high) else None
+            a = phi.between(low, f_low, d_low, high, wanted)
             f, d = phi(a)
             if not f <= f0 + c1 * a * slope0 or f >= f_low:
                 high, f_high, d_high = a, f, d
@@ -176,40 +251,35 @@ def _search(
     fun: Callable[[Any], Any],
     direction: np.ndarray,
     method: str,
-    f0: float | None,
+    loss: float | None,
     first: float,
     c1: float,
     c2: float,
     budget: int,
 ) -> LineSearch:
-    """A line search from where the parameters are; if `f0` is given, `flat.g` has the gradient there."""
+    """A line search from where the parameters are; if the loss there is known, `flat.g` has the gradient.
+
+    If anything is raised, the parameters are where they were.
+    """
     phi = _Line(fun, flat, direction, budget)
-    slope0 = math.nan
-    message = ""
     try:
-        if f0 is None:
-            f0, slope0 = phi(0.0)
-        else:
-            slope0 = vectors.dot(flat.g, direction, flat.threads)
-        if not math.isfinite(f0) or not math.isfinite(slope0):
-            message = f"the loss at the start is {f0} and its slope {slope0}: nothing to search from"
-        elif not slope0 < 0:
-            message = f"this is no descent direction: the slope along it is {slope0:.3g}, which must be negative"
-        else:
-            if method == "armijo":
-                a, f = _armijo(phi, f0, slope0, first, c1)
-            else:
-                a, f = _wolfe(phi, f0, slope0, first, c1, c2)
-            if phi.at != a:
-                phi.go(a)
+        try:
+            f0, slope0 = phi.begin(loss)
+            if not math.isfinite(f0) or not math.isfinite(slope0):
+                raise _EndedError(f"the loss at the start is {f0} and its slope {slope0}: nothing to search from")
+            if not slope0 < 0:
+                raise _EndedError(f"this is no descent direction: the slope along it is {slope0:.3g}, not negative")
+            a, f = _armijo(phi, f0, slope0, first, c1) if method == "armijo" else _wolfe(phi, f0, slope0, first, c1, c2)
             return LineSearch(a, f, flat.g.copy(), phi.evaluations, True, "the conditions hold")
-    except _ExhaustedError:
-        message = f"no step was found in {budget} evaluations; the parameters are where they were"
+        except _EndedError as ended:
+            phi.go(phi.step)
+            flat.g[:] = phi.grads
+            where = "at the best point seen" if phi.step else "where they were"
+            message = f"{ended}; the parameters are {where}"
+            return LineSearch(phi.step, phi.loss, phi.grads, phi.evaluations, False, message)
     except BaseException:
         flat.data[:] = phi.start
         raise
-    flat.data[:] = phi.start
-    return LineSearch(0.0, float("nan") if f0 is None else f0, None, phi.evaluations, False, message)
 
 
 def line_search(
@@ -227,7 +297,8 @@ def line_search(
 
     "armijo": the loss falls enough, `f(a) <= f(0) + c1 a f'(0)`, by backtracking from `first`. "wolfe": and the slope
     has become small, `abs(f'(a)) <= c2 abs(f'(0))` (the strong Wolfe conditions). Where the loss is not finite the step
-    is too long. If no step is found, the parameters are as they were, and `message` says why.
+    is too long. If no step is found with which they hold, the parameters are left at the best point seen, that of the
+    lowest loss, which may be the start, and `message` says why. If `fun` raises, they are where they were.
 
     Args:
         fun: `fun(params) -> (loss, grads)`; the gradients in the parameters' structure or flat.
@@ -261,21 +332,22 @@ def line_search(
     c2 = checks.number("c2", c2, c1, 1.0)
     budget = checks.count("max_evaluations", max_evaluations)
     flat = _Flat(params)
-    flat.take(direction)
+    flat.take("direction", direction)
     return _search(flat, fun, flat.g.copy(), method, None, first, c1, c2, budget)
 
 
 @dataclass(frozen=True)
 class LBFGSInfo:
-    """What an iteration of L-BFGS did.
+    """What an iteration of L-BFGS did, or `minimize` as a whole.
 
     Attributes:
         step: number of iterations made.
         loss: at the parameters as they are now.
         grad_norm: of the gradient there.
         lr: the step length along the direction; 0 if none was found.
-        evaluations: calls of the function in this iteration.
-        success: whether the parameters have moved.
+        evaluations: calls of the function, in this iteration or in all.
+        success: of an iteration, whether the parameters have moved or are where the gradient is zero; of `minimize`,
+            whether it has come to an end by itself.
         message: in words.
     """
 
@@ -286,6 +358,23 @@ class LBFGSInfo:
     evaluations: int
     success: bool
     message: str
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """What L-BFGS knows beside the parameters and the gradient.
+
+    Attributes:
+        steps: number of iterations made.
+        loss: at the parameters, whose gradient is known then; None if it has to be found.
+        s: changes of the parameters, the latest last.
+        y: changes of the gradient.
+    """
+
+    steps: int = 0
+    loss: float | None = None
+    s: tuple[np.ndarray, ...] = ()
+    y: tuple[np.ndarray, ...] = ()
 
 
 class LBFGS:
@@ -302,7 +391,7 @@ class LBFGS:
         method: of the line search, "wolfe" (default) or "armijo".
         c1: in (0, 1). Default 1e-4.
         c2: in (c1, 1). Default 0.9.
-        max_evaluations: calls of the function at most in one iteration. Default 25.
+        max_evaluations: calls of the function at most in the line search of one iteration. Default 25.
 
     Raises:
         TypeError: if the parameters are of another kind.
@@ -322,6 +411,8 @@ class LBFGS:
         (array([1., 1.]), True)
     """
 
+    _unsettled = None  # nothing remains to be done after a call, see `exclusive`
+
     def __init__(
         self,
         params: Any,
@@ -339,10 +430,8 @@ class LBFGS:
         self.c1 = checks.number("c1", c1, 0.0, 1.0)
         self.c2 = checks.number("c2", c2, self.c1, 1.0)
         self.max_evaluations = checks.count("max_evaluations", max_evaluations)
-        self.steps = 0
-        self._loss: float | None = None
-        self._s: list[np.ndarray] = []
-        self._y: list[np.ndarray] = []
+        self._memory = _Memory()
+        self._users: Users = {}
 
     @property
     def params(self) -> Any:
@@ -352,29 +441,35 @@ class LBFGS:
     @property
     def grads(self) -> Any:
         """Gradients for a function to fill that returns the loss alone; an array, or a buffer like the parameters."""
+        self._flat.lent = True
         return self._flat.parameters.tree(self._flat.g)
+
+    @property
+    def steps(self) -> int:
+        """Number of iterations made."""
+        return self._memory.steps
 
     def _direction(self) -> np.ndarray:
         """Algorithm 7.4: minus the approximate inverse Hessian times the gradient."""
-        flat, n = self._flat, self._flat.threads
-        q = flat.g.copy()
-        count = len(self._s)
+        n, s, y = self._flat.threads, self._memory.s, self._memory.y
+        q = self._flat.g.copy()
+        count = len(s)
         if not count:
             return np.negative(q)
-        rho = [1.0 / vectors.dot(s, y, n) for s, y in zip(self._s, self._y, strict=True)]
+        rho = [1.0 / vectors.dot(a, b, n) for a, b in zip(s, y, strict=True)]
         alpha = [0.0] * count
-        inner = vectors.dot(self._s[-1], q, n)
+        inner = vectors.dot(s[-1], q, n)
         for k in range(count - 1, -1, -1):
             alpha[k] = rho[k] * inner
-            following = self._s[k - 1] if k else self._y[-1]
-            inner = vectors.move_and_dot(q, q, -alpha[k], self._y[k], following, n)
-        gamma = 1.0 / (rho[-1] * vectors.dot(self._y[-1], self._y[-1], n))  # eq. 7.20
+            following = s[k - 1] if k else y[-1]
+            inner = vectors.move_and_dot(q, q, -alpha[k], y[k], following, n)
+        gamma = vectors.dot(s[-1], y[-1], n) / vectors.dot(y[-1], y[-1], n)  # eq. 7.20
         np.multiply(q, q.dtype.type(gamma), out=q)
-        inner = vectors.dot(self._y[0], q, n)
+        inner = vectors.dot(y[0], q, n)
         for k in range(count):
             beta = rho[k] * inner
-            following = self._y[k + 1] if k + 1 < count else self._y[k]
-            inner = vectors.move_and_dot(q, q, alpha[k] - beta, self._s[k], following, n)
+            following = y[k + 1] if k + 1 < count else y[k]
+            inner = vectors.move_and_dot(q, q, alpha[k] - beta, s[k], following, n)
         return np.negative(q, out=q)
 
     def step(self, fun: Callable[[Any], Any]) -> LBFGSInfo:
@@ -384,84 +479,160 @@ class LBFGS:
             fun: `fun(params) -> (loss, grads)`, or `fun(params) -> loss` having filled `opt.grads`.
 
         Returns:
-            What was done. If no step was found the parameters are as they were, and what was remembered is forgotten,
-            so that the next iteration begins with the gradient.
+            What was done. If the line search ends without success the parameters are at the best point that it has
+            seen. If that is where they were, what was remembered is forgotten, so that the next iteration begins with
+            the gradient.
 
         Raises:
             TypeError: if `fun` returns something else.
+            ValueError: if its gradient does not fit.
+            RuntimeError: if another call of this optimizer is under way, in another thread or in `fun`.
+
+        Whatever is raised, also by `fun`, the parameters and the optimizer are as they were before the iteration.
         """
-        flat, evaluations = self._flat, 0
-        if self._loss is None:
-            self._loss, evaluations = flat.evaluate(fun), 1
+        return self._iterate(fun, self.max_evaluations)
+
+    @exclusive
+    def _iterate(self, fun: Callable[[Any], Any], budget: int) -> LBFGSInfo:
+        """One iteration, with so many calls of the function at most, beside the one that may be needed to begin.
+
+        With a budget of 0 it only finds the loss where that is not known.
+        """
+        flat, memory = self._flat, self._memory
+        before, g = flat.data.copy(), flat.g.copy()
+        try:
+            new, info = self._moved(fun, budget)
+            self._memory = new
+        except BaseException:
+            if self._memory is memory:
+                commit([(flat.data, ..., before), (flat.g, ..., g)])
+            raise
+        return info
+
+    def _moved(self, fun: Callable[[Any], Any], budget: int) -> tuple[_Memory, LBFGSInfo]:
+        """Make an iteration; what is to be remembered after it, and what was done."""
+        flat, memory, evaluations = self._flat, self._memory, 0
+        loss = memory.loss
+        if loss is None:
+            loss, evaluations = flat.evaluate(fun), 1
+            memory = replace(memory, loss=loss)
         before, g = flat.data.copy(), flat.g.copy()
         norm = math.sqrt(vectors.dot(g, g, flat.threads))
-        if norm == 0.0:
-            return LBFGSInfo(self.steps, self._loss, 0.0, 0.0, evaluations, True, "the gradient is zero")
-        direction = self._direction()
-        first = 1.0 if self._s else min(1.0, 1.0 / norm)
-        found = _search(flat, fun, direction, self.method, self._loss, first, self.c1, self.c2, self.max_evaluations)
+        if norm == 0.0 or not budget:
+            message = "" if norm else "the gradient is zero"
+            return memory, LBFGSInfo(memory.steps, loss, norm, 0.0, evaluations, not norm, message)
+        first = 1.0 if memory.s else min(1.0, 1.0 / norm)
+        found = _search(flat, fun, self._direction(), self.method, loss, first, self.c1, self.c2, budget)
         evaluations += found.evaluations
-        if not found.success:
-            flat.g[:] = g
-            self._s.clear()
-            self._y.clear()
-            return LBFGSInfo(self.steps, self._loss, norm, 0.0, evaluations, False, found.message)
-        self._loss = found.loss
+        if not found.step:
+            info = LBFGSInfo(memory.steps, loss, norm, 0.0, evaluations, False, found.message)
+            return _Memory(memory.steps, loss), info
         s, y = flat.data - before, flat.g - g
-        curvature = vectors.dot(s, y, flat.threads)
-        if curvature > np.finfo(s.dtype).eps * vectors.dot(y, y, flat.threads):  # else it would not stay positive
-            self._s.append(s)
-            self._y.append(y)
-            del self._s[: -self.history], self._y[: -self.history]
-        self.steps += 1
+        curvature, square = vectors.dot(s, y, flat.threads), vectors.dot(y, y, flat.threads)
+        if curvature > np.finfo(s.dtype).eps * square > 0:  # else the approximation would not stay positive
+            s_kept, y_kept = (*memory.s, s)[-self.history :], (*memory.y, y)[-self.history :]
+            memory = replace(memory, s=s_kept, y=y_kept)
+        memory = replace(memory, steps=memory.steps + 1, loss=found.loss)
         norm = math.sqrt(vectors.dot(flat.g, flat.g, flat.threads))
-        return LBFGSInfo(self.steps, found.loss, norm, found.step, evaluations, True, found.message)
+        return memory, LBFGSInfo(memory.steps, found.loss, norm, found.step, evaluations, True, found.message)
 
-    def minimize(self, fun: Callable[[Any], Any], max_steps: int = 1000, *, grad_tolerance: float = 1e-5) -> LBFGSInfo:
-        """Iterate until the largest element of the gradient is small, nothing moves, or the steps are used up.
+    def minimize(
+        self,
+        fun: Callable[[Any], Any],
+        max_steps: int = 1000,
+        *,
+        grad_tolerance: float = 1e-5,
+        loss_tolerance: float | None = None,
+        max_evaluations: int | None = None,
+        callback: Callable[[LBFGSInfo], Any] | None = None,
+    ) -> LBFGSInfo:
+        """Iterate until the gradient is small or the loss no longer falls.
 
         Args:
             fun: as for `step`.
             max_steps: iterations at most, >= 1.
-            grad_tolerance: how small, >= 0.
+            grad_tolerance: how small the largest element of the gradient is to be, >= 0.
+            loss_tolerance: the reduction of the loss in an iteration that counts as none, relative to the loss, >= 0.
+                Default: ten times the spacing of floats of the parameters' dtype: 2e-15, in float32 1e-6.
+            max_evaluations: calls of `fun` at most in all, >= 1. Default: no limit.
+            callback: `callback(info)` is called after each iteration with its `LBFGSInfo`; if it returns True, that was
+                the last. It may save, load or change the optimizer.
 
         Returns:
-            The last iteration.
-        """
-        grad_tolerance = checks.within("grad_tolerance", grad_tolerance)
-        failed = 0
-        for _ in range(checks.count("max_steps", max_steps)):
-            info = self.step(fun)
-            failed = 0 if info.success else failed + 1
-            if np.abs(self._flat.g).max(initial=0.0) <= grad_tolerance or info.grad_norm == 0 or failed == 2:
-                break
-        return info
+            The last iteration, with the evaluations of all; `success` says whether the gradient is small or the loss no
+            longer falls, `message` what ended it.
 
+        Raises:
+            TypeError: if an argument is of the wrong kind, or as `step`.
+            ValueError: if one is out of range, or as `step`.
+            RuntimeError: as `step`.
+
+        If `fun` or `callback` raises, everything is as it was before or after the iteration that is under way.
+        """
+        max_steps = checks.count("max_steps", max_steps)
+        grad_tolerance = checks.within("grad_tolerance", grad_tolerance)
+        if loss_tolerance is None:
+            loss_tolerance = 10 * float(np.finfo(self._flat.data.dtype).eps)
+        loss_tolerance = checks.within("loss_tolerance", loss_tolerance)
+        if max_evaluations is not None:
+            max_evaluations = checks.count("max_evaluations", max_evaluations)
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback must be a function of an LBFGSInfo, got {checks.shown(callback)}.")
+
+        def ended() -> tuple[bool, str] | None:
+            largest = float(np.abs(self._flat.g).max(initial=0.0))
+            if largest <= grad_tolerance:
+                return True, "the gradient is small" if largest else "the gradient is zero"
+            if info.success and before - info.loss <= loss_tolerance * max(abs(before), abs(info.loss)):
+                return True, "the loss no longer falls"
+            if not info.success and plain:  # the next iteration would be the same
+                return _ROUNDING in info.message, info.message
+            if made == max_steps:
+                return False, f"the {max_steps} iterations are used up"
+            if max_evaluations is not None and total >= max_evaluations:
+                return False, f"the {max_evaluations} evaluations are used up"
+            return (False, "the callback has ended it") if told else None
+
+        info = self._iterate(fun, 0)
+        made, total, before, plain, told = 0, info.evaluations, math.inf, False, False
+        while (end := ended()) is None:
+            before, plain = info.loss, not self._memory.s
+            left = self.max_evaluations if max_evaluations is None else max_evaluations - total
+            info = self._iterate(fun, min(left, self.max_evaluations))
+            made, total = made + 1, total + info.evaluations
+            told = callback is not None and bool(callback(info))
+        return replace(info, evaluations=total, success=end[0], message=end[1])
+
+    @exclusive
     def forget(self) -> None:
         """Forget the loss and what was remembered: after the function or the parameters have changed."""
-        self._loss = None
-        self._s.clear()
-        self._y.clear()
+        self._memory = _Memory(self.steps)
 
+    @exclusive
     def state_dict(self) -> dict[str, np.ndarray]:
         """What the optimizer knows beside the parameters, as copies in a flat dict of arrays."""
-        loss = np.array(math.nan if self._loss is None else self._loss)
-        out = {"steps": np.array(self.steps), "loss": loss, "grads": self._flat.g.copy()}
+        memory = self._memory
+        loss = np.array(math.nan if memory.loss is None else memory.loss)
+        out = {"steps": np.array(memory.steps), "loss": loss, "grads": self._flat.g.copy()}
         empty = np.zeros((0, self._flat.data.size), self._flat.data.dtype)
-        out["s"], out["y"] = (np.stack(v) if v else empty for v in (self._s, self._y))
+        out["s"], out["y"] = (np.stack(v) if v else empty for v in (memory.s, memory.y))
         return out
 
+    @exclusive
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
         """Take over what `state_dict` returned; the parameters must be those it was taken at.
 
         Raises:
             ValueError: if it is something else; then nothing is changed.
         """
-        size, dtype = self._flat.data.size, self._flat.data.dtype
+        size, dtype, threads = self._flat.data.size, self._flat.data.dtype, self._flat.threads
+        names = ("steps", "loss", "grads", "s", "y")
         try:
-            parts = {name: np.array(state[name]) for name in ("steps", "loss", "grads", "s", "y")}
+            parts = {name: checks.numeric(f"{name!r} in the state", state[name]) for name in names}
         except KeyError as error:
             raise ValueError(f"this is not the state of an LBFGS: it has no {error}.") from None
+        except (TypeError, IndexError) as error:
+            raise ValueError(f"this is not the state of an LBFGS: {error}") from None
         rows = (*parts["s"].shape[:1], size)
         expected = {"steps": ((), np.int64), "loss": ((), np.float64), "grads": ((size,), dtype)}
         for name, (shape, kind) in {**expected, "s": (rows, dtype), "y": (rows, dtype)}.items():
@@ -471,16 +642,16 @@ class LBFGS:
                     f"{shape}."
                 )
         steps, loss = checks.counted("steps in the state", int(parts["steps"])), float(parts["loss"])
-        s, y = ([row.copy() for row in parts[name]][-self.history :] for name in ("s", "y"))
-        if not all(vectors.dot(a, b, self._flat.threads) > 0 for a, b in zip(s, y, strict=True)):
+        s, y = (tuple(row.copy() for row in parts[name][-self.history :]) for name in ("s", "y"))
+        if not all(0 < vectors.dot(a, b, threads) < math.inf for a, b in zip(s, y, strict=True)):
             raise ValueError("'s' and 'y' in the state are damaged: along each kept step the gradient has to rise.")
-        known = {"steps": steps, "_loss": None if math.isnan(loss) else loss, "_s": s, "_y": y}
-        commit([(self._flat.g, ..., parts["grads"]), *((self.__dict__, name, value) for name, value in known.items())])
+        memory = _Memory(steps, None if math.isnan(loss) else loss, s, y)
+        commit([(self._flat.g, ..., parts["grads"]), (self.__dict__, "_memory", memory)])
 
     def __repr__(self) -> str:
         """Its settings and what it updates."""
         p = self._flat.parameters
         return (
             f"<LBFGS(history={self.history}, method={self.method!r}) of {p.size} x {p.dtype}, {self.steps} steps, "
-            f"{len(self._s)} remembered>"
+            f"{len(self._memory.s)} remembered>"
         )

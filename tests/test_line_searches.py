@@ -199,7 +199,230 @@ def test_an_exhausted_budget(method):
 
     found = fastlr.line_search(falls_for_ever, w, np.ones(1), method, max_evaluations=7)
     assert not found.success and found.evaluations == 7 and "no step was found in 7 evaluations" in found.message
-    assert w[0] == 1.0
+    if method == "wolfe":
+        assert "the parameters are at the best point seen" in found.message
+        assert w[0] == 1.0 + found.step == 33.0 and found.loss == -33.0
+    else:
+        assert "the parameters are where they were" in found.message and w[0] == 1.0 and found.step == 0
+
+
+def kinked(p):
+    """L1 and L2 norms with a kink at the minimum: no step to it fulfils the Wolfe conditions."""
+    return float(np.sum(np.abs(p - 1)) + 0.5 * np.sum(p**2)), np.sign(p - 1) + p
+
+
+def support_vectors(seed):
+    """A linear support vector machine: piecewise quadratic, with kinks everywhere."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((30, 3))
+    y = np.sign(x @ rng.standard_normal(3) + 0.5 * rng.standard_normal(30))
+
+    def fun(w):
+        margin = 1 - y * (x @ w)
+        slope = -(x * y[:, None])[margin > 0].sum(0) / 30
+        return float(np.maximum(margin, 0).mean() + 0.01 * w @ w), slope + 0.02 * w
+
+    return fun
+
+
+def watched(fun):
+    losses = []
+
+    def inner(p):
+        loss, grads = fun(p)
+        losses.append(loss)
+        return loss, grads
+
+    return inner, losses
+
+
+@pytest.mark.parametrize("method", ["wolfe", "armijo"])
+def test_the_best_point_seen_is_kept(method):
+    fun, losses = watched(lambda p: (float(abs(p[0] - 1)), np.sign(p - 1)))
+    w = np.zeros(1)
+    found = fastlr.line_search(fun, w, np.array([3.0]), method, c2=0.5)
+    assert found.loss == min(losses) == abs(w[0] - 1) and w[0] == pytest.approx(3 * found.step)
+    fun, losses = watched(kinked)
+    w = np.array([0.3, 0.7])
+    info = fastlr.LBFGS(w, method=method).minimize(fun)
+    assert info.loss == min(losses) == kinked(w)[0] and info.evaluations == len(losses)
+    assert info.loss == pytest.approx(1.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("method", ["wolfe", "armijo"])
+@pytest.mark.parametrize("seed", [0, 19, 25, 27, 44])
+def test_kinks(seed, method):
+    fun, losses = watched(support_vectors(seed))
+    info = fastlr.LBFGS(np.zeros(3), method=method).minimize(fun)
+    assert info.loss == min(losses) and info.message
+    theirs = scipy_optimize.minimize(support_vectors(seed), np.zeros(3), jac=True, method="L-BFGS-B")
+    assert info.loss < theirs.fun + 0.02
+
+
+@pytest.mark.parametrize("method", ["wolfe", "armijo"])
+def test_intervals_without_floats_inside(method):
+    """More evaluations than the interval has numbers."""
+
+    def kink(p):
+        return float(abs(p[0] - 1 / 3)), np.where(p > 1 / 3, 2.0, -1.0)
+
+    w = np.zeros(1)
+    found = fastlr.line_search(kink, w, np.ones(1), method, max_evaluations=10_000)
+    assert found.loss == abs(w[0] - 1 / 3) and found.evaluations < 100
+    assert found.success == (method == "armijo")
+    w = np.zeros(1)
+    found = fastlr.line_search(
+        lambda p: (1.0 + float(p[0] != 0), -np.ones(1)), w, np.ones(1), method, max_evaluations=10_000
+    )
+    assert not found.success and "the loss changes by less than its rounding" in found.message and w[0] == 0
+    found = fastlr.line_search(lambda p: (-float(p[0]), -np.ones(1)), w, np.ones(1), max_evaluations=10_000)
+    assert not found.success and found.evaluations < 1100 and np.isfinite(w[0])
+
+
+def logistic(seed, dtype):
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((500, 20)).astype(dtype)
+    y = (x @ rng.standard_normal(20).astype(dtype) > 0).astype(dtype)
+    half = dtype(0.005)
+
+    def fun(w):
+        z = x @ w
+        loss = np.mean(np.logaddexp(dtype(0), z) - y * z) + half * (w @ w)
+        return loss, x.T @ (1 / (1 + np.exp(-z)) - y) / dtype(500) + 2 * half * w
+
+    return fun
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_float32_comes_to_an_end(seed):
+    """Where the loss no longer falls by more than its rounding."""
+    fun, losses = watched(logistic(seed, np.float32))
+    info = fastlr.LBFGS(np.zeros(20, np.float32)).minimize(fun)
+    exact = logistic(seed, np.float64)
+    theirs = scipy_optimize.minimize(exact, np.zeros(20), jac=True, method="L-BFGS-B")
+    assert info.success and info.evaluations == len(losses) <= 2 * theirs.nfev
+    assert info.loss == pytest.approx(theirs.fun, rel=1e-5)
+
+
+def test_a_function_that_is_at_its_minimum():
+    fun, losses = watched(quadratic)
+    w = np.full(3, 1e-9)
+    opt = fastlr.LBFGS(w)
+    for _ in range(2):
+        info = opt.minimize(fun)
+        assert info.success and info.message == "the gradient is small" and info.step == 0
+    assert len(losses) == 1 and (w == 1e-9).all()
+
+
+def test_limits_of_minimize():
+    fun, start = FUNCTIONS["rosenbrock of 20"]
+    for limit in (1, 2, 7, 30):
+        inner, losses = watched(fun)
+        w = np.array(start, float)
+        info = fastlr.LBFGS(w).minimize(inner, max_evaluations=limit)
+        assert len(losses) == info.evaluations == limit and not info.success
+        assert info.message == f"the {limit} evaluations are used up"
+        assert info.loss == fun(w)[0] == min(losses)
+    info = fastlr.LBFGS(np.array(start, float)).minimize(fun, 3)
+    assert not info.success and info.step == 3 and info.message == "the 3 iterations are used up"
+    steps = [
+        fastlr.LBFGS(np.array(start, float)).minimize(fun, loss_tolerance=tolerance, grad_tolerance=0).step
+        for tolerance in (0.5, 1e-3, 0)
+    ]
+    assert steps[0] < steps[1] < steps[2]
+    info = fastlr.LBFGS(np.array(start, float)).minimize(lambda p: (fun(p)[0] + 1.0, fun(p)[1]), loss_tolerance=0.01)
+    assert info.success and info.message == "the loss no longer falls"
+
+
+def test_callback():
+    fun, start = FUNCTIONS["rosenbrock of 20"]
+    seen, states = [], []
+    opt = fastlr.LBFGS(np.array(start, float))
+
+    def callback(info):
+        seen.append(info)
+        states.append(opt.state_dict())
+        assert info.loss == fun(opt.params)[0]
+        return info.step == 5
+
+    info = opt.minimize(fun, callback=callback)
+    assert [i.step for i in seen] == [1, 2, 3, 4, 5] and int(states[-1]["steps"]) == 5
+    assert not info.success and info.message == "the callback has ended it" and info.loss == seen[-1].loss
+    assert info.evaluations == sum(i.evaluations for i in seen) + 1
+    with pytest.raises(TypeError, match="callback must be a function of an LBFGSInfo, got 5"):
+        opt.minimize(fun, callback=5)
+
+
+class StopHereError(BaseException):
+    """What no function expects."""
+
+
+@pytest.mark.parametrize("method", ["wolfe", "armijo"])
+def test_an_error_at_any_call_leaves_the_iteration_before(method):
+    """And what follows is what would have been without it, bit for bit."""
+    fun, start = FUNCTIONS["beale"]
+
+    def run(fails_at):
+        calls = [0]
+
+        def inner(p):
+            calls[0] += 1
+            if calls[0] == fails_at:
+                opt.grads[:] = np.nan
+                raise StopHereError
+            return fun(p)
+
+        params = np.array(start, float)
+        opt = fastlr.LBFGS(params, method=method)
+        history = []
+        for _ in range(8):
+            before = params.copy(), opt.state_dict()
+            try:
+                opt.step(inner)
+            except StopHereError:
+                assert np.array_equal(params, before[0])
+                for key, array in opt.state_dict().items():
+                    assert np.array_equal(array, before[1][key], equal_nan=True), key
+                opt.step(inner)
+            history.append(params.copy())
+        return history, calls[0]
+
+    expected, calls = run(0)
+    for k in range(1, calls + 1):
+        assert np.array_equal(run(k)[0], expected)
+
+
+def test_calls_inside_calls():
+    params = np.array([-1.2, 1.0])
+    opt = fastlr.LBFGS(params)
+    expected = params.copy()
+    fastlr.LBFGS(expected).step(rosenbrock)
+    for call in (opt.forget, opt.state_dict, lambda: opt.step(rosenbrock), lambda: opt.load_state_dict({})):
+
+        def inner(p, call=call):
+            with pytest.raises(RuntimeError, match="this optimizer is in a step"):
+                call()
+            return rosenbrock(p)
+
+        params[:] = -1.2, 1.0
+        opt.forget()
+        opt.step(inner)
+        assert np.array_equal(params, expected)
+
+
+def test_states_that_are_none():
+    opt = fastlr.LBFGS(np.array([-1.2, 1.0]))
+    for _ in range(4):
+        opt.step(rosenbrock)
+    good = opt.state_dict()
+    bad = [{"steps": -1}, {"steps": 1.5}, {"steps": "x"}, {"loss": "x"}, {"loss": [1.0, 2.0]}, {"s": np.zeros(())}]
+    bad += [{"s": 0 * good["s"]}, {"y": -good["y"]}, {"y": good["y"] * np.nan}, {"y": good["y"][1:]}]
+    bad += [{"grads": good["grads"].astype(np.float32)}, {"grads": np.ma.array(good["grads"])}, {"s": [["a", "b"]]}]
+    for change in bad:
+        with pytest.raises(ValueError, match="state"):
+            opt.load_state_dict({**good, **change})
+    for key, array in opt.state_dict().items():
+        assert np.array_equal(array, good[key])
 
 
 def test_an_error_in_the_function():
@@ -234,7 +457,7 @@ BAD = [
         TypeError,
         "put a tree into one by",
     ),
-    (lambda: fastlr.line_search(quadratic, np.ones(2), np.ones(3)), ValueError, "grads has shape (3,)"),
+    (lambda: fastlr.line_search(quadratic, np.ones(2), np.ones(3)), ValueError, "direction has shape (3,)"),
     (
         lambda: fastlr.line_search(quadratic, np.ones(2), np.ones(2), "newton"),
         TypeError,
@@ -246,6 +469,34 @@ BAD = [
         "c2 must be between",
     ),
     (lambda: fastlr.line_search(lambda p: None, np.ones(2), np.ones(2)), TypeError, "must return (loss, grads)"),
+    (
+        lambda: fastlr.line_search(lambda p: 1.0, np.ones(2), np.ones(2)),
+        TypeError,
+        "the function must return (loss, grads)",
+    ),
+    (lambda: fastlr.LBFGS(np.ones(2)).step(lambda p: 1.0), TypeError, "or with LBFGS a loss after filling opt.grads"),
+    (
+        lambda: fastlr.LBFGS(np.ones((2, 3))).step(lambda p: (1.0, np.ones((3, 2)))),
+        ValueError,
+        "grads has shape (3, 2), expected (6,) or (2, 3).",
+    ),
+    (lambda: fastlr.LBFGS(np.ones(2)).step(lambda p: (1.0, p + 1j)), TypeError, "grads must be real numbers"),
+    (lambda: fastlr.LBFGS(np.ones(2)).step(lambda p: (1.0, np.ma.array(p))), TypeError, "grads is a masked array"),
+    (lambda: fastlr.line_search(quadratic, np.ones(2), np.ma.ones(2)), TypeError, "direction is a masked array"),
+    (
+        lambda: fastlr.LBFGS(fastlr.flatten({"a": np.ones(2)})).step(
+            lambda p: (1.0, fastlr.flatten({"b": np.ones(2)}))
+        ),
+        ValueError,
+        "grads is a buffer of other leaves than params.",
+    ),
+    (
+        lambda: fastlr.LBFGS(fastlr.flatten({"a": np.ones(2)})).step(lambda p: (1.0, {"a": np.ones((2, 1))})),
+        ValueError,
+        "grads['a'] has shape (2, 1), but the parameter has (2,).",
+    ),
+    (lambda: fastlr.LBFGS(np.ones(2)).minimize(quadratic, loss_tolerance=-1), ValueError, "loss_tolerance must be at"),
+    (lambda: fastlr.LBFGS(np.ones(2)).minimize(quadratic, max_evaluations=0), ValueError, "max_evaluations must be at"),
     (lambda: fastlr.LBFGS(np.ones(2), history=0), ValueError, "history must be at least 1, got 0."),
     (lambda: fastlr.LBFGS(np.ones(2, int)), TypeError, "expected float32 or float64"),
 ]
