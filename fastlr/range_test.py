@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from . import checks, plots
+from .groups import Group
 from .optimizer import Optimizer
 from .schedules import Schedule
 
@@ -100,13 +101,14 @@ def find_lr(
     steps: int = 100,
     *,
     smoothing: float = 0.9,
-    diverge: float = 4.0,
+    diverge: float = 1.0,
 ) -> RangeTest:
     """Run the range test with your own optimizer and your own step.
 
     The rate rises from `low` to `high` in equal ratios, one step each; it ends early when the loss is not finite or
-    its average exceeds `diverge` times the lowest so far. Then parameters, states, counters, hyperparameters and
-    `opt.grads` are restored, bit for bit. Groups keep the ratio of their rate to the optimizer's.
+    its average has risen by `diverge` times as much as it had fallen. Then parameters, states, counters,
+    hyperparameters and `opt.grads` are restored, bit for bit, also if `fun` raises. Groups keep the ratio that their
+    rate has to the optimizer's before the test. A number that is added to the loss changes nothing.
 
     Args:
         opt: the optimizer; any rule, on the CPU or a GPU.
@@ -116,14 +118,16 @@ def find_lr(
         high: last rate, > low.
         steps: rates to try, >= 5.
         smoothing: share of the average that is kept at each step, in [0, 1).
-        diverge: how many times the lowest average the average may be, > 1.
+        diverge: how many times its fall the average may rise above its lowest value, >= 1. Default 1: up to where it
+            came from.
 
     Returns:
         The curve and its suggestions.
 
     Raises:
         TypeError: if `fun` returns something else.
-        ValueError: if an argument is out of range, or the optimizer's rule has no learning rate.
+        ValueError: if an argument is out of range, the optimizer's rule has no learning rate, or its rate is 0 now, so
+            that those of groups have no ratio to it.
 
     Source: Smith 2017, arXiv:1506.01186, section 3.3.
 
@@ -138,14 +142,13 @@ def find_lr(
     high = checks.number("high", high, low, math.inf)
     if checks.real("smoothing", smoothing) != 0:
         smoothing = checks.number("smoothing", smoothing, 0.0, 1.0)
-    diverge = checks.number("diverge", diverge, 1.0, math.inf)
+    diverge = checks.within("diverge", diverge, 1.0)
     steps = checks.whole("steps", steps, 5)
     if "lr" not in opt.groups.names:
         raise ValueError(f"{type(opt).__name__} of rule {opt._source.name!r} has no lr to look for.")
     lrs = np.geomspace(low, high, steps)
+    ratios = _ratios(opt)
     before = opt.snapshot()
-    rates = {group: group.lr for group in opt.groups.values() if "lr" in group._values}
-    base = opt.lr(opt.steps) if isinstance(opt.lr, Schedule) else opt.lr
     hyper = {g: dict(g._values) for g in (opt.groups.defaults, *opt.groups.values())}
     own = opt._gradients.own
     kept = None if own is None else opt._params.place.to_host(own)
@@ -156,15 +159,14 @@ def find_lr(
     try:
         for k, lr in enumerate(lrs):
             opt.lr = float(lr)
-            for group, rate in rates.items():
-                rate = rate(opt.steps) if isinstance(rate, Schedule) else rate
-                group.lr = float(lr) * rate / base if np.all(base) else float(lr)
+            for group, ratio in ratios.items():
+                group.lr = float(lr) * ratio
             loss, grads = evaluate(fun, opt.params)
             losses.append(loss)
             average = smoothing * average + (1 - smoothing) * loss
             smoothed.append(average / (1 - smoothing ** (k + 1)))
-            if not math.isfinite(loss) or smoothed[-1] > diverge * max(min(smoothed), 1e-300):
-                diverged = True
+            diverged = _exploded(np.array(losses), np.array(smoothed), diverge)
+            if diverged:
                 break
             opt.step(grads)
     finally:
@@ -177,21 +179,65 @@ def find_lr(
         elif opt._gradients.own is not None:
             opt._params.place.fill(opt._gradients.own, 0)
         opt._put(_accumulated=accumulated)
-    return _read(lrs[: len(losses)], np.array(losses), np.array(smoothed), diverged)
+    return _read(lrs[: len(losses)], np.array(losses), np.array(smoothed), diverged, smoothing)
 
 
-def _read(lrs: np.ndarray, losses: np.ndarray, smoothed: np.ndarray, diverged: bool) -> RangeTest:
+def _ratios(opt: Optimizer) -> dict[Group, Any]:
+    """For each group with a rate of its own, the ratio of its present rate to that of the optimizer."""
+
+    def now(rate: Any) -> Any:
+        return rate(opt.steps) if isinstance(rate, Schedule) else rate
+
+    rates = {group: now(group.lr) for group in opt.groups.values() if "lr" in group._values}
+    base = now(opt.lr)
+    if rates and not np.all(base):
+        raise ValueError(
+            f"the optimizer's lr is 0 at step {opt.steps}, so the rates of its groups have no ratio to it that the "
+            "test could keep. Set opt.lr to another value, or let the test begin after the warmup's first step."
+        )
+    return {group: rate / base for group, rate in rates.items()}
+
+
+def _noise(losses: np.ndarray) -> float:
+    """The standard deviation of losses from batch to batch, at least their rounding in float32.
+
+    From the median of second differences, which neither a trend nor an explosion at the end has a part in: those of
+    normal noise have sqrt(6) times its deviation, and the median is 0.6745 of a deviation away from 0.
+    """
+    bends = np.abs(np.diff(losses, 2))
+    rounding = 8 * float(np.finfo(np.float32).eps) * float(np.abs(losses).max())
+    return max(rounding, float(np.median(bends)) / (0.6745 * math.sqrt(6)) if bends.size else 0.0)
+
+
+def _exploded(losses: np.ndarray, smoothed: np.ndarray, diverge: float) -> bool:
+    """Whether the loss has exploded by now."""
+    if not np.isfinite(losses[-1]):
+        return True
+    if len(losses) < 10:  # too few to tell an explosion from noise
+        return False
+    lowest = int(smoothed.argmin())
+    fall = smoothed[: lowest + 1].max() - smoothed[lowest]
+    return bool(smoothed[-1] - smoothed[lowest] > max(diverge * fall, 7 * _noise(losses)))
+
+
+def _read(lrs: np.ndarray, losses: np.ndarray, smoothed: np.ndarray, diverged: bool, smoothing: float) -> RangeTest:
     """What a curve suggests."""
     end = len(lrs) - 1 if diverged else len(lrs)  # without the loss that exploded
     curve, rates = smoothed[:end], lrs[:end]
-    fell = end >= 5 and np.isfinite(curve).all() and curve.min() < curve[0] - 0.01 * max(abs(curve[0]), 1e-300)
+    fell = False
+    if end >= 5 and np.isfinite(curve).all():
+        left = smoothing ** np.arange(1.0, end + 1)  # weight of what came before the first loss
+        average = (1 - smoothing) / (1 + smoothing) * (1 + left) / (1 - left)
+        spread = _noise(losses[:end]) * np.sqrt(average)  # the standard deviation of the smoothed losses
+        start = np.median(curve[: max(1, end // 5)])
+        fell = bool(np.any(start - curve > 4 * spread))
     if not fell:
         if diverged:
             note = "the loss exploded without having fallen: try smaller rates"
         else:
             note = "the loss did not fall: try larger rates, or more steps"
         return RangeTest(lrs, losses, smoothed, None, None, None, diverged, note)
-    lowest = int(curve.argmin())
+    lowest = int((curve + 2 * spread).argmin())  # not the luck of a few batches at the start
     slope = np.gradient(curve, np.log(rates))
     steepest = float(rates[: lowest + 1][slope[: lowest + 1].argmin()])
     # The longest stretch in which each value is below all before it: how a valley is entered.
@@ -202,5 +248,6 @@ def _read(lrs: np.ndarray, losses: np.ndarray, smoothed: np.ndarray, diverged: b
         if k - begin > longest:
             longest, first = k - begin, begin
     valley = float(rates[first + round(longest * 2 / 3)])
-    note = f"begin with {valley:.2g}" if diverged else f"begin with {valley:.2g}; the loss never exploded, go higher"
+    higher = "" if diverged or curve[-1] > start else "; the loss never exploded, go higher"
+    note = f"begin with {valley:.2g}{higher}"
     return RangeTest(lrs, losses, smoothed, steepest, valley, float(rates[lowest]) / 10, diverged, note)

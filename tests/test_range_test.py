@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -101,6 +103,117 @@ def test_curves_that_say_nothing():
     assert bad.suggestion is None and bad.diverged and "try smaller rates" in bad.note
 
 
+def noisy(shift, seed=0):
+    """A quadratic with noise in loss and gradient, and a number added to the loss."""
+    rng = np.random.default_rng(seed)
+
+    def fun(p):
+        return float(p @ p / 2 + shift + 0.05 * rng.standard_normal()), p + 0.3 * rng.standard_normal(p.size)
+
+    return fun
+
+
+def test_a_number_added_to_the_loss_changes_nothing():
+    def run(fun):
+        return fastlr.find_lr(fastlr.SGD(np.array([1.0, -1.0, 0.5]), backend="numpy"), fun, 1e-4, 100.0)
+
+    expected = run(noisy(0.0))
+    assert expected.diverged and 0.02 < expected.suggestion < 2
+    for shift in (1.0, -1.12, -2.0, -100.0, 1000.0):
+        found = run(noisy(shift))
+        assert found.suggestion == expected.suggestion and len(found.lrs) == len(expected.lrs)
+        assert found.note == expected.note
+
+    def bounded(shift):  # it can fall, but not explode
+        return lambda p: (float(np.tanh(p @ p)) + shift, 2 * p * (1 - np.tanh(p @ p) ** 2))
+
+    first, second = run(bounded(0.0)), run(bounded(-0.7))
+    assert first.suggestion == second.suggestion is not None and first.note == second.note
+
+
+def test_noise_alone_says_nothing():
+    rng = np.random.default_rng(0)
+    said = [
+        fastlr.find_lr(fastlr.SGD(np.zeros(1), backend="numpy"), lambda p: (3 + rng.standard_normal(), p))
+        for _ in range(20)
+    ]
+    assert sum(one.suggestion is not None for one in said) <= 3 and sum(one.diverged for one in said) <= 3
+
+
+def test_groups_keep_their_proportion():
+    schedules = fastlr.schedules
+    params = {name: np.zeros(1) for name in "abc"}
+    ratios = []
+
+    def fun(p):
+        moved = {name: last[name] - p[name].item() for name in p}
+        last.update({name: p[name].item() for name in p})
+        if moved["a"]:
+            ratios.append((moved["b"] / moved["a"], moved["c"] / moved["a"]))
+        return 1.0, {name: np.ones(1) for name in p}
+
+    warm = {name: schedules.Constant(lr).warmup(10) for name, lr in (("a", 1.0), ("b", 0.1))}
+    for b, c, expected in (
+        (warm["b"], 0.5, (0.1, 5.0)),
+        (lambda n: 0.01 * (n + 1), schedules.Constant(0.2), (0.1, 2.0)),
+    ):
+        opt = fastlr.SGD(params, lr=warm["a"], groups={"b": {"lr": b}, "c": {"lr": c}}, backend="numpy")
+        last = {name: p.item() for name, p in params.items()}
+        fastlr.find_lr(opt, fun, 1e-3, 1.0, 8)
+        np.testing.assert_allclose(ratios, [expected] * 7, rtol=1e-9)
+        ratios.clear()
+
+
+def test_a_rate_of_zero_is_said():
+    w = {"a": np.ones(1), "b": np.ones(1)}
+    for lr in (0.0, fastlr.schedules.Constant(1.0).warmup(10, first_at_start=True)):
+        opt = fastlr.SGD(w, lr=lr, groups={"b": {"lr": 0.1}}, backend="numpy")
+        with pytest.raises(ValueError, match="the optimizer's lr is 0 at step 0, so the rates of its groups have no"):
+            fastlr.find_lr(opt, lambda p: (1.0, p))
+        assert opt.lr == lr
+        found = fastlr.find_lr(fastlr.SGD(np.ones(3), lr=lr, backend="numpy"), quadratic(1.0), 1e-4, 1e3)
+        assert found.suggestion is not None  # no group has a ratio to keep
+
+
+class StopHereError(BaseException):
+    """What nobody expects."""
+
+
+@pytest.mark.parametrize("own_gradients", [False, True])
+def test_an_error_at_any_call_leaves_everything_as_it_was(own_gradients, rng):
+    tree = {"w": rng.standard_normal(5), "b": rng.standard_normal(2)}
+    lr = fastlr.schedules.Plateau(fastlr.schedules.Cosine(0.1, 50))
+    settings = {"ema": 0.9, "shadow": "float16", "loss_scale": fastlr.LossScale(4.0, interval=2)}
+    settings["groups"] = {"b": {"lr": lambda n: 0.01}}
+    opt = fastlr.Adam(tree, lr=lr, backend="numpy", **settings)
+    for _ in range(3):
+        opt.step({k: rng.standard_normal(v.shape) for k, v in tree.items()})
+    opt.observe(1.0)
+    opt.accumulate({"w": np.ones(5), "b": None})
+    before, shadow, function = opt.snapshot(), opt.shadow.data.copy(), opt.groups["b"].lr
+    own, accumulated = opt.grads.data.copy(), opt._accumulated
+
+    def fails(calls, wrong_shape):
+        def fun(params):
+            calls.pop()
+            if not calls and not wrong_shape:
+                raise StopHereError
+            grads = {k: 10 * v if calls else v[1:] for k, v in params.items()}
+            if own_gradients and calls:
+                opt.grads["w"], opt.grads["b"] = grads["w"], grads["b"]
+                return 1.0
+            return 1.0, grads
+
+        return fun
+
+    for calls, wrong_shape in itertools.product((1, 2, 6), (False, True)):
+        with pytest.raises((StopHereError, ValueError)):
+            fastlr.find_lr(opt, fails([0] * calls, wrong_shape))
+        assert same(opt.snapshot(), before) and np.array_equal(opt.shadow.data, shadow)
+        assert opt.lr == lr and opt.groups["b"].lr is function
+        assert np.array_equal(opt.grads.data, own) and opt._accumulated == accumulated
+
+
 def test_a_picture(tmp_path):
     pytest.importorskip("matplotlib")
     found = fastlr.find_lr(fastlr.SGD(np.ones(3), backend="numpy"), quadratic(1.0), 1e-4, 1e2)
@@ -115,7 +228,7 @@ def test_a_picture(tmp_path):
         ({"low": 1.0, "high": 0.5}, ValueError, "high must be above 1 and finite, got 0.5."),
         ({"steps": 3}, ValueError, "steps must be at least 5, got 3."),
         ({"smoothing": 1.0}, ValueError, "smoothing must be between 0 and 1, exclusive, got 1.0."),
-        ({"diverge": 1.0}, ValueError, "diverge must be above 1 and finite"),
+        ({"diverge": 0.5}, ValueError, "diverge must be at least 1 and finite, got 0.5."),
     ],
 )
 def test_bad_input(settings, error, message):
