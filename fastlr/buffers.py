@@ -166,8 +166,8 @@ def place_called(device: str) -> Place:
     """
     if device == "cpu":
         return HOST
-    name, _, number = str(device).partition(":")
-    if name != "cuda" or not (number == "" or number.isdigit()):
+    name, _, number = device.partition(":") if isinstance(device, str) else ("", "", "")
+    if name != "cuda" or not (number == "" or (number.isdecimal() and len(number) < 5)):
         raise ValueError(f'device must be "cpu", "cuda" or "cuda:" and a number, got {checks.shown(device)}.')
     return device_arrays.on_device(devices.gpu(int(number or 0)))
 

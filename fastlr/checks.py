@@ -546,7 +546,7 @@ def choices(name: str, given: Iterable[str], known: Iterable[str]) -> None:
     known = list(known)
     for one in given:
         if one not in known:
-            raise TypeError(f"{name} {one!r} is not known; there are {', '.join(known)}.")
+            raise TypeError(f"{name} {shown(one)} is not known; there are {', '.join(known)}.")
 
 
 # What other libraries call an argument: what it is here, and in words what to do. Where a class lacks what it is here,

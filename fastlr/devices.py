@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from . import checks
+
 __all__ = ["DeviceError", "Gpu", "Launch", "gpu", "problem"]
 
 _INSTALL = 'pip install "fastlr-kernels[cuda13]" (or [cuda12], for a driver older than 580)'
@@ -99,7 +101,9 @@ def stream_handle(stream: Any, device: Any) -> int:
         return int(stream.__cuda_stream__()[1])
     if isinstance(stream, int) and not isinstance(stream, bool):
         return stream
-    raise TypeError(f"stream must be a stream of PyTorch, CuPy or cuda.core, or its handle, got {stream!r}.")
+    raise TypeError(
+        f"stream must be a stream of PyTorch, CuPy or cuda.core, or its handle, got {checks.shown(stream)}."
+    )
 
 
 class Launch:

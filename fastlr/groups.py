@@ -46,7 +46,9 @@ def matching(name: str, pattern: str, paths: Sequence[str]) -> list[str]:
         shown = ", ".join(difflib.get_close_matches(pattern, paths, n=3) or paths[:5])
         more = ", ..." if len(paths) > 5 else ""
         hint = " In a pattern [[] stands for a bracket." if "[" in pattern else ""
-        raise ValueError(f"{name}: the pattern {pattern!r} matches no parameter. There are {shown}{more}.{hint}")
+        raise ValueError(
+            f"{name}: the pattern {checks.shown(pattern)} matches no parameter. There are {shown}{more}.{hint}"
+        )
     return matched
 
 

@@ -625,6 +625,8 @@ class LBFGS:
         Raises:
             ValueError: if it is something else; then nothing is changed.
         """
+        if not isinstance(state, Mapping):
+            raise ValueError(f"this is not the state of an LBFGS: {checks.shown(state)}.")
         size, dtype, threads = self._flat.data.size, self._flat.data.dtype, self._flat.threads
         names = ("steps", "loss", "grads", "s", "y")
         try:

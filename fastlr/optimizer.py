@@ -924,6 +924,8 @@ class Optimizer:
             TypeError: if a gradient is no array or has another dtype.
             ValueError: if the structure or a shape differs.
         """
+        if grads is None:
+            raise TypeError("accumulate needs gradients to add, got None.")
         own = self._params.tree(self._gradients.allocate_own())
         before = self._accumulated
         first = before is None

@@ -178,6 +178,14 @@ def test_a_list_is_the_gradient_of_one_array():
     assert w.tolist() == [-1.0, -3.0] and opt.steps == 2
 
 
+def test_nothing_to_accumulate():
+    opt = fastlr.SGD(np.ones(2), backend="numpy")
+    for _ in range(2):
+        with pytest.raises(TypeError, match="accumulate needs gradients to add, got None"):
+            opt.accumulate(None)
+        opt.accumulate(np.ones(2))
+
+
 def nested(depth, leaf):
     for _ in range(depth):
         leaf = [leaf]
@@ -213,6 +221,38 @@ def test_trees_without_an_end():
     for grads in (deep, circle, {"w": circle}, {"w": deep}):
         with pytest.raises((TypeError, ValueError), match="grads"):
             opt.step(grads)
+
+
+TAKES = [
+    lambda x: fastlr.SGD(np.ones(2), lr=x),
+    lambda x: fastlr.SGD(np.ones(2), nesterov=x),
+    lambda x: fastlr.SGD(np.ones(2), backend=x),
+    lambda x: fastlr.SGD(np.ones(2), loss_scale=x),
+    lambda x: fastlr.SGD(np.ones(2), alloc=x),
+    lambda x: fastlr.Optimizer(np.ones(2), x, lr=0.1),
+    lambda x: fastlr.SGD(np.ones(2), backend="numpy").to(x),
+    lambda x: fastlr.SGD(np.ones(2), backend="numpy").step(np.ones(2), grad_scale=x),
+    lambda x: fastlr.SGD(np.ones(2), backend="numpy").step(np.ones(2), only=x),
+    lambda x: fastlr.SGD(np.ones(2), backend="numpy").step(np.ones(2), stream=x),
+    lambda x: fastlr.flatten(np.ones(2), population=x),
+    lambda x: fastlr.LBFGS(np.ones(2), method=x),
+    lambda x: fastlr.warmup(x),
+]
+
+
+def circle():
+    out = []
+    out.append(out)
+    return out
+
+
+@pytest.mark.parametrize("make", [circle, lambda: nested(5000, 1), lambda: 10**5000, lambda: "x" * 10**6])
+def test_messages_show_the_beginning_of_what_is_long(make):
+    value = make()
+    for take in TAKES:
+        with pytest.raises((TypeError, ValueError)) as raised:
+            take(value)
+        assert len(str(raised.value)) < 500
 
 
 def test_memory_maps_are_their_memory(tmp_path):

@@ -418,9 +418,12 @@ def test_states_that_are_none():
     bad = [{"steps": -1}, {"steps": 1.5}, {"steps": "x"}, {"loss": "x"}, {"loss": [1.0, 2.0]}, {"s": np.zeros(())}]
     bad += [{"s": 0 * good["s"]}, {"y": -good["y"]}, {"y": good["y"] * np.nan}, {"y": good["y"][1:]}]
     bad += [{"grads": good["grads"].astype(np.float32)}, {"grads": np.ma.array(good["grads"])}, {"s": [["a", "b"]]}]
-    for change in bad:
+    for state in ({**good, **change} for change in bad):
         with pytest.raises(ValueError, match="state"):
-            opt.load_state_dict({**good, **change})
+            opt.load_state_dict(state)
+    for state in (None, np.zeros(3), [good]):
+        with pytest.raises(ValueError, match="this is not the state of an LBFGS"):
+            opt.load_state_dict(state)
     for key, array in opt.state_dict().items():
         assert np.array_equal(array, good[key])
 

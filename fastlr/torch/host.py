@@ -84,7 +84,9 @@ class HostOptimizer(Optimizer):
         elif isinstance(rule, type) and issubclass(rule, Native):
             make = rule
         else:
-            raise TypeError(f"rule must be an optimizer such as fastlr.AdamW or made by fastlr.rule, got {rule!r}.")
+            raise TypeError(
+                f"rule must be an optimizer such as fastlr.AdamW or made by fastlr.rule, got {checks.shown(rule)}."
+            )
         if settings.pop("shadow", None) is not None:
             raise TypeError("shadow is not for HostOptimizer: the parameters themselves are the low-precision copy.")
         if ema_out is not None:

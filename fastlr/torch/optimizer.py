@@ -133,7 +133,8 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
     ) -> None:
         if not isinstance(rule, Rule):
             raise TypeError(
-                f"rule must be made by fastlr.rule, got {rule!r}. Optimizers have classes: fastlr.torch.Adam."
+                f"rule must be made by fastlr.rule, got {checks.shown(rule)}. Optimizers have classes: "
+                "fastlr.torch.Adam."
             )
         make = functools.partial(Native, rule=rule)
         if lr is not None:

@@ -83,6 +83,7 @@ def as_number(value: Any) -> float | None:
     if "torch" in sys.modules and isinstance(value, sys.modules["torch"].Tensor):
         if value.ndim or value.dtype in (sys.modules["torch"].bool, sys.modules["torch"].complex64):
             return None
+        value = value.detach()
     elif type(value).__module__.startswith("jax"):
         if value.ndim or value.dtype.kind not in "fiuV":
             return None
