@@ -602,9 +602,9 @@ class Optimizer:
         """What the gradients of a step are to be divided by; 1.0 if by nothing."""
         scale: Any = 1.0 if grad_scale is None else checks.scale("grad_scale", grad_scale, self._params.population)
         if self.loss_scale is not None and self._on_host:  # a GPU has the loss scale where it divides by it
-            scale = checks.scale(
-                "grad_scale times the loss scale", scale * self.loss_scale.scale, self._params.population
-            )
+            with np.errstate(over="ignore"):  # infinity is refused
+                product = scale * self.loss_scale.scale
+            scale = checks.scale("grad_scale times the loss scale", product, self._params.population)
         return scale
 
     def _enter_scale(self, scale: Any) -> None:

@@ -178,6 +178,15 @@ def test_a_list_is_the_gradient_of_one_array():
     assert w.tolist() == [-1.0, -3.0] and opt.steps == 2
 
 
+def test_scales_whose_product_is_infinite():
+    params = fastlr.flatten({"w": np.ones(2)}, population=3)
+    opt = fastlr.SGD(params, loss_scale=fastlr.LossScale(8.0), backend="numpy")
+    opt.step(np.ones(6), grad_scale=[1.0, 2.0, 3.0])
+    with pytest.raises(ValueError, match="grad_scale times the loss scale must be positive and finite, got inf"):
+        opt.step(np.ones(6), grad_scale=[1.0, 2.0, 1e308])
+    assert opt.steps == 1
+
+
 def test_nothing_to_accumulate():
     opt = fastlr.SGD(np.ones(2), backend="numpy")
     for _ in range(2):
