@@ -91,7 +91,7 @@ class FlatBuffer(Mapping[str, Any]):
 
     def __getitem__(self, path: str | int) -> Any:
         """A view of the leaf at a path, or the buffer of the leaves below it."""
-        path = str(path)
+        path = _path(path)
         if path in self._views:
             return self._views[path]
         inside = [k for k, p in enumerate(self._views) if p.startswith(path + ".")]
@@ -105,7 +105,7 @@ class FlatBuffer(Mapping[str, Any]):
     def _unknown(self, path: str) -> str:
         close = difflib.get_close_matches(path, self._views, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(list(self._views)[:8])}"
-        return f"no leaf {path!r}; {hint}"
+        return f"no leaf {checks.shown(path)}; {hint}"
 
     def __setitem__(self, path: str | int, value: Any) -> None:
         """Copy an array into a leaf.
@@ -115,14 +115,13 @@ class FlatBuffer(Mapping[str, Any]):
             TypeError: if it is no array of numbers.
             ValueError: if the shape is not exactly the leaf's.
         """
-        leaf = self._views.get(str(path))
+        path = _path(path)
+        leaf = self._views.get(path)
         if leaf is None:
-            raise KeyError(self._unknown(str(path)))
-        array = checks.readable(repr(str(path)), value) if places.of(value) is HOST else value
+            raise KeyError(self._unknown(path))
+        array = checks.readable(repr(path), value) if places.of(value) is HOST else value
         if tuple(array.shape) != tuple(leaf.shape):
-            raise ValueError(
-                f"{str(path)!r} has shape {tuple(leaf.shape)}, got {tuple(array.shape)}; nothing is broadcast."
-            )
+            raise ValueError(f"{path!r} has shape {tuple(leaf.shape)}, got {tuple(array.shape)}; nothing is broadcast.")
         if self._place is HOST:
             np.copyto(leaf, array, casting="same_kind")
         else:
@@ -148,6 +147,11 @@ class FlatBuffer(Mapping[str, Any]):
         models = f", population={self.population}" if self.population is not None else ""
         where = "" if self._place is HOST else f" on {self.device}"
         return f"FlatBuffer({self.size} x {self.dtype}{where}{models}: {leaves}{more})"
+
+
+def _path(key: Any) -> str:
+    """The path that a key stands for; of what stands for none, something to show."""
+    return str(key) if isinstance(key, str | int | np.integer) else checks.shown(key)
 
 
 def _remade(structure: Structure, shapes: Sequence[tuple[int, ...]], data: Any, population: int | None) -> FlatBuffer:

@@ -193,14 +193,23 @@ def hyperparameter(name: str, value: Any, like: Any, population: int | None, whe
         several = population is not None and not isinstance(value, bool | np.bool_)
         return mask(label, value, population) if several else hyperparameter("", value, False, None, label)
     if isinstance(like, bool):
-        if isinstance(value, bool | np.bool_):
-            return bool(value)
-        raise TypeError(f"{label} must be True or False, got {shown(value)}.")
+        return flag(label, value)
     if isinstance(like, tuple):
         if not isinstance(value, tuple | list) or len(value) != len(like):
             raise ValueError(f"{label} must be {len(like)} numbers, got {shown(value)}.")
         return tuple(_number(name, f"{label}[{k}]", v, population) for k, v in enumerate(value))
     return _number(name, label, value, population)
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False.
+
+    Raises:
+        TypeError: if it is something else.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {shown(value)}.")
+    return bool(value)
 
 
 def rule_names(names: Iterable[str], taken: Iterable[str]) -> None:

@@ -138,8 +138,8 @@ class LossScale:
             ValueError: if it is something else.
         """
         try:
-            scale, good = np.array(state["scale"]), np.array(state["good"])
-        except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
+            scale, good = (checks.readable(name, state[name]).copy() for name in ("scale", "good"))
+        except (KeyError, IndexError, TypeError):
             raise ValueError(f"this is not the state of a LossScale: {checks.shown(state)}.") from None
         models = {scale.shape, good.shape} - {()}
         fits = len(models) < 2 and scale.ndim < 2 if alone else models <= {(population,)}

@@ -334,7 +334,7 @@ class Schedule(abc.ABC):
             if made.models is None and not made.own:
                 return float(made.one(float(step), made.numbers))
             return made.several(made.models)(float(step), made.numbers)
-        steps = np.asarray(step)
+        steps = checks.readable("step", step)
         if steps.dtype.kind not in "iu":
             raise TypeError(f"step must be a whole number or an array of them, got {shown(step)}.")
         if steps.size and steps.min() < 0:
@@ -786,7 +786,7 @@ class Polynomial(Schedule):
 
     def __post_init__(self) -> None:
         _fix(self, lr=_numbers("lr", self.lr), steps=_count("steps", self.steps), end=_numbers("end", self.end))
-        _fix(self, power=_number("power", self.power))
+        _fix(self, power=_number("power", self.power), cycle=checks.flag("cycle", self.cycle))
 
     def _emit(self, text: Text, n: str) -> str:
         steps, end = text.number(self.steps), text.number(self.end)
@@ -1317,6 +1317,8 @@ class Warmup(Schedule):
     def __post_init__(self) -> None:
         _schedule(self.schedule, "schedule")
         _fix(self, steps=_count("steps", self.steps), start=_number("start", self.start, 0.0, 1.0))
+        for name in ("included", "first_at_start"):
+            _fix(self, **{name: checks.flag(name, getattr(self, name))})
         checks.choices("shape", [self.shape], ["linear", "cosine", "sqrt", "log"])
 
     def extent(self) -> int:

@@ -246,6 +246,8 @@ TAKES = [
     lambda x: fastlr.flatten(np.ones(2), population=x),
     lambda x: fastlr.LBFGS(np.ones(2), method=x),
     lambda x: fastlr.warmup(x),
+    lambda x: fastlr.flatten({"w": np.ones(2)})[x],
+    lambda x: fastlr.flatten({"w": np.ones(2)}).__setitem__(x, np.ones(2)),
 ]
 
 
@@ -259,7 +261,7 @@ def circle():
 def test_messages_show_the_beginning_of_what_is_long(make):
     value = make()
     for take in TAKES:
-        with pytest.raises((TypeError, ValueError)) as raised:
+        with pytest.raises((TypeError, ValueError, KeyError)) as raised:
             take(value)
         assert len(str(raised.value)) < 500
 

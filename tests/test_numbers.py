@@ -183,3 +183,35 @@ def test_arrays_of_numbers():
         assert population(groups={"w": {"frozen": value}}).groups["w"].frozen.tolist() == [True, False]
     with pytest.raises(TypeError, match="frozen is a masked array"):
         population(groups={"w": {"frozen": np.ma.array([True, False], mask=[True, False])}})
+
+
+def test_flags_and_steps_of_schedules():
+    one = schedules.Constant(1.0)
+    for value in (1, 0.0, None, "yes", np.array([]), float("nan")):
+        for take in (
+            lambda x: one.warmup(3, included=x),
+            lambda x: one.warmup(3, first_at_start=x),
+            lambda x: schedules.Polynomial(0.1, 9, cycle=x),
+        ):
+            with pytest.raises(TypeError, match="must be True or False"):
+                take(value)
+    for value in (
+        True,
+        "1",
+        b"1",
+        np.ma.array([1, 2]),
+        np.array([1.5]),
+        np.timedelta64(1, "s"),
+        [[1], [1, 2]],
+        10**400,
+    ):
+        with pytest.raises((TypeError, ValueError), match="step"):
+            one(value)
+    for state in (
+        np.zeros(3),
+        {"scale": "1", "good": 0},
+        {"scale": np.ma.array(1.0), "good": 0},
+        {"scale": 1j, "good": 0},
+    ):
+        with pytest.raises(ValueError, match="this is not the state of a LossScale"):
+            fastlr.LossScale().load_state_dict(state)

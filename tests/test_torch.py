@@ -1236,3 +1236,17 @@ def test_names_that_look_like_patterns():
 def test_arguments_that_other_libraries_have(make, settings, message):
     with pytest.raises(TypeError, match=message):
         make([torch.nn.Parameter(torch.ones(1))], **settings)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors:UserWarning")
+def test_gradients_that_mean_more_than_their_memory():
+    masked = pytest.importorskip("torch.masked")
+    p = torch.nn.Parameter(torch.ones(3))
+    opt = fastlr.torch.SGD([p], lr=1.0)
+    for _ in range(2):
+        p.grad = masked.masked_tensor(torch.ones(3), torch.tensor([True, False, True]))
+        with pytest.raises(TypeError, match="the gradient of parameter '0' is a MaskedTensor"):
+            opt.step()
+        p.grad = p.grad.to_tensor(0)
+        opt.step()
+    assert p.tolist() == [-1.0, 1.0, -1.0]

@@ -143,9 +143,14 @@ def check_gradient(called: str, grad: torch.Tensor, param: torch.Tensor) -> None
     """Check that a gradient goes with its parameter.
 
     Raises:
-        TypeError: if it is sparse or of a dtype that cannot be read.
+        TypeError: if it is sparse, masked, or of a dtype that cannot be read.
         ValueError: if it has another shape or is on another device.
     """
+    if type(grad).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        raise TypeError(
+            f"the gradient of {called} is a {type(grad).__name__}, a tensor that means more than its memory or has "
+            "none. Pass a plain tensor (of a MaskedTensor: grad.to_tensor(0))."
+        )
     if grad.layout is not torch.strided:
         raise TypeError(
             f"the gradient of {called} is sparse, fastlr.torch takes dense ones. Use sparse=False in the embedding, "
