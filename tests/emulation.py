@@ -148,7 +148,7 @@ class Place(device_arrays.DevicePlace):
     def memory(self, called: str, leaf: Any) -> Memory:
         if not isinstance(leaf, np.ndarray):
             raise TypeError(f"{called} is a {type(leaf).__name__}, expected an array on {self.label}.")
-        return places.Host.memory(places.HOST, called, leaf)
+        return places.HOST.memory(called, np.asarray(leaf))
 
     def stream(self) -> int:
         return self.device.current_stream
