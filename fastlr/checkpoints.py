@@ -110,6 +110,7 @@ def _columns(opt: Optimizer, params: bool) -> list[_Column]:
 
 def collect(opt: Optimizer, params: bool) -> dict[str, np.ndarray]:
     """The state of an optimizer, as copies."""
+    opt._gradients.check_given()
     arrays = {c.key: opt._params.place.to_host(c.array) for c in _columns(opt, params)}
     return {_DESCRIPTION: _packed(_described(opt, params)), **_counted(opt), **arrays}
 
@@ -123,6 +124,7 @@ def snapshot(opt: Optimizer) -> Snapshot:
 
 def save(opt: Optimizer, path: str | os.PathLike[str], params: bool, extra: Any) -> None:
     """Write an optimizer to a file, array by array, those on the host from where they are."""
+    opt._gradients.check_given()
     described, arrays = _described(opt, params), _counted(opt)
     if extra is not None:
         packed, own = extras.pack(extra)
@@ -383,15 +385,10 @@ def _take(opt: Optimizer, checked: _Checked) -> None:
     if checked.loss_scale is not None:
         scale, good = checked.loss_scale
         attributes += [(opt.loss_scale.__dict__, "_scale", scale), (opt.loss_scale.__dict__, "_good", good)]
+    opt._gradients.check_given()
     if opt._on_host:
         arrays = _apart(checked.arrays)
         arrays += zip(opt._columns.arrays.get("shadow", ()), opt._columns.encoded(checked.params), strict=True)
-        for to, source in arrays:
-            if not to.flags.writeable or to.shape != source.shape:
-                raise ValueError(
-                    "an array of the optimizer has become read-only or got another shape since the optimizer was "
-                    "built. Build a new one over the parameters as they are now."
-                )
         commit([*((to, ..., source) for to, source in arrays), *attributes])
         return
     for to, source in checked.arrays:

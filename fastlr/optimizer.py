@@ -35,7 +35,7 @@ from .kernels.primitives import SCOPES
 from .kernels.staging import After, Before, Rule, RuleError, Staged
 from .kernels.tiles import Storage, compiles
 from .loss_scale import LossScale
-from .places import HOST, Alloc
+from .places import HOST, Alloc, Place
 from .plans import Column, Plan
 from .rows import Counts, Rows
 from .scheduled import Formula, Rates, Remembered, Scheduled, ensure, evaluator
@@ -73,6 +73,16 @@ def _kinds(optimizer: type) -> dict[str, Any]:
         if "__init__" in vars(cls) and cls is not object:
             kinds.update({n: p.default for n, p in inspect.signature(vars(cls)["__init__"]).parameters.items()})
     return {n: default if isinstance(default, bool | tuple) else 0.0 for n, default in kinds.items()}
+
+
+class _Filled:
+    """An array on a GPU whose parts can be set to a number, for `commit`."""
+
+    def __init__(self, place: Place, array: Any) -> None:
+        self._place, self._array = place, array
+
+    def __setitem__(self, part: slice, value: float) -> None:
+        self._place.fill(self._array[part], value)
 
 
 class StepOptions(TypedDict, total=False):
@@ -869,8 +879,9 @@ class Optimizer:
             lrs = Rates(lrs, rows.counters.item(-1, CLOCK) if number is None else max(0, number))
         if number is not None:
             plan.count_part(rows, number)
-        if done is not None or (self.loss_scale is not None and self._on_host):
-            self._put(_unsettled=(plan, plan.next_generation, done or ()))
+        rescales = self.loss_scale is not None and self._on_host
+        if done is not None or rescales:
+            self._put(_unsettled=(plan, plan.next_generation, done or (), rescales))
         plan.run(kernel, self._threads or _threads.get_num_threads(), stream)
         del kept
         if self._unsettled is not None:
@@ -881,11 +892,11 @@ class Optimizer:
 
     def _settle(self) -> None:
         """After a kernel, do what remains to be done for its step; at the latest when the next call begins."""
-        plan, generation, writes = self._unsettled
+        plan, generation, writes, rescales = self._unsettled
         done: list[tuple[Any, Any, Any]] = [(self.__dict__, "_unsettled", None)]
         if plan.has_made(generation):
             done += writes
-            if self.loss_scale is not None and self._on_host:
+            if rescales:
                 done += self.loss_scale.after(plan.info(self._rows, {}, 1.0).skipped)
         commit(done)
 
@@ -907,7 +918,9 @@ class Optimizer:
             left = tuple(a and not b for a, b in zip(self._accumulated, stepped, strict=True))
             writes.append((self.__dict__, "_accumulated", left if any(left) else None))
         if clear:
-            writes += [(self._gradients.own, slice(*span), 0) for span in plan.left_out]
+            own = self._gradients.own
+            on_host = self._on_host
+            writes += [(own if on_host else _Filled(self._params.place, own), slice(*s), 0) for s in plan.left_out]
         return writes
 
     @exclusive
@@ -940,7 +953,7 @@ class Optimizer:
         prepared = adding._prepare(grads)  # what is wrong with them shows before anything is written
         plan = prepared[0]
         after = tuple(a or b for a, b in zip(there, before, strict=True))
-        self._put(_unsettled=(plan, plan.next_generation, [(self.__dict__, "_accumulated", after)]))
+        self._put(_unsettled=(plan, plan.next_generation, [(self.__dict__, "_accumulated", after)], False))
         for leaf, given, held in zip(self._params.cut(self._gradients.own), there, before, strict=True):
             if not held and given == (not first):  # not written by the first, or added to although it is the first
                 self._params.place.fill(leaf, 0)
@@ -1221,6 +1234,7 @@ class Optimizer:
             new._put(loss_scale=self.loss_scale.copy())
             new._attach(new.loss_scale, ours)
         new.rebuild(moved(ours.leaves, ours.source), **external)
+        new._hyper.examine = None  # this one's own is made when it is needed
         return new
 
     @exclusive

@@ -305,3 +305,21 @@ def test_a_loss_scale_belongs_to_one_optimizer():
     assert (first.loss_scale.scale, second.loss_scale.scale) == (8.0, 4.0)
     del first
     build(loss_scale=scale)  # nobody has it any more
+
+
+def test_accumulating_is_no_step_of_the_loss_scale():
+    opt = build(loss_scale=fastlr.LossScale(4.0, interval=4))
+    for _ in range(3):
+        opt.accumulate({"w": 4 * G})
+    assert opt.loss_scale.state_dict() == {"scale": 4.0, "good": 0}
+    opt.step(grad_scale=3.0)
+    assert opt.loss_scale.state_dict() == {"scale": 4.0, "good": 1}
+
+
+def test_what_a_moved_optimizer_is_set_to_is_checked_by_itself():
+    first = build()
+    first.lr = lambda n: 1.0
+    second = first.to("cpu")
+    del first
+    with pytest.raises(ValueError, match="lr must be non-negative"):
+        second.lr = lambda n: -1.0

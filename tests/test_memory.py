@@ -237,3 +237,26 @@ def test_a_schedule_that_fails_changes_nothing_the_kernel_included():
         opt.step(np.ones(3), grad_scale=2.0)
     assert opt._staged is staged
     assert w.tolist() == [-1.0] * 3
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of NumPy, for the setters
+@pytest.mark.parametrize("change", CHANGES)
+def test_states_are_not_read_from_or_into_arrays_that_have_changed(change, tmp_path):
+    w = np.zeros(6)
+    opt = sgd({"w": w}, "numpy", momentum=0.9)
+    opt.step({"w": np.ones(6)})
+    state = opt.snapshot()
+    opt.save(tmp_path / "before.npz")
+    change(w)
+    kept = w.tobytes()
+    for call in (
+        opt.snapshot,
+        opt.state_dict,
+        lambda: opt.save(tmp_path / "after.npz"),
+        lambda: opt.load(tmp_path / "before.npz"),
+        lambda: opt.restore(state),
+    ):
+        with pytest.raises(RuntimeError, match=r"params\['w'\] is not as it was"):
+            call()
+    assert w.tobytes() == kept
+    assert not (tmp_path / "after.npz").exists()
