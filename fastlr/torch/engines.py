@@ -24,6 +24,9 @@ from ..step_info import StepInfo
 from . import states, tensors
 
 _gradient, _dtype = attrgetter("grad"), attrgetter("dtype")
+# A look at the memory of a state costs as much as one at a parameter. Of many states these stand for all: who gives
+# states other memory gives it to all. A state whose tensor is exchanged is always noticed.
+_MOST_WATCHED = 512
 _address, _count, _is_contiguous = torch.Tensor.data_ptr, torch.Tensor.numel, torch.Tensor.is_contiguous
 
 
@@ -242,8 +245,8 @@ class Engine:
         """Remember where parameters, states and averages are."""
         external = set() if self.ema_out is None else {"ema"}
         counted = {"step", *self.native._source.scalars, *external}
-        self._things: Any = [*self.params]
-        self._things += [t for entries in self.entries for name, t in entries.items() if name not in counted]
+        states = [t for entries in self.entries for name, t in entries.items() if name not in counted]
+        self._things: Any = [*self.params, *states[:: -(-len(states) // _MOST_WATCHED) or 1]]
         self._averages = len(self._things)
         self._called = [leaf.called for leaf in self.leaves]
         if self._exchange is not None:

@@ -10,13 +10,14 @@ import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from .. import checks, groups, scheduled
-from ..exclusive import Users, enter, exclusive
+from ..exclusive import Users, exclusive, take_over
 from ..kernels import exchange
 from ..kernels.atomic import commit
 from ..kernels.staging import Rule, Staged
@@ -310,9 +311,9 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
     def _ready(self) -> list[Engine]:
         """The engines, made anew if parameters, groups or the state are others than before; gradients are found."""
         engines = self._current()
-        if not all(map(operator.attrgetter("is_shown"), engines)) or not self._holds_state(engines):
+        if not all(engine.is_shown for engine in engines) or not self._holds_state(engines):
             engines = self._build()
-        if not all(list(map(operator.methodcaller("find"), engines))):  # a tensor is elsewhere
+        if not all([engine.find() for engine in engines]):  # noqa: C419  (all of them; a tensor is elsewhere)
             engines = self._build()
             for engine in engines:
                 engine.find()
@@ -471,15 +472,19 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         if some is None and not any(SCHEDULES in group for group in self.param_groups):
             return
         known = all(engine.host_counts for engine in self._engines or ())
+        steps = self._steps_made() if known else 0
         for g in range(len(self.param_groups)) if some is None else some:
             group, taken = self.param_groups[g], self._hyper[g]
             if SCHEDULES in group and known:
-                following.show(group, self._number)
-            if taken is not None:
-                given = self._values_of(group)
-                # a tensor can change and stay the same object
-                unsure = holds_tensors(given)
-                self._hyper[g] = None if unsure else _Taken(given, dict(group.get(SCHEDULES, ())), taken.values)
+                following.show(group, lambda schedule: self._number(schedule, steps))
+            if taken is None:
+                continue
+            given = self._values_of(group)
+            if some is None:
+                taken.given = given
+            else:  # a tensor can change and stay the same object
+                schedules = dict(group.get(SCHEDULES, ()))
+                self._hyper[g] = None if holds_tensors(given) else _Taken(given, schedules, taken.values)
 
     def _measures_outside(self, leaves: Sequence[Leaf]) -> bool:
         """Whether clipping and the test for NaN and Inf have to be done outside of the native optimizer."""
@@ -534,7 +539,9 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        token = enter(self._users)  # noqa: F841  (see `exclusive`)
+        token = [get_ident()]  # as `exclusive` does
+        if self._users.setdefault(True, token) is not token:
+            take_over(self._users, token)
         try:
             if self._training is not None:
                 raise RuntimeError(
@@ -562,6 +569,13 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         if not finite:
             skipped = self._report(norm, np.nan, False, False)
             commit([(self.__dict__, "_skipped", self._skipped + 1), (self.__dict__, "info", skipped)])
+            return
+        if len(engines) == 1 and not self._outside and engines[0].has_gradients:  # the usual case, fast
+            (engine,) = engines
+            (part,) = engine.prepare(scale)
+            self.info = engine.run(part)
+            engine.done()
+            self._show_numbers()
             return
         parts: list[tuple[Engine, Any]] = []
         averages = "ema_decay" in self._names  # they follow all parameters at each step
