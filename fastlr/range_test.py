@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ def evaluate(fun: Callable[[Any], Any], params: Any) -> tuple[float, Any]:
 
 
 def find_lr(
-    opt: Optimizer,
+    opt: Any,
     fun: Callable[[Any], Any],
     low: float = 1e-7,
     high: float = 10.0,
@@ -111,9 +112,10 @@ def find_lr(
     rate has to the optimizer's before the test. A number that is added to the loss changes nothing.
 
     Args:
-        opt: the optimizer; any rule, on the CPU or a GPU.
+        opt: the optimizer; any rule, on the CPU or a GPU, of fastlr or of `fastlr.torch`.
         fun: `fun(params) -> (loss, grads)`, or `fun(params) -> loss` having filled `opt.grads`; for each call the next
-            batch. It gets `opt.params`.
+            batch. It gets `opt.params`. With `fastlr.torch` it clears the gradients, calls `backward` and returns the
+            loss; what else it changes, such as the statistics of batch norm, stays changed.
         low: first rate, > 0.
         high: last rate, > low.
         steps: rates to try, >= 5.
@@ -144,42 +146,72 @@ def find_lr(
         smoothing = checks.number("smoothing", smoothing, 0.0, 1.0)
     diverge = checks.within("diverge", diverge, 1.0)
     steps = checks.whole("steps", steps, 5)
-    if "lr" not in opt.groups.names:
-        raise ValueError(f"{type(opt).__name__} of rule {opt._source.name!r} has no lr to look for.")
     lrs = np.geomspace(low, high, steps)
-    ratios = _ratios(opt)
-    before = opt.snapshot()
-    hyper = {g: dict(g._values) for g in (opt.groups.defaults, *opt.groups.values())}
-    own = opt._gradients.own
-    kept = None if own is None else opt._params.place.to_host(own)
-    accumulated = opt._accumulated
+    trial = getattr(opt, "_trial", functools.partial(Trial, opt))()
     losses: list[float] = []
     smoothed: list[float] = []
     average, diverged = 0.0, False
     try:
         for k, lr in enumerate(lrs):
-            opt.lr = float(lr)
-            for group, ratio in ratios.items():
-                group.lr = float(lr) * ratio
-            loss, grads = evaluate(fun, opt.params)
+            trial.set(float(lr))
+            loss, grads = trial.evaluate(fun)
             losses.append(loss)
             average = smoothing * average + (1 - smoothing) * loss
             smoothed.append(average / (1 - smoothing ** (k + 1)))
             diverged = _exploded(np.array(losses), np.array(smoothed), diverge)
             if diverged:
                 break
-            opt.step(grads)
+            trial.step(grads)
     finally:
-        for group, values in hyper.items():
+        trial.restore()
+    return _read(lrs[: len(losses)], np.array(losses), np.array(smoothed), diverged, smoothing)
+
+
+class Trial:
+    """What a range test needs of an optimizer: other rates for a while, and everything back as it was.
+
+    Args:
+        opt: the optimizer.
+
+    Raises:
+        ValueError: if it has no learning rate, or one of 0, to which those of groups have no ratio.
+    """
+
+    def __init__(self, opt: Optimizer) -> None:
+        if "lr" not in opt.groups.names:
+            raise ValueError(f"{type(opt).__name__} of rule {opt._source.name!r} has no lr to look for.")
+        self._opt, self._ratios, self._before = opt, _ratios(opt), opt.snapshot()
+        self._hyper = {g: dict(g._values) for g in (opt.groups.defaults, *opt.groups.values())}
+        self._own = opt._gradients.own
+        self._kept = None if self._own is None else opt._params.place.to_host(self._own)
+        self._accumulated = opt._accumulated
+
+    def set(self, lr: float) -> None:
+        """Let the next step have a rate; groups keep their ratios."""
+        self._opt.lr = lr
+        for group, ratio in self._ratios.items():
+            group.lr = lr * ratio
+
+    def evaluate(self, fun: Callable[[Any], Any]) -> tuple[float, Any]:
+        """Call the user's function with the parameters, as `evaluate`."""
+        return evaluate(fun, self._opt.params)
+
+    def step(self, grads: Any) -> None:
+        """Make a step."""
+        self._opt.step(grads)
+
+    def restore(self) -> None:
+        """Put everything back as it was."""
+        opt = self._opt
+        for group, values in self._hyper.items():
             group._values.clear()
             group._values.update(values)
-        opt.restore(before)
-        if kept is not None:
-            opt._params.place.copy(own, kept)
+        opt.restore(self._before)
+        if self._kept is not None:
+            opt._params.place.copy(self._own, self._kept)
         elif opt._gradients.own is not None:
             opt._params.place.fill(opt._gradients.own, 0)
-        opt._put(_accumulated=accumulated)
-    return _read(lrs[: len(losses)], np.array(losses), np.array(smoothed), diverged, smoothing)
+        opt._put(_accumulated=self._accumulated)
 
 
 def _ratios(opt: Optimizer) -> dict[Group, Any]:

@@ -12,6 +12,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import fastlr
@@ -724,6 +725,50 @@ def test_plateaus_are_told():
         assert one.param_groups[0]["lr"] == 0.025
     with pytest.raises(ValueError, match="no hyperparameter follows a Plateau"):
         fastlr.torch.SGD(params, lr=0.1).observe(1.0)
+
+
+@pytest.mark.parametrize("kind", ["adam", "two dtypes", "host", "average"])
+def test_find_lr_puts_everything_back(kind):
+    """The curve is that of fastlr's own optimizer; then parameters, gradients, states and schedules are as before."""
+    dtypes = {"two dtypes": (torch.float32, torch.float64), "host": (torch.bfloat16,)}.get(kind, (torch.float64,))
+    params = [torch.nn.Parameter(torch.full((2,), 5.0, dtype=dtype)) for dtype in dtypes]
+    target = [torch.zeros_like(p) for p in params]
+    more = {"ema": 0.5, "ema_out": target} if kind == "average" else {}
+    make = fastlr.torch.HostOptimizer if kind == "host" else fastlr.torch.Adam
+    opt = make([{"params": [p]} for p in params], lr=Linear(0.1, 0.0, steps=9), **more)
+
+    def fun(given):
+        assert all(map(lambda a, b: a is b, given, params))
+        opt.zero_grad()
+        loss = sum(p.double().square().sum() for p in params)
+        loss.backward()
+        return loss
+
+    fun(params)
+    opt.step()
+    before = [[*params, *(p.grad for p in params), *target, *(t for e in opt.state.values() for t in e.values())]]
+    before += [[t.detach().clone() for t in before[0]], [dict(group) for group in opt.param_groups], opt.info]
+    found = fastlr.find_lr(opt, fun, 1e-3, 100.0, steps=30)
+    assert found.suggestion is not None and found.losses[0] == pytest.approx(fun(params).item(), rel=1e-6)
+    assert all(map(torch.equal, before[0], before[1])) and opt.info is before[3]
+    assert [dict(group) for group in opt.param_groups] == before[2]
+    opt.step()
+    assert opt.info.step == 2 and opt.info.lr == pytest.approx(0.1 * 8 / 9)
+    if kind == "adam":
+        assert fastlr.find_lr(opt, lambda _: (1.0, None), steps=5).suggestion is None
+        native = fastlr.Adam(np.full(2, 5.0))
+        other = fastlr.torch.Adam([torch.nn.Parameter(torch.full((2,), 5.0, dtype=torch.float64))])
+        curves = [
+            fastlr.find_lr(
+                o,
+                lambda p, o=o: (
+                    float((q := p if o is native else p[0].detach()) @ q),
+                    [2 * q] if o is other else 2 * q,
+                ),
+            )
+            for o in (native, other)
+        ]
+        assert curves[0].losses.tolist() == curves[1].losses.tolist()
 
 
 def test_schedule_free_optimizers_evaluate():

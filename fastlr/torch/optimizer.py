@@ -30,6 +30,7 @@ from . import following, states, tensors
 from .engines import Engine, Leaf, Shown, as_arguments, holds_tensors
 from .engines import _exchange as find_exchange
 from .following import SCHEDULES, follows
+from .trials import Trial
 
 __all__ = ["Optimizer", "counterpart"]
 
@@ -77,8 +78,13 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
     of which `opt.state[p]` has views. Everything that works on an optimizer of PyTorch works on this one: groups,
     `add_param_group`, closures, hooks, learning-rate schedulers, `GradScaler`, `copy.deepcopy` and pickle, and
     `state_dict` goes over to the counterpart in `torch.optim` and back. A parameter that has moved or was exchanged, a
-    gradient in another place, a hyperparameter set in a group: the next step sees it. A parameter whose gradient is
-    None is not updated. On a GPU the step counts in `opt.state` are brought up to date when the state is saved.
+    gradient in another place, a state that was set, cleared or replaced, a hyperparameter set in a group: the next step
+    sees it. What others keep in `opt.state` stays. A parameter whose gradient is None is not updated. On a GPU the step
+    counts in `opt.state` are brought up to date when the state is saved.
+
+    A group has a number for each hyperparameter; of one that follows a schedule it is that of the next step, and the
+    schedule is beside it in `group["schedules"]`. A number that somebody sets takes the place of the schedule, with a
+    warning; a scheduler of PyTorch that changes it is refused.
 
     A step tells autograd what it writes, so that a backward pass that needs the old values fails instead of being
     wrong. Several dtypes and devices in one optimizer are fine; clipping and skipping are about all of them together.
@@ -91,9 +97,11 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
             schedule of `fastlr.schedules`, as for all hyperparameters. Not for a rule that takes none.
         ema: keep a moving average of the parameters in `opt.ema`, updated in the same pass: its decay, in [0, 1]; at 1
             it stays as it is. It follows all parameters at each step, those too that have no gradient. Buffers of a
-            model, such as the statistics of batch norm, are no parameters.
+            model are no parameters.
         ema_out: an iterable of tensors to keep that average in, one for each parameter, such as
-            `target.parameters()`. It goes on from what stands in them.
+            `target.parameters()`. It goes on from what stands in them. Buffers are no parameters: copy those of batch
+            norm after the step, `for a, b in zip(target.buffers(), model.buffers()): a.copy_(b)`. If the target gets
+            other tensors, set `opt.ema_out` to them.
         settings: the rule's hyperparameters; those of the step, for each group: weight_decay, decoupled_weight_decay,
             maximize, clip_norm, clip_value; and for the whole optimizer: scope, skip_nonfinite, shadow, statistics,
             threads, alloc. See `fastlr.Optimizer`.
@@ -705,6 +713,10 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         if len(refused) == len(engines):
             raise refused[0]
         self._show_numbers()
+
+    def _trial(self) -> Trial:
+        """For `fastlr.find_lr`."""
+        return Trial(self)
 
     @property
     def _average(self) -> str | None:
