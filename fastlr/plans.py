@@ -79,8 +79,8 @@ class Plan:
         reports: what `decide` reported of each row.
         leaf_sums: the sums over each entry.
         entry: the entry of each leaf and model, -1 where there is none; only if sums are taken.
-        updated_entries, updated_tiles: how many of the leaves and tiles, which come first, are updated; the others are
-            only averaged.
+        updated_tiles: how many of the tiles, which come first, are of leaves that are updated; the others are only
+            averaged.
         left_out: first and last element, in the flat order, of what the step does not update.
         layout: how to read what a step reported; None if it reports nothing.
     """
@@ -127,7 +127,7 @@ class Plan:
         leaf = starts // models
         inside = (starts % models) * lengths[starts]
         itemsize = columns[1].itemsize
-        count = self.updated_entries = len(updated)
+        count = len(updated)
         self._leaf = leaf[:count]
         self._inside = inside[:count] * itemsize
         self._flat_offsets = offsets[updated] * itemsize
