@@ -27,8 +27,8 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     **dict.fromkeys(("lr", "weight_decay", "eps", "momentum", "lr_decay", "momentum_decay"), (0.0, np.inf, False)),
     **dict.fromkeys(("initial_accumulator_value", "trust_coefficient", "relative_distance"), (0.0, np.inf, False)),
     **dict.fromkeys(("clip_norm", "clip_value", "d0"), (5e-324, np.inf, False)),
-    **dict.fromkeys(("alpha", "rho"), (0.0, 1.0, True)),
-    **dict.fromkeys(("ema", "ema_decay", "beta"), (0.0, 1.0, False)),
+    **dict.fromkeys(("alpha", "rho", "ema", "ema_decay"), (0.0, 1.0, True)),
+    "beta": (0.0, 1.0, False),
     "dampening": (-np.inf, np.inf, False),
 }
 _OFF = {"weight_decay", "clip_norm", "clip_value", "ema"}  # where None means something
@@ -497,7 +497,7 @@ def _setter(r: random.Random) -> Iterator[str]:
         before, old = bits(opt), getattr(target, name, None)
         error = _raised(lambda name=name, value=value, target=target: setattr(target, name, value))
         if error is not None:
-            yield refusal(error, how, AttributeError, where="(setting)")
+            yield refusal(error, how, AttributeError, *_own(error), where="(setting)")
             now = getattr(target, name, None)
             if bits(opt) != before or (now is not old and repr(now) != repr(old)):
                 raise BrokenPromiseError(f"setting {name} was refused and changed something", how)

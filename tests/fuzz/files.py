@@ -553,7 +553,8 @@ class _Room:
 
 _RANGES = {
     **dict.fromkeys(("lr", "eps", "momentum", "weight_decay"), (0.0, math.inf)),
-    **dict.fromkeys(("betas", "ema_decay"), (0.0, 1.0)),
+    "betas": (0.0, 1.0),
+    "ema_decay": (0.0, 1.0 + 1e-15),  # 1 pauses it
     **dict.fromkeys(("clip_norm", "clip_value"), (5e-324, math.inf)),
 }
 
