@@ -23,6 +23,19 @@ from .kernels.layout import (
 )
 
 
+def _distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct rows of a table of integers, in order: the first place of each, and for each row which it is.
+
+    As `np.unique(rows, axis=0)`, which compares structured arrays and turns an interrupt into a TypeError.
+    """
+    order = np.lexsort(rows.T[::-1])
+    new = np.ones(len(rows), bool)
+    new[1:] = (rows[order[1:]] != rows[order[:-1]]).any(axis=1)
+    index = np.empty(len(rows), np.int64)
+    index[order] = np.cumsum(new) - 1
+    return order[new], index
+
+
 @dataclass
 class Counts:
     """What an optimizer counts, for each leaf and model.
@@ -100,7 +113,7 @@ class Rows:
         fixed[..., 5] = 0 if partition is None else partition[:, None]
         bits = np.ascontiguousarray(counts.scalars).view(np.int64)
         key = np.concatenate([fixed, bits], axis=2).reshape(leaves * models, -1)
-        _, first, index = np.unique(key, axis=0, return_index=True, return_inverse=True)
+        first, index = _distinct(key)
         unique = key[first]
         self._partition = partition
         self.index = index.reshape(leaves, models)
@@ -136,10 +149,10 @@ class Rows:
         leaves, models = self.index.shape
         part = np.array(active, np.int64) + 2 * np.array(seen, np.int64)
         pairs = np.stack([self.index.reshape(-1), np.repeat(part, models)], axis=1)
-        if len(np.unique(pairs, axis=0)) == len(self):
+        if len(_distinct(pairs)[0]) == len(self):
             return None
         old = np.zeros(leaves, np.int64) if self._partition is None else self._partition
-        return np.unique(np.stack([old, part], axis=1), axis=0, return_inverse=True)[1].reshape(-1)
+        return _distinct(np.stack([old, part], axis=1))[1]
 
     def advance(self, active: np.ndarray, seen: np.ndarray) -> np.ndarray:
         """What a step does with each row, as `kernels.layout` has it; in the last row what the optimizer's clock gains.

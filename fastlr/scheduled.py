@@ -179,6 +179,8 @@ class Scheduled:
                     checks.limits(checked),
                 )
                 self.entries.append(entry)
+        self._rates = {id(e.schedule): e for e in reversed(self.entries) if e.uniform == "lr"}
+        self._followed = {id(e.schedule): e for e in reversed(self.entries)}
         self.take_observed()
 
     def take_observed(self) -> None:
@@ -234,7 +236,7 @@ class Scheduled:
         out: dict[str, Any] = {}
         for pattern, lr in rates.items():
             if isinstance(lr, Schedule):
-                entry = next((e for e in self.entries if e.uniform == "lr" and e.schedule is lr), None)
+                entry = self._rates.get(id(lr))
                 if entry is not None:
                     out[pattern] = entry.value, entry.numbers
                 else:  # all leaves of the group have another one's
@@ -323,6 +325,11 @@ class Scheduled:
                     known = lowered
         self._observed.take(known)
         self.take_observed()
+
+    def present(self, schedule: Schedule, step: int) -> Any:
+        """What a schedule gives after a number of steps; None if nothing follows it."""
+        entry = self._followed.get(id(schedule))
+        return None if entry is None else entry.value(float(step), entry.numbers)
 
     def _at(self, entry: _Entry, step: int, observed: Remembered) -> np.ndarray:
         return np.asarray(entry.value(float(step), self._numbers(entry, observed)))

@@ -889,3 +889,54 @@ def test_damaged_states(name):
         params, opt = built()
     assert min(outcomes.values()) > 20
     opt.step()
+
+
+def test_an_interrupt_while_gradients_are_found_leaves_none_of_an_earlier_step(monkeypatch):
+    p = torch.nn.Parameter(torch.zeros(3))
+    opt = fastlr.torch.SGD([p], lr=1.0)
+    p.grad = torch.ones(3)
+    opt.step()
+    opt.step()
+    p.grad = torch.full((3,), 1000.0)
+
+    def interrupted(self, *_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fastlr.torch.engines.Engine._may_read", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            opt.step()
+    opt.step()
+    assert p.tolist() == [-1002.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("limit", "error"),
+    [(lambda n: {}[n], KeyError), (lambda n: -1.0 if n else 1.0, ValueError)],
+    ids=["raises", "range"],
+)
+def test_a_scheduled_limit_of_several_dtypes_is_checked(limit, error):
+    """The norm over several dtypes is taken outside of the native optimizers, which check everything else."""
+    a, b = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    opt = fastlr.torch.SGD([a, b], lr=1.0, clip_norm=lambda n: 1.0)
+    for q in (a, b):
+        q.grad = torch.full_like(q, 100.0)
+    opt.step()
+    before = a.tolist(), b.tolist()
+    for group in opt.param_groups:
+        group["clip_norm"] = fastlr.schedules.Function(limit)
+    with pytest.raises(error):
+        opt.step()
+    assert (a.tolist(), b.tolist()) == before
+
+
+def test_the_state_of_an_adam_does_not_change_how_an_adamw_decays():
+    p = torch.nn.Parameter(torch.ones(3))
+    theirs = torch.optim.Adam([p], lr=0.1, weight_decay=0.1)
+    p.grad = torch.ones(3)
+    theirs.step()
+    opt = fastlr.torch.AdamW([p])
+    with pytest.raises(ValueError, match="decoupled_weight_decay=False, as Adam does, this AdamW True"):
+        opt.load_state_dict(theirs.state_dict())
+    assert opt.param_groups[0]["decoupled_weight_decay"] is True
+    fastlr.torch.AdamW([p], decoupled_weight_decay=False).load_state_dict(theirs.state_dict())

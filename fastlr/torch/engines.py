@@ -316,10 +316,8 @@ class Engine:
         """What a schedule that hyperparameters follow gives for a step; None if none of the parameters follows it."""
         if self.native._staged is None or self.native._hyper.changed:
             self.native._refresh()
-        for entry in self.native._scheduled.entries:
-            if entry.schedule is schedule:
-                return float(entry.value(float(step), entry.numbers))
-        return None
+        value = self.native._scheduled.present(schedule, step)
+        return None if value is None else float(value)
 
     # A step
 
@@ -364,20 +362,21 @@ class Engine:
             self._things[self._averages :] = _objects(averages, len(averages))
         self.found = grads = _objects(map(_gradient, self.params), len(self.params))
         params, gradients = (things.__array_interface__["data"][0] for things in (self._things, grads))
+        # From here on addresses may be new: an interrupt must not leave them beside gradients of an earlier step.
+        usual, self._usual = self._usual, None
         seen = self._exchange.compare(params, gradients, self._described, self._at, self._found_kind)
         if averages:  # which only their owner keeps
             self._things[self._averages :] = None
         if seen == exchange.MOVED:
             return False
         if seen < 0 and not any(p.grad.is_neg() for p in self._singles):  # no others can be, in order as they are
-            if seen == exchange.SAME and self._usual is not None:
-                self._located = self._usual
+            if seen == exchange.SAME and usual is not None:
+                self._located = self._usual = usual
                 return True
             name = self._kinds.get(self._found_kind.item())
             if name is not None and self._may_read(self._at, name):
                 self._located = self._usual = Located(self._at.copy(), name)
                 return True
-        self._usual = None
         self._find_each(grads)
         return True
 

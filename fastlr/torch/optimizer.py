@@ -211,7 +211,8 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         """What a schedule gives for a step, the next one if none is given; a plateau has what it remembers."""
         step = self._steps_made() if step is None else step
         found = (engine.present(schedule, step) for engine in self._engines or ())
-        return next((value for value in found if value is not None), None) or schedule(step)
+        value = next((value for value in found if value is not None), None)
+        return schedule(step) if value is None else value
 
     # Parameters and groups
 
@@ -631,7 +632,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
                 f"scope={self._settings['scope']!r} needs all parameters to be of one dtype on one device. Use one "
                 "optimizer for each, or scope='all'."
             )
-        limits = {self._present(group, "clip_norm") for group in self.param_groups}
+        limits = {self._limit(group) for group in self.param_groups}
         if len(limits) != 1:
             raise ValueError(
                 "groups with different clip_norm need all parameters to be of one dtype on one device. Give all "
@@ -641,6 +642,20 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         if limit is None:
             return 1.0
         return max(min(1.0, limit / (norm + 1e-6)), _LEAST)
+
+    def _limit(self, group: Mapping[str, Any]) -> Any:
+        """The norm to clip to in the next step; what is wrong with a schedule of it is told before anything is written.
+
+        Raises:
+            ValueError: if a schedule gives what no norm to clip to can be.
+        """
+        value = (group.get(SCHEDULES) or {}).get("clip_norm", group["clip_norm"])
+        if not isinstance(value, Schedule):
+            return tensors.number("clip_norm", value)
+        step = self._steps_made()
+        found = self._number(value, step)
+        scheduled.ensure("clip_norm", "clip_norm", value, found, step)
+        return found
 
     def _present(self, group: Mapping[str, Any], name: str) -> Any:
         """A hyperparameter of a group for the next step."""
@@ -924,6 +939,13 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
                 f"the state is of another optimizer than {type(self).__name__}: its group {g} has no "
                 f"{', '.join(missing)}."
             )
+        decoupled = saved.get("decoupled_weight_decay", present["decoupled_weight_decay"])
+        if _decouples(type(self).__name__) and decoupled != present["decoupled_weight_decay"]:
+            raise ValueError(
+                f"group {g} of the state has decoupled_weight_decay={decoupled!r}, as Adam does, this "
+                f"{type(self).__name__} {present['decoupled_weight_decay']!r}: its weights would decay otherwise. Set "
+                "decoupled_weight_decay in the groups of the state, or build the optimizer with that of the state."
+            )
         group = {**present, **{k: v for k, v in saved.items() if k not in _SAVED_ALONG}}
         followed = dict(present.get(SCHEDULES) or {})
         given = saved.get(SCHEDULES)
@@ -1035,6 +1057,17 @@ def _starts_with_state(name: str | None) -> bool:
     """Whether PyTorch's optimizer of this name makes its state when it is built, and not at the first update."""
     theirs = None if name is None else getattr(torch.optim, name)
     return theirs is not None and len(theirs([torch.zeros(1)]).state) > 0
+
+
+@functools.cache
+def _decouples(name: str) -> bool:
+    """Whether how weights decay belongs to PyTorch's optimizer of this name, and is no argument of it."""
+    theirs = getattr(torch.optim, name, None)
+    return (
+        theirs is not None
+        and "decoupled_weight_decay" not in inspect.signature(theirs).parameters
+        and "decoupled_weight_decay" in theirs([torch.zeros(1)]).param_groups[0]
+    )
 
 
 def counterpart(native: type[Native]) -> type[Optimizer]:
