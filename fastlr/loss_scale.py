@@ -94,6 +94,7 @@ class LossScale:
         Args:
             skipped: whether it was skipped, for each model of a population if there is one.
         """
+        skipped = checks.readable("skipped", skipped)
         self._catch_up()
         commit(self.after(skipped))
 

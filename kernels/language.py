@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import reprlib
 import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -25,7 +26,7 @@ class Source:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         if not inspect.isfunction(function):
-            raise RuleError(f"a rule must be a function written with `def`, got {function!r}.")
+            raise RuleError(f"a rule must be a function written with `def`, got {reprlib.repr(function)}.")
         self.function = function
         self.name = self.__name__ = function.__name__
         self.__doc__ = function.__doc__

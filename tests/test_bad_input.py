@@ -246,6 +246,7 @@ TAKES = [
     lambda x: fastlr.flatten(np.ones(2), population=x),
     lambda x: fastlr.LBFGS(np.ones(2), method=x),
     lambda x: fastlr.warmup(x),
+    lambda x: fastlr.rule(x),
     lambda x: fastlr.flatten({"w": np.ones(2)})[x],
     lambda x: fastlr.flatten({"w": np.ones(2)}).__setitem__(x, np.ones(2)),
 ]

@@ -215,3 +215,9 @@ def test_flags_and_steps_of_schedules():
     ):
         with pytest.raises(ValueError, match="this is not the state of a LossScale"):
             fastlr.LossScale().load_state_dict(state)
+    scale = fastlr.LossScale(8.0)
+    for skipped in (np.ma.array(True), [[True], [True, False]], {}):
+        with pytest.raises(TypeError, match="skipped is"):
+            scale.update(skipped)
+    scale.update(np.True_)
+    assert scale.scale == 4.0
