@@ -606,6 +606,7 @@ def test_an_interrupt_leaves_what_was_before_or_what_comes_after(kind, action):
     for at in places if kind == "one dtype" or action == "step" else places[::4]:
         params, opt = KINDS[kind]()
         _interrupted(lambda params=params, opt=opt: ACTIONS[action](params, opt, other), at)
+        assert torch.is_grad_enabled()
         found = finished(params, opt)[1]
         assert found in (before, after), f"at {events[at - 1]}, event {at}"
 

@@ -208,8 +208,8 @@ class Engine:
                 value = entries.get(name)
                 if value is None:
                     continue
-                own = shown is not None and shown.addresses.get(id(value)) == _address(value)
-                value = states.tensor(leaf.called, name, value, leaf.param).detach()
+                given, value = value, states.tensor(leaf.called, name, value, leaf.param).detach()
+                own = shown is not None and shown.addresses.get(id(given)) == _address(value)
                 if name != "ema" or self.ema_out is None:
                     views[k].copy_(value)
                 elif not own:  # an average goes on from what stands in the tensor of the user's

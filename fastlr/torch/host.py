@@ -277,9 +277,9 @@ class HostEngine(Engine):
         if not self._staged:
             return
         weights = self._masters if self._weights not in tensors.HALVES else self._shadows
-        with self._on(self._up), torch.no_grad():
+        with self._on(self._up):
             for k in part[1]:
-                self.params[k].copy_(weights[k], non_blocking=True)
+                self.params[k].detach().copy_(weights[k], non_blocking=True)
 
     def _fetch(self, chunk: range) -> Any:
         """Have the gradients of a chunk copied to the host; the event of their arrival, on the CPU None."""

@@ -446,8 +446,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         attributes.update(more, **({} if made.ema_out is None else {"_ema_out": made.ema_out}))
         for engine in made.engines:
             engine.writes = []
-        with torch.no_grad():
-            commit([*((self.__dict__, name, value) for name, value in attributes.items()), *writes])
+        commit([*((self.__dict__, name, value) for name, value in attributes.items()), *writes])
         self._hold(exchange.items(self.state))
         self._bring_in_order({g: taken for g, taken in enumerate(made.taken) if taken is not None})
 
@@ -546,8 +545,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
         if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+            loss = torch.enable_grad()(closure)()
         token = [get_ident()]  # as `exclusive` does
         if self._users.setdefault(True, token) is not token:
             take_over(self._users, token)

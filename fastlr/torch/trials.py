@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ..range_test import evaluate
 from . import tensors
 from .following import SCHEDULES, Followed
@@ -82,12 +80,11 @@ class Trial:
             engine._show(engine.native._rows.counts())
             for param, entries in zip(engine.params, engine.entries, strict=True):
                 opt.state[param].update(entries)  # a rebuild meanwhile has put others there
-        with torch.no_grad():
-            for p, weights, (grad, values) in zip(self._params, self._weights, self._grads, strict=True):
-                p.detach().copy_(weights)
-                p.grad = grad
-                if values is not None:
-                    p.grad.copy_(values)
+        for p, weights, (grad, values) in zip(self._params, self._weights, self._grads, strict=True):
+            p.detach().copy_(weights)
+            p.grad = grad
+            if grad is not None:
+                grad.detach().copy_(values)
         for engine in self._engines:
             engine.done()
         opt.__dict__.update(self._attributes)
