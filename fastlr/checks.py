@@ -148,7 +148,7 @@ def reals(name: str, value: Any) -> np.ndarray:
     """
     if isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview):
         return np.array([real(f"{name}[{k}]", one) for k, one in enumerate(value)], np.float64)
-    if not getattr(value, "shape", ()):
+    if isinstance(value, memoryview) or not getattr(value, "shape", ()):
         return np.array(real(name, value))
     return numeric(name, value).astype(np.float64)
 

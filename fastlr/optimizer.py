@@ -939,18 +939,19 @@ class Optimizer:
         """
         if grads is None:
             raise TypeError("accumulate needs gradients to add, got None.")
-        own = self._params.tree(self._gradients.allocate_own())
         before = self._accumulated
         first = before is None
-        if first not in self._adding:
-            settings = {"threads": self._threads, "backend": self._backend, "grad_dtype": self._grad_bits}
-            settings["capturable"] = self._capturable
-            self._adding[first] = Optimizer(own, _ACCUMULATION, first=first, **settings)
         whole = isinstance(grads, np.ndarray | FlatBuffer) or self._params.is_array or not is_container(grads)
         there = self._params.everyone if whole else tuple(g is not None for g in self._params.structure.leaves(grads))
         before = (False,) * len(there) if before is None else before
-        adding = self._adding[first]
-        prepared = adding._prepare(grads)  # what is wrong with them shows before anything is written
+        fresh = self._gradients.own is None
+        try:  # what is wrong with them shows before anything is written
+            adding = self._adding_to_own(first)
+            prepared = adding._prepare(grads)
+        except BaseException:
+            if fresh:  # there are no gradients still, as `step()` will say
+                commit([(self._gradients.__dict__, "own", None), (self.__dict__, "_adding", {})])
+            raise
         plan = prepared[0]
         after = tuple(a or b for a, b in zip(there, before, strict=True))
         self._put(_unsettled=(plan, plan.next_generation, [(self.__dict__, "_accumulated", after)], False))
@@ -959,6 +960,16 @@ class Optimizer:
                 self._params.place.fill(leaf, 0)
         adding._run(*prepared)
         self._settle()
+
+    def _adding_to_own(self, first: bool) -> Optimizer:
+        """What adds gradients to `opt.grads`, or puts them there."""
+        own = self._params.tree(self._gradients.allocate_own())
+        if first not in self._adding:
+            settings = {"threads": self._threads, "backend": self._backend, "grad_dtype": self._grad_bits}
+            settings["capturable"] = self._capturable
+            self._adding[first] = Optimizer(own, _ACCUMULATION, first=first, **settings)
+        adding: Optimizer = self._adding[first]
+        return adding
 
     @exclusive
     def warmup(self) -> float:

@@ -1377,7 +1377,7 @@ class Product(Schedule):
         return text.times(self.first._emit(text, n), self.second._emit(text, n))
 
     def __repr__(self) -> str:
-        return f"{self.first!r} * {self.second!r}"
+        return f"{self.first!r} * {_grouped(self.second)}"
 
 
 @dataclass(frozen=True, repr=False)
@@ -1394,8 +1394,7 @@ class Scaled(Schedule):
         return text.times(text.number(self.factor), self.schedule._emit(text, n))
 
     def __repr__(self) -> str:
-        inner = f"({self.schedule!r})" if isinstance(self.schedule, Product) else repr(self.schedule)
-        return f"{self.factor!r} * {inner}"
+        return f"{self.factor!r} * {_grouped(self.schedule)}"
 
 
 @dataclass(frozen=True, repr=False)

@@ -260,3 +260,15 @@ def test_states_are_not_read_from_or_into_arrays_that_have_changed(change, tmp_p
             call()
     assert w.tobytes() == kept
     assert not (tmp_path / "after.npz").exists()
+
+
+def test_gradients_that_are_refused_are_not_there_afterwards():
+    w = np.zeros(2)
+    opt = sgd({"w": w}, "numpy")
+    with pytest.raises(ValueError, match="has shape"):
+        opt.accumulate({"w": np.ones(3)})
+    with pytest.raises(RuntimeError, match="nobody has used yet"):
+        opt.step()
+    opt.accumulate({"w": np.ones(2)})
+    opt.step()
+    assert w.tolist() == [-1.0] * 2

@@ -221,3 +221,9 @@ def test_flags_and_steps_of_schedules():
             scale.update(skipped)
     scale.update(np.True_)
     assert scale.scale == 4.0
+
+
+@pytest.mark.parametrize("make", [fastlr.schedules.Constant, fastlr.schedules.Plateau])
+def test_the_bytes_of_a_buffer_are_no_numbers(make):
+    with pytest.raises(TypeError, match="must be a"):
+        make(memoryview(b"1"))

@@ -1128,3 +1128,9 @@ def test_numbers_of_steps_that_cannot_be_drawn(steps, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(["plot", "Cosine(0.1, 5)", f"--steps={steps}"])
     assert ended.value.code == 2 and "whole number" in capsys.readouterr().err
+
+
+def test_the_code_of_products_is_that_of_the_same_schedule():
+    a, b = s.Cosine(1.0, 10), s.Linear(1.0, 0.0, 10)
+    for product in (a * (0.5 * b), 0.5 * (0.3 * a), (a * b) * a, a * (b * a), (0.5 * a) * b):
+        assert eval(repr(product), vars(s)) == product
