@@ -508,20 +508,21 @@ def patterns(name: str, value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
-def whole(name: str, value: Any, least: int) -> int:
+def whole(name: str, value: Any, least: int, most: int | None = None) -> int:
     """A whole number, which may be written as a float: 1e4.
 
     Raises:
         TypeError: if it is no whole number.
-        ValueError: if it is below the least or above `MOST`.
+        ValueError: if it is below the least or above the most, without one above `MOST`.
     """
     if not real(name, value, "a whole number").is_integer():
         raise TypeError(f"{name} must be a whole number, got {shown(value)}.")
     found = int(_python_number(value))
     if found < least:
         raise ValueError(f"{name} must be at least {least}, got {shown(value)}.")
-    if found > MOST:
-        raise ValueError(f"{name} must be at most 2**63 - 1, got {shown(value)}.")
+    if found > (MOST if most is None else most):
+        wanted = "2**63 - 1" if most is None else f"{most:,}"
+        raise ValueError(f"{name} must be at most {wanted}, got {shown(value)}.")
     return found
 
 

@@ -19,6 +19,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from . import checks
+
 try:
     import fcntl
 except ImportError:  # Windows, where a file that somebody has open cannot be removed anyway
@@ -133,7 +135,7 @@ def _sum(name: str, dtype: np.dtype, shape: tuple[int, ...], data: memoryview) -
 
 def _form(path: Path) -> str:
     if path.suffix not in (".npz", ".safetensors"):
-        raise ValueError(f"{str(path)!r} must end in .npz or .safetensors.")
+        raise ValueError(f"{checks.shown(str(path))} must end in .npz or .safetensors.")
     return path.suffix
 
 

@@ -150,7 +150,7 @@ def draw(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], path: str | Path, 
         ValueError: if the ending is another.
     """
     if Path(path).suffix not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"{str(path)!r} must end in .png, .svg or .pdf.")
+        raise ValueError(f"{checks.shown(str(path))} must end in .png, .svg or .pdf.")
     figure_module, agg = _need("matplotlib.figure"), _need("matplotlib.backends.backend_agg")
     figure = figure_module.Figure(figsize=(7, 3.5), layout="constrained")
     agg.FigureCanvasAgg(figure)

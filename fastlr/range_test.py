@@ -18,6 +18,8 @@ from .schedules import Schedule
 
 __all__ = ["RangeTest", "evaluate", "find_lr"]
 
+_MOST_STEPS = 1_000_000  # rates between two neighbors of which no test could tell a difference
+
 
 @dataclass(frozen=True)
 class RangeTest:
@@ -118,7 +120,7 @@ def find_lr(
             loss; what else it changes, such as the statistics of batch norm, stays changed.
         low: first rate, > 0.
         high: last rate, > low.
-        steps: rates to try, >= 5.
+        steps: rates to try, from 5 to 1,000,000.
         smoothing: share of the average that is kept at each step, in [0, 1).
         diverge: how many times its fall the average may rise above its lowest value, >= 1. Default 1: up to where it
             came from.
@@ -145,7 +147,7 @@ def find_lr(
     if checks.real("smoothing", smoothing) != 0:
         smoothing = checks.number("smoothing", smoothing, 0.0, 1.0)
     diverge = checks.within("diverge", diverge, 1.0)
-    steps = checks.whole("steps", steps, 5)
+    steps = checks.whole("steps", steps, 5, _MOST_STEPS)
     lrs = np.geomspace(low, high, steps)
     trial = getattr(opt, "_trial", functools.partial(Trial, opt))()
     losses: list[float] = []

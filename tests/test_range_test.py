@@ -238,3 +238,9 @@ def test_bad_input(settings, error, message):
     assert message in str(raised.value)
     with pytest.raises(TypeError, match=r"must return \(loss, grads\)"):
         fastlr.find_lr(opt, lambda p: "low")
+
+
+def test_more_rates_than_anybody_tries_are_refused():
+    opt = fastlr.SGD(np.ones(2), backend="numpy")
+    with pytest.raises(ValueError, match=r"steps must be at most 1,000,000, got 9007199254740992\."):
+        fastlr.find_lr(opt, lambda p: (1.0, p), 1e-5, 1.0, 2**53)

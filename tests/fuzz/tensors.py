@@ -169,7 +169,7 @@ def _nonsense(opt: torch.optim.Optimizer) -> str:
                 if number is None or not low <= number < high:
                     return f"{name} is {x!r}"
     for entries in opt.state_dict()["state"].values():
-        step = float(entries.get("step", 0))
+        step = float(entries.get("step", 0)) if isinstance(entries, dict) else 0.0  # others may keep what they like
         if not (0 <= step <= 2**53 and step == int(step)):
             return f"step is {step}"
     return ""
