@@ -18,7 +18,7 @@ import fastlr
 
 _LONGEST = 3000  # characters of a message; five hundred numbers are more
 _EXAMPLES = 3  # of each sign
-_PATIENCE_S = 60.0  # of processor time for one input, a compilation included; the slowest others take a tenth of a second
+_PATIENCE_S = 60.0  # of processor time for one input, a compilation included; others take a tenth of a second
 
 _ADDRESS = re.compile(rb"0x[0-9a-f]+")  # of a function in its repr
 
