@@ -227,7 +227,10 @@ class Groups(Mapping[str, Group]):
 
     def __getitem__(self, pattern: str) -> Group:
         """The group of a pattern."""
-        return self._groups[pattern]
+        try:
+            return self._groups[pattern]
+        except KeyError:
+            raise KeyError(checks.shown(pattern)) from None
 
     def __iter__(self) -> Iterator[str]:
         """The patterns."""

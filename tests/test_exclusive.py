@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 
 import numpy as np
@@ -219,30 +218,34 @@ def test_one_of_many_threads_takes_the_place_of_who_is_gone():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-@pytest.mark.skipif(sys.version_info >= (3, 12), reason="Python warns of every fork beside threads")
-def test_a_child_forked_in_the_middle_of_another_threads_step_can_step():
-    inside, over = threading.Event(), threading.Event()
-
-    def lr(n):
-        if threading.current_thread() is not threading.main_thread():
-            inside.set()
-            over.wait(60)
-        return 1.0
-
-    opt = build(lr=lr)
-    stepping = threading.Thread(target=opt.step, args=({"w": G},))
-    stepping.start()
-    assert inside.wait(60)
-    child = os.fork()
-    if child == 0:
-        try:
-            opt.step({"w": G})
-            os._exit(0 if opt.params["w"].tolist() == [-1.0] * N else 1)
-        except BaseException:
-            os._exit(2)
-    over.set()
-    stepping.join()
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+def test_a_child_forked_in_the_middle_of_another_threads_step_can_step(in_subprocess):
+    out = in_subprocess("""
+import os, threading, warnings
+import numpy as np, fastlr
+warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads
+inside, over = threading.Event(), threading.Event()
+def lr(n):
+    if threading.current_thread() is not threading.main_thread():
+        inside.set()
+        over.wait(60)
+    return 1.0
+w, g = {"w": np.zeros(5)}, {"w": np.ones(5)}
+opt = fastlr.SGD(w, lr=lr, backend="numpy")
+stepping = threading.Thread(target=opt.step, args=(g,))
+stepping.start()
+assert inside.wait(60)
+child = os.fork()
+if child == 0:
+    try:
+        opt.step(g)
+        os._exit(0 if w["w"].tolist() == [-1.0] * 5 else 1)
+    except BaseException:
+        os._exit(2)
+over.set()
+stepping.join()
+print("child", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+""")
+    assert "child 0" in out
 
 
 class TestInterrupted:

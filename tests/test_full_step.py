@@ -543,7 +543,10 @@ def test_an_average_pauses_bit_for_bit(backend):
     assert opt.ema["b"][0] == 3.0
     opt.step({"a": np.zeros(2), "b": None})
     assert opt.ema["b"][0] == 4.0
-    opt.ema_decay = lambda n: 1.5
+    with pytest.raises(ValueError, match=r"ema_decay must be in \[0, 1\], but"):
+        opt.ema_decay = lambda n: 1.5
+    opt.ema_decay = lambda n: 1.0 if n < 5 else 1.5
+    opt.step({"a": np.zeros(2), "b": None})
     with pytest.raises(ValueError, match=r"ema_decay must be in \[0, 1\], but"):
         opt.step({"a": np.zeros(2), "b": None})
 

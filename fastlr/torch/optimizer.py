@@ -1062,7 +1062,7 @@ def _decouples(name: str) -> bool:
     """Whether how weights decay belongs to PyTorch's optimizer of this name, and is no argument of it."""
     theirs = getattr(torch.optim, name, None)
     return (
-        theirs is not None
+        theirs not in (None, torch.optim.Optimizer)
         and "decoupled_weight_decay" not in inspect.signature(theirs).parameters
         and "decoupled_weight_decay" in theirs([torch.zeros(1)]).param_groups[0]
     )
