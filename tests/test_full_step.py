@@ -1165,8 +1165,8 @@ BAD_SETTINGS = [
     ({"clip_norm": "small"}, TypeError, "clip_norm must be a number, got 'small'."),
     ({"clip_value": -0.5}, ValueError, "clip_value must be positive and finite, got -0.5."),
     ({"scope": "model"}, TypeError, "scope 'model' is not known; there are leaf, group, all."),
-    ({"ema": 1.0}, ValueError, "ema must be in [0, 1), got 1.0."),
-    ({"ema": -0.1}, ValueError, "ema must be in [0, 1), got -0.1."),
+    ({"ema": 1.5}, ValueError, "ema must be in [0, 1], got 1.5."),
+    ({"ema": -0.1}, ValueError, "ema must be in [0, 1], got -0.1."),
     ({"ema_out": SHARED}, ValueError, "ema_out is where the average is kept; give its decay as well"),
     ({"ema": 0.9, "ema_out": {"w": np.ones((2, 3))}}, ValueError, "ema_out does not have the structure of params"),
     (
@@ -1258,7 +1258,7 @@ def test_more_bad_input():
         with pytest.raises(AttributeError):
             setattr(plain, name, 0.5)
     averaged = fastlr.SGD(np.ones(2), ema=0.9)
-    with pytest.raises(ValueError, match=r"ema must be in \[0, 1\), got 2.0."):
+    with pytest.raises(ValueError, match=r"ema must be in \[0, 1\], got 2.0."):
         averaged.ema_decay = 2.0
     with pytest.raises(ValueError, match="its states is"):
         plain.load_state_dict(averaged.state_dict())
