@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import errno
 import json
@@ -214,17 +215,18 @@ def write(members: Sequence[Member], path: str | os.PathLike[str]) -> None:
 # Reading
 
 
-class Archive:
+class Archive(abc.ABC):
     """A file that is being read: only what is asked for is read, and it is checked before there is memory for it."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._size = os.fstat(file.fileno()).st_size
 
+    @abc.abstractmethod
     def __contains__(self, name: str) -> bool:
         """Whether there is a member of this name."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def array(self, name: str, fits: Fits) -> np.ndarray:
         """A member.
 
@@ -233,7 +235,6 @@ class Archive:
             fits: is called with dtype, shape and the bytes that the file holds for it, and raises if they are not as
                 they should be; only then the member is read.
         """
-        raise NotImplementedError
 
     def _room(self, shape: tuple[int, ...], dtype: np.dtype) -> tuple[np.ndarray, memoryview]:
         array = np.empty(shape, dtype)
