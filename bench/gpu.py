@@ -27,9 +27,9 @@ import numpy as np
 
 import fastlr
 import fastlr.torch
-from fastlr import places
+from fastlr.arrays import places
 from fastlr.bench.steps import DECAY, EMA, FULL, LIMIT, LR
-from fastlr.device_kernels import StepKernels
+from fastlr.gpu.kernels import StepKernels
 from fastlr.info import versions
 from fastlr.kernels import grid
 
@@ -424,7 +424,7 @@ def emulated() -> Iterator[None]:
     import emulation
     import torch
 
-    from fastlr import device_arrays
+    from fastlr.gpu import arrays as device_arrays
 
     class Tensors(device_arrays._Torch):
         def stream(self) -> int:

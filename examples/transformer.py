@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import fastlr.torch
-from fastlr.schedules import Cosine
+from fastlr.schedules.base import Cosine
 
 STEPS, BATCH, CONTEXT, WIDTH, HEADS, LAYERS = 240, 24, 48, 96, 4, 2
 

@@ -2,19 +2,19 @@
 
 from . import bench, optimizers, schedules
 from ._version import __version__
-from .buffers import FlatBuffer, flatten
-from .device_arrays import DeviceArray
-from .devices import DeviceError
+from .arrays.buffers import FlatBuffer, flatten
+from .gpu.arrays import DeviceArray
+from .gpu.driver import DeviceError
 from .groups import Group, Groups
 from .kernels.primitives import norm, total
 from .kernels.staging import Rule, RuleError, Staged
-from .line_searches import LBFGS, LBFGSInfo, LineSearch, line_search
 from .loss_scale import LossScale
 from .optimizer import Optimizer, warmup
 from .optimizers import *  # noqa: F403 - the optimizers are listed there and nowhere else
-from .range_test import RangeTest, find_lr
-from .step_info import LeafInfo, StepInfo
-from .threads import get_num_threads, set_num_threads
+from .search.find_lr import RangeTest, find_lr
+from .search.line_search import LBFGS, LBFGSInfo, LineSearch, line_search
+from .step.info import LeafInfo, StepInfo
+from .step.threads import get_num_threads, set_num_threads
 
 rule = Rule
 

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from . import checks, extras, files, scheduled
+from . import checks, extras, files
 from .groups import Groups
 from .kernels.atomic import commit
-from .rows import Counts
+from .step import scheduled
+from .step.rows import Counts
 
 if TYPE_CHECKING:
     from .optimizer import Optimizer

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from . import places
+from .arrays import places
+from .arrays.places import Memory
 from .kernels.formats import FORMATS
-from .places import Memory
 
 DTYPES = ("float32", "float64")
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from . import checks
 from .exclusive import Users, enter
-from .schedules import Function, Schedule
+from .schedules.base import Function, Schedule
 
 __all__ = ["Group", "Groups", "everywhere", "hyperparameter", "plain", "somewhere"]
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import numba
 import numpy as np
 
-from . import devices, threads
 from ._version import __version__
+from .gpu import driver as devices
 from .kernels import caching
+from .step import threads
 
 __all__ = ["cpu_name", "describe", "versions"]
 

@@ -14,7 +14,7 @@ from .kernels import loss_scaling
 from .kernels.atomic import commit
 
 if TYPE_CHECKING:
-    from .device_arrays import DevicePlace
+    from .gpu.arrays import DevicePlace
 
 __all__ = ["LossScale"]
 

@@ -16,15 +16,15 @@ from typing import Any, ClassVar, TypedDict
 import numpy as np
 
 from . import checkpoints, checks
-from . import threads as _threads
-from .buffers import FlatBuffer, place_called
-from .columns import CALLED, Columns, Parameters
-from .device_kernels import StepKernels
-from .device_plans import DevicePlan
-from .device_rows import DeviceRows
-from .devices import stream_handle
+from .arrays.buffers import FlatBuffer, place_called
+from .arrays.columns import CALLED, Columns, Parameters
+from .arrays.places import HOST, Alloc, Place
+from .arrays.trees import is_container
 from .exclusive import enter, exclusive, take_over
-from .gradients import DeviceGradients, Gradients, Located
+from .gpu.driver import stream_handle
+from .gpu.kernels import StepKernels
+from .gpu.plans import DevicePlan
+from .gpu.rows import DeviceRows
 from .groups import Groups, everywhere, hyperparameter, matching, somewhere
 from .kernels import arrays, cpu, reference, rules
 from .kernels.atomic import commit
@@ -35,13 +35,13 @@ from .kernels.primitives import SCOPES
 from .kernels.staging import After, Before, Rule, RuleError, Staged
 from .kernels.tiles import Storage, compiles
 from .loss_scale import LossScale
-from .places import HOST, Alloc, Place
-from .plans import Column, Plan
-from .rows import Counts, Rows
-from .scheduled import Formula, Rates, Remembered, Scheduled, ensure, evaluator
-from .schedules import Schedule
-from .step_info import Layout, StepInfo
-from .trees import is_container
+from .schedules.base import Schedule
+from .step import threads as _threads
+from .step.gradients import DeviceGradients, Gradients, Located
+from .step.info import Layout, StepInfo
+from .step.plans import Column, Plan
+from .step.rows import Counts, Rows
+from .step.scheduled import Formula, Rates, Remembered, Scheduled, ensure, evaluator
 
 __all__ = ["Optimizer", "StepOptions", "warmup"]
 

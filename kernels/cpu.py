@@ -4,7 +4,7 @@ One compiled function carries out a whole step, counters included, so that a ste
 Python next looks (a KeyboardInterrupt waits for it). It takes the tables of a plan and never names an optimizer.
 
 A step goes in phases: each measure, then the update. In each, the tiles are cut into a share for each thread and
-handed out by atomic counters, to the calling thread and to any helper that has come in meanwhile (`fastlr.threads`);
+handed out by atomic counters, to the calling thread and to any helper that has come in meanwhile (`fastlr.step.threads`);
 whoever is done with one share goes on with the others. Nobody waits for a helper that has not come, so a core that is
 busy with something else costs only its share. Between phases the calling thread adds up what was measured and decides.
 Which thread does which tile does not show in the result.
@@ -22,16 +22,7 @@ from numba import types
 from . import primitives, sums
 from .caching import KernelCache
 from .layout import ADVANCES, ASIDE, CLOCK, COUNT, FIRST_ADDRESS, GO, LEAF, ROW, SHARED, SKIPPED, START, T
-from .memory import (
-    atomic_load,
-    atomic_store,
-    elements,
-    fetch_add,
-    pause,
-    row,
-    sched_yield,
-    table,
-)
+from .memory import atomic_load, atomic_store, elements, fetch_add, pause, row, sched_yield, table
 from .primitives import SCOPES
 from .staging import Staged, define
 from .tiles import ELEMENT, Storage, average_loop, compiled, digest_of, measure_loop, update_loop, zero_of

@@ -1,7 +1,7 @@
 """The kernels of `grid` for NVIDIA GPUs: compiled by numba-cuda to machine code, without a GPU in sight.
 
 Numba compiles; it does not launch. Its dispatcher takes 120 us or more for ten arrays, so a kernel takes addresses and
-is launched by its handle (`fastlr.devices`). Needs the package numba-cuda and is imported when a GPU is asked for.
+is launched by its handle (`fastlr.gpu.driver`). Needs the package numba-cuda and is imported when a GPU is asked for.
 """
 
 from __future__ import annotations

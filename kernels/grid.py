@@ -577,7 +577,7 @@ def finish(target: Target, staged: Staged, storage: Storage, formulas: Sequence[
         target: what it is made of.
         staged: the rule.
         storage: how its columns stand in memory.
-        formulas: settings that follow from the number of the step (`fastlr.scheduled.Formula`).
+        formulas: settings that follow from the number of the step (`fastlr.step.scheduled.Formula`).
     """
     quantities = staged.quantities
     may_skip, asides = "finite" in staged.reports, staged.asides

@@ -1,7 +1,7 @@
 """Memory by address: the only place where an integer becomes a pointer.
 
-The addresses come from a plan, whose arrays have been checked and are kept alive (`fastlr.plans`). Every column of a
-plan (parameters, gradients, each state) is memory of its own, and loads and stores say so to LLVM, which would
+The addresses come from a plan, whose arrays have been checked and are kept alive (`fastlr.step.plans`). Every column
+of a plan (parameters, gradients, each state) is memory of its own, and loads and stores say so to LLVM, which would
 otherwise guard every loop by overlap checks, of all pairs, and give up vectorising when they get many.
 """
 

@@ -1,7 +1,7 @@
 """A GPU that is none: the host's memory, the kernels one thread after another, streams that only keep order.
 
-It takes the place of `fastlr.devices.Gpu`, so that everything above the driver runs as on a GPU, with the same kernel
-bodies. What it cannot show: speed, races between threads, and what a driver refuses.
+It takes the place of `fastlr.gpu.driver.Gpu`, so that everything above the driver runs as on a GPU, with the same
+kernel bodies. What it cannot show: speed, races between threads, and what a driver refuses.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from fastlr import device_arrays, places
+from fastlr.arrays import places
+from fastlr.arrays.places import Memory
+from fastlr.gpu import arrays as device_arrays
 from fastlr.kernels import emulation
-from fastlr.places import Memory
 
 _kernels: dict[str, tuple[Any, int]] = {}
 

@@ -94,7 +94,7 @@ launched: list[str] = []
 def main():
     import emulation
 
-    from fastlr import places
+    from fastlr.arrays import places
 
     places.FINDERS.insert(0, emulation.find)
     emulation.Device.kernel = lambda self, make, name, content: kernel(make)

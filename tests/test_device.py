@@ -13,13 +13,15 @@ from cases import CASES, PLAIN, Case
 from emulation import on_device
 
 import fastlr
-from fastlr import device_arrays, devices, places
+from fastlr.arrays import places
+from fastlr.gpu import arrays as device_arrays
+from fastlr.gpu import driver as devices
 from fastlr.kernels import emulation as kernel_emulation
 from fastlr.kernels import grid
 from fastlr.kernels.formats import FORMATS
 from fastlr.kernels.staging import define
 from fastlr.kernels.sums import BLOCK
-from fastlr.scheduled import distinguished
+from fastlr.step.scheduled import distinguished
 
 STEPS = 4
 SIZES = [0, 1, 2, 3, 5, 8, 127, 1009, BLOCK - 1, BLOCK + 1, 2 * BLOCK + 17]

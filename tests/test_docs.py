@@ -32,7 +32,7 @@ def test_readme(number, tmp_path, monkeypatch, capsys):
     linecache.clearcache()
     if re.search(r"^import .*torch", BLOCKS[number], re.M):
         pytest.importorskip("torch")
-    if BLOCKS[number].startswith("# on a machine with a GPU") and fastlr.devices.problem() is not None:
+    if BLOCKS[number].startswith("# on a machine with a GPU") and fastlr.gpu.driver.problem() is not None:
         compile(BLOCKS[number], str(script), "exec")
         pytest.skip("this block needs a GPU; it compiles")
     runpy.run_path(str(script))
@@ -40,7 +40,7 @@ def test_readme(number, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_docstrings(name, monkeypatch):
-    monkeypatch.setattr(fastlr.threads, "_threads", None)
+    monkeypatch.setattr(fastlr.step.threads, "_threads", None)
     if name == "fastlr.kernels.cuda":
         pytest.importorskip("numba_cuda")
     if name.startswith("fastlr.torch"):

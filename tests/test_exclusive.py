@@ -11,7 +11,7 @@ import pytest
 
 import fastlr
 from fastlr.exclusive import enter
-from fastlr.schedules import Plateau
+from fastlr.schedules.base import Plateau
 
 N = 5
 G = np.ones(N)
@@ -282,7 +282,7 @@ class TestInterrupted:
 
         opt.step({"w": 8 * G})
         with monkeypatch.context() as patch:
-            patch.setattr("fastlr.plans.Plan.run", run)
+            patch.setattr("fastlr.step.plans.Plan.run", run)
             with pytest.raises(KeyboardInterrupt):
                 opt.step({"w": 16 * G})
         assert opt.loss_scale.scale == 16.0

@@ -11,9 +11,9 @@ import pytest
 from cases import PLAIN, Case
 
 import fastlr
-from fastlr import plans
 from fastlr.kernels.formats import FORMATS
 from fastlr.kernels.sums import BLOCK
+from fastlr.step import plans
 
 STEPS = 6
 # float64 against float64, in other orders of the operations, over a few steps.

@@ -13,7 +13,7 @@ from arrays import gradients, same, tree_map
 from cases import CASES, PLAIN, Case
 
 import fastlr
-from fastlr import devices
+from fastlr.gpu import driver as devices
 from fastlr.kernels.sums import BLOCK
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")

@@ -10,7 +10,7 @@ import pytest
 
 import fastlr
 from fastlr import schedules
-from fastlr.range_test import evaluate
+from fastlr.search.find_lr import evaluate
 
 
 class Length:

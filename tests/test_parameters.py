@@ -54,7 +54,7 @@ PATHS = (
 
 
 def leaves_of(x):
-    return [leaf for _, leaf in fastlr.trees.leaves_with_paths(x)]
+    return [leaf for _, leaf in fastlr.arrays.trees.leaves_with_paths(x)]
 
 
 def test_every_kind_of_container(rng):
@@ -225,7 +225,7 @@ def test_any_tree(shape_tree, dtype, flat, data):
     params = arrays(shape_tree)
     if not leaves_of(params) or isinstance(params, np.ndarray):
         return
-    structure = fastlr.trees.Structure(params)
+    structure = fastlr.arrays.trees.Structure(params)
     grads = []
     for leaf in leaves_of(params):
         kind = data.draw(st.sampled_from(["plain", "strided", "fortran", "read-only", "none"]))

@@ -8,8 +8,8 @@ from arrays import gradients, same
 from cases import CASES, ELEMENTWISE, PLAIN, Case
 
 import fastlr
-from fastlr import plans
 from fastlr.kernels.sums import BLOCK
+from fastlr.step import plans
 
 SIZES = [0, 1, 2, 7, 31, 33, 1009, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 17]
 STEPS = 4

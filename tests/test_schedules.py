@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import fastlr
 from fastlr import cli, plots
 from fastlr import schedules as s
-from fastlr.schedules import Schedule
+from fastlr.schedules.base import Schedule
 
 N = np.arange(400)
 

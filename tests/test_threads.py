@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import fastlr
-from fastlr import threads
 from fastlr.exclusive import exclusive
 from fastlr.kernels.notices import warn_once
+from fastlr.step import threads
 
 PRELUDE = """
 import os, signal, sys, threading, time
@@ -107,9 +107,9 @@ for _ in range(3):
     pid = os.fork()
     if pid == 0:
         signal.alarm(60)
-        assert fastlr.threads._pool.started == 0
+        assert fastlr.step.threads._pool.started == 0
         for _ in range(20): opt.step(g)
-        assert fastlr.threads._pool.started == 1
+        assert fastlr.step.threads._pool.started == 1
         good = np.array_equal(p, expected(0, 25))
         other, h = fresh(1)
         another = fastlr.Adam(other, threads=2)
@@ -198,7 +198,7 @@ def test_fork_while_a_compilation_waits_for_the_thread_that_forks(in_subprocess)
         PRELUDE
         + """
 from numba.core.compiler_lock import global_compiler_lock
-threads = fastlr.threads
+threads = fastlr.step.threads
 threads._FORK_PATIENCE = 0.1
 begun, forked = threading.Event(), threading.Event()
 def compile():
@@ -354,7 +354,7 @@ def test_quota_limits_the_threads(monkeypatch):
 @pytest.mark.parametrize("elements", [1_000, 100_000])
 def test_more_threads_than_there_is_work_for(elements, monkeypatch):
     """What is made for them follows what is used, and the result is the same."""
-    from fastlr import plans
+    from fastlr.step import plans
 
     asked = []
     monkeypatch.setattr(plans, "_WORTH_WAKING", 0)
@@ -375,8 +375,8 @@ def test_more_threads_than_there_is_work_for(elements, monkeypatch):
 
 def test_no_thread_can_be_started(monkeypatch):
     """The step goes on alone, with one warning, and another try later."""
-    from fastlr import plans
     from fastlr.kernels import vectors
+    from fastlr.step import plans
 
     monkeypatch.setattr(plans, "_WORTH_WAKING", 0)
     monkeypatch.setattr(threads, "_pool", threads._Pool())
@@ -411,7 +411,7 @@ def test_no_thread_can_be_started(monkeypatch):
 
 
 def test_helpers_are_shared_and_few(monkeypatch):
-    from fastlr import plans
+    from fastlr.step import plans
 
     monkeypatch.setattr(plans, "_WORTH_WAKING", 0)
     for _ in range(5):

@@ -13,7 +13,7 @@ import numpy as np
 import fastlr
 
 from .. import optimizers
-from ..places import HOST
+from ..arrays.places import HOST
 
 # The optimizers by the name used in reports, with the settings in which they are measured.
 RULES: dict[str, type[fastlr.Optimizer]] = {name.lower(): getattr(optimizers, name) for name in optimizers.__all__}

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from .. import checks
-from .. import threads as _threads
 from ..info import cpu_name, versions
 from ..kernels import tiles
+from ..step import threads as _threads
 from . import candidates as c
 from . import competitors, steps
 from .report import progress

@@ -17,7 +17,7 @@ import numpy as np
 
 import fastlr
 
-from ..places import HOST
+from ..arrays.places import HOST
 from .candidates import Candidate, Problem
 
 LR, DECAY, LIMIT, EMA = 1e-3, 1e-2, 1.0, 0.999

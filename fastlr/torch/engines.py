@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..gradients import Located
 from ..kernels import exchange
 from ..kernels.formats import FORMATS
 from ..kernels.layout import T
 from ..optimizer import Optimizer as Native
-from ..rows import Counts
-from ..schedules import Schedule
-from ..step_info import StepInfo
+from ..schedules.base import Schedule
+from ..step.gradients import Located
+from ..step.info import StepInfo
+from ..step.rows import Counts
 from . import states, tensors
 
 _gradient, _dtype = attrgetter("grad"), attrgetter("dtype")

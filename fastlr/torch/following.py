@@ -7,8 +7,8 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from ..scheduled import plateaus_of
-from ..schedules import Function, Plateau, Schedule
+from ..schedules.base import Function, Plateau, Schedule
+from ..step.scheduled import plateaus_of
 
 __all__ = ["SCHEDULES", "Followed", "at", "follows", "plateaus", "resolved", "settle", "show"]
 

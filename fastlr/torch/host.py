@@ -12,13 +12,13 @@ import numpy as np
 import torch
 
 from .. import checks
-from ..buffers import FlatBuffer, flatten
-from ..gradients import Located
+from ..arrays.buffers import FlatBuffer, flatten
+from ..arrays.places import HOST, Alloc
 from ..kernels.staging import Rule
 from ..optimizer import Optimizer as Native
 from ..optimizers import AdamW
-from ..places import HOST, Alloc
-from ..step_info import StepInfo
+from ..step.gradients import Located
+from ..step.info import StepInfo
 from . import states, tensors
 from .engines import Engine, Leaf, Shown
 from .optimizer import Optimizer

@@ -16,16 +16,17 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from .. import checks, groups, scheduled
+from .. import checks, groups
 from ..exclusive import Users, exclusive, take_over
 from ..kernels import exchange
 from ..kernels.atomic import commit
 from ..kernels.staging import Rule, Staged
 from ..optimizer import Optimizer as Native
 from ..optimizer import StepOptions
-from ..scheduled import Remembered
-from ..schedules import Schedule
-from ..step_info import Layout, StepInfo
+from ..schedules.base import Schedule
+from ..step import scheduled
+from ..step.info import Layout, StepInfo
+from ..step.scheduled import Remembered
 from . import following, states, tensors
 from .engines import Engine, Leaf, Shown, as_arguments, holds_tensors
 from .engines import _exchange as find_exchange

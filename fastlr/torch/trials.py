@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..range_test import evaluate
+from ..search.find_lr import evaluate
 from . import tensors
 from .following import SCHEDULES, Followed
 
@@ -16,7 +16,7 @@ __all__ = ["Trial"]
 
 
 class Trial:
-    """What `fastlr.find_lr` needs of an optimizer; see `fastlr.range_test.Trial`.
+    """What `fastlr.find_lr` needs of an optimizer; see `fastlr.search.find_lr.Trial`.
 
     Args:
         opt: the optimizer.
@@ -52,7 +52,7 @@ class Trial:
             group["lr"] = lr * ratio
 
     def evaluate(self, fun: Callable[[Any], Any]) -> tuple[float, Any]:
-        """Call the user's function with the parameters, as `fastlr.range_test.evaluate`; a loss may be a tensor."""
+        """Call the user's function with the parameters, as `fastlr.search.find_lr.evaluate`; a loss may be a tensor."""
 
         def numbers(params: Any) -> Any:
             found = fun(params)

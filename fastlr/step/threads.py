@@ -22,8 +22,8 @@ from typing import Any
 import llvmlite.binding.ffi
 from numba.core.compiler_lock import global_compiler_lock
 
-from . import checks
-from .kernels.notices import warn_once
+from .. import checks
+from ..kernels.notices import warn_once
 
 __all__ = ["get_num_threads", "set_num_threads"]
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from .device_tables import Tables
-from .kernels.layout import CLOCK
-from .scheduled import Rates
-from .step_info import Layout, StepInfo
+from ..kernels.layout import CLOCK
+from ..step.info import Layout, StepInfo
+from ..step.scheduled import Rates
+from .tables import Tables
 
 __all__ = ["DeviceStepInfo", "Results"]
 

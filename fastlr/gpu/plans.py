@@ -16,20 +16,20 @@ from typing import Any
 
 import numpy as np
 
-from .device_arrays import DevicePlace
-from .device_kernels import StepKernels
-from .device_results import DeviceStepInfo, Results
-from .device_rows import DeviceRows
-from .device_tables import Tables
-from .devices import Launch
-from .gradients import DeviceGradients, Gradients
-from .kernels import grid
-from .kernels.layout import CLOCK, COUNT, COUNTERS, FIRST_ADDRESS, LEAF, ROW, STEPS, TICKS, T
-from .kernels.primitives import power, real_power, sqrt
-from .kernels.staging import Staged, define
-from .plans import Plan
-from .rows import Rows
-from .step_info import StepInfo
+from ..kernels import grid
+from ..kernels.layout import CLOCK, COUNT, COUNTERS, FIRST_ADDRESS, LEAF, ROW, STEPS, TICKS, T
+from ..kernels.primitives import power, real_power, sqrt
+from ..kernels.staging import Staged, define
+from ..step.gradients import DeviceGradients, Gradients
+from ..step.info import StepInfo
+from ..step.plans import Plan
+from ..step.rows import Rows
+from .arrays import DevicePlace
+from .driver import Launch
+from .kernels import StepKernels
+from .results import DeviceStepInfo, Results
+from .rows import DeviceRows
+from .tables import Tables
 
 __all__ = ["DevicePlan"]
 

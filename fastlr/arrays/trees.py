@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from . import checks
+from .. import checks
 
 __all__ = ["Structure", "is_container", "leaves_with_paths"]
 

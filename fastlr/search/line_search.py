@@ -9,15 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from . import checks, threads
-from .buffers import FlatBuffer
-from .columns import Parameters
-from .exclusive import Users, exclusive
-from .kernels import vectors
-from .kernels.atomic import commit
-from .places import HOST
-from .range_test import evaluate
-from .trees import is_container
+from .. import checks
+from ..arrays.buffers import FlatBuffer
+from ..arrays.columns import Parameters
+from ..arrays.places import HOST
+from ..arrays.trees import is_container
+from ..exclusive import Users, exclusive
+from ..kernels import vectors
+from ..kernels.atomic import commit
+from ..step import threads
+from .find_lr import evaluate
 
 __all__ = ["LBFGS", "LBFGSInfo", "LineSearch", "line_search"]
 

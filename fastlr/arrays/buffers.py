@@ -8,7 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from . import checks, device_arrays, devices, places
+from .. import checks
+from ..gpu import arrays as device_arrays
+from ..gpu import driver as devices
+from . import places
 from .places import HOST, Alloc, Place
 from .trees import Structure, leaves_with_paths
 

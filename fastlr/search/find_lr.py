@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from . import checks, plots
-from .groups import Group
-from .optimizer import Optimizer
-from .schedules import Schedule
+from .. import checks, plots
+from ..groups import Group
+from ..optimizer import Optimizer
+from ..schedules.base import Schedule
 
 __all__ = ["RangeTest", "evaluate", "find_lr"]
 

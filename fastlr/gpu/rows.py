@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from .device_arrays import DevicePlace
-from .device_results import Results
-from .device_tables import Tables
-from .kernels import grid
-from .kernels.layout import CLOCK, STEPS, TICKS, T
-from .kernels.staging import Staged
-from .loss_scale import LossScale
-from .rows import Counts, Rows
+from ..kernels import grid
+from ..kernels.layout import CLOCK, STEPS, TICKS, T
+from ..kernels.staging import Staged
+from ..loss_scale import LossScale
+from ..step.rows import Counts, Rows
+from .arrays import DevicePlace
+from .results import Results
+from .tables import Tables
 
 __all__ = ["DeviceRows"]
 

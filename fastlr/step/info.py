@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import checks
-from .kernels.sums import fold
+from .. import checks
+from ..kernels.sums import fold
 
 __all__ = ["LeafInfo", "StepInfo"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .kernels.layout import (
+from ..kernels.layout import (
     ADVANCES,
     ASIDE,
     CLOCK,

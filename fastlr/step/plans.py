@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import checks
-from .kernels import arrays, cpu
-from .kernels.cpu import CHUNK, CLOSED, LINE, NEXT, SHARES, WAITING, Kernel
-from .kernels.layout import ASIDE, CLOCK, FIRST_ADDRESS, ROW, TICKS
-from .kernels.staging import Staged
-from .kernels.sums import BLOCK
-from .places import Place
+from .. import checks
+from ..arrays.places import Place
+from ..kernels import arrays, cpu
+from ..kernels.cpu import CHUNK, CLOSED, LINE, NEXT, SHARES, WAITING, Kernel
+from ..kernels.layout import ASIDE, CLOCK, FIRST_ADDRESS, ROW, TICKS
+from ..kernels.staging import Staged
+from ..kernels.sums import BLOCK
+from .info import Layout, StepInfo
 from .rows import Rows
-from .step_info import Layout, StepInfo
 from .threads import ask_helpers
 
 if TYPE_CHECKING:

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from . import checks, places
-from .device_arrays import DevicePlace
-from .kernels import arrays
-from .kernels.formats import FORMATS
-from .places import Alloc, Memory, Place
+from .. import checks
+from ..arrays import places
+from ..arrays.places import Alloc, Memory, Place
+from ..gpu.arrays import DevicePlace
+from ..kernels import arrays
+from ..kernels.formats import FORMATS
 
 _IN_ORDER = 0x101  # NumPy's flags C_CONTIGUOUS and ALIGNED
 

@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .devices import Launch
-from .kernels import grid
-from .kernels.staging import Staged
-from .kernels.tiles import Storage
-from .scheduled import Formula
+from ..kernels import grid
+from ..kernels.staging import Staged
+from ..kernels.tiles import Storage
+from ..step.scheduled import Formula
+from .driver import Launch
 
 __all__ = ["StepKernels"]
 

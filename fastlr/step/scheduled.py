@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import checks
+from .. import checks
+from ..schedules.base import Observed, Plateau, Schedule, Text, inline
 from .rows import Rows
-from .schedules import Observed, Plateau, Schedule, Text, inline
 
 if TYPE_CHECKING:
-    from .groups import Groups
+    from ..groups import Groups
 
 __all__ = ["Formula", "Rates", "Remembered", "Scheduled"]
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from . import devices, places
-from .kernels.formats import FORMATS
-from .places import HOST, Alloc, Memory, Place
+from ..arrays import places
+from ..arrays.places import HOST, Alloc, Memory, Place
+from ..kernels.formats import FORMATS
+from . import driver as devices
 
 __all__ = ["DeviceArray", "DevicePlace", "on_device"]
 

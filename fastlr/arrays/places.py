@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .kernels.formats import FORMATS
+from ..kernels.formats import FORMATS
 
 __all__ = ["HOST", "Alloc", "Memory", "Place", "common_place", "of"]
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from . import checks
+from .. import checks
 
 __all__ = ["DeviceError", "Gpu", "Launch", "gpu", "problem"]
 
@@ -283,7 +283,7 @@ class Gpu:
             name: of the rule, for the names of files in the cache.
             content: what its code depends on.
         """
-        from .kernels import cuda
+        from ..kernels import cuda
 
         try:
             image = cuda.image_of(make, name, self.cc, content)

@@ -28,9 +28,9 @@ from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 
-from . import checks
-from .checks import MOST, shown
-from .kernels.staging import define
+from .. import checks
+from ..checks import MOST, shown
+from ..kernels.staging import define
 
 __all__ = [
     "Constant",

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from . import checks, places
+from .. import checks
+from ..kernels.formats import FORMATS, to_float32
+from . import places
 from .buffers import FlatBuffer
-from .kernels.formats import FORMATS, to_float32
 from .places import Alloc, Memory
 from .trees import Structure, is_container, leaves_with_paths
 

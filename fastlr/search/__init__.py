@@ -1,0 +1,1 @@
+"""Choosing a rate: range tests, line searches and L-BFGS."""
