@@ -4,9 +4,9 @@ One compiled function carries out a whole step, counters included, so that a ste
 Python next looks (a KeyboardInterrupt waits for it). It takes the tables of a plan and never names an optimizer.
 
 A step goes in phases: each measure, then the update. In each, the tiles are cut into a share for each thread and
-handed out by atomic counters, to the calling thread and to any helper that has come in meanwhile (`fastlr.step.threads`);
-whoever is done with one share goes on with the others. Nobody waits for a helper that has not come, so a core that is
-busy with something else costs only its share. Between phases the calling thread adds up what was measured and decides.
+handed out by atomic counters, to the calling thread and to any helper that has come in meanwhile
+(`fastlr.step.threads`); whoever is done with one share goes on with the others. Nobody waits for a helper that has not
+come, so a core that is busy with something else costs only its share. Between phases the calling thread adds up what was measured and decides.
 Which thread does which tile does not show in the result.
 """
 

@@ -8,13 +8,15 @@ what, or on how the leaves are laid out.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 BLOCK = 16_384  # elements
 LANES = 128
 
 
-def fold(values, first, count, column):
+def fold(values: Any, first: int, count: int, column: int) -> None:
     """Add `count` rows of one column as a tree of neighbours, in place; the sum is left in the first row."""
     while count > 1:
         half = count // 2
