@@ -22,6 +22,7 @@ from .arrays.places import HOST, Alloc, Place
 from .arrays.trees import is_container
 from .exclusive import enter, exclusive, take_over
 from .gpu.driver import stream_handle
+from .gpu.gradients import DeviceGradients
 from .gpu.kernels import StepKernels
 from .gpu.plans import DevicePlan
 from .gpu.rows import DeviceRows
@@ -37,7 +38,7 @@ from .kernels.tiles import Storage, compiles
 from .loss_scale import LossScale
 from .schedules.base import Schedule
 from .step import threads as _threads
-from .step.gradients import DeviceGradients, Gradients, Located
+from .step.gradients import Gradients, Located
 from .step.info import Layout, StepInfo
 from .step.plans import Column, Plan
 from .step.rows import Counts, Rows

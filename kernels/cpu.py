@@ -6,8 +6,8 @@ Python next looks (a KeyboardInterrupt waits for it). It takes the tables of a p
 A step goes in phases: each measure, then the update. In each, the tiles are cut into a share for each thread and
 handed out by atomic counters, to the calling thread and to any helper that has come in meanwhile
 (`fastlr.step.threads`); whoever is done with one share goes on with the others. Nobody waits for a helper that has not
-come, so a core that is busy with something else costs only its share. Between phases the calling thread adds up what was measured and decides.
-Which thread does which tile does not show in the result.
+come, so a core that is busy with something else costs only its share. Between phases the calling thread adds up what
+was measured and decides. Which thread does which tile does not show in the result.
 """
 
 import math

@@ -20,12 +20,13 @@ from ..kernels import grid
 from ..kernels.layout import CLOCK, COUNT, COUNTERS, FIRST_ADDRESS, LEAF, ROW, STEPS, TICKS, T
 from ..kernels.primitives import power, real_power, sqrt
 from ..kernels.staging import Staged, define
-from ..step.gradients import DeviceGradients, Gradients
+from ..step.gradients import Gradients
 from ..step.info import StepInfo
 from ..step.plans import Plan
 from ..step.rows import Rows
 from .arrays import DevicePlace
 from .driver import Launch
+from .gradients import DeviceGradients
 from .kernels import StepKernels
 from .results import DeviceStepInfo, Results
 from .rows import DeviceRows
