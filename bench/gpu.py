@@ -371,7 +371,7 @@ def tuning(lab: Lab, n: int) -> list[dict[str, Any]]:
     p, g = lab.random(n), lab.random(n)
     opt = fastlr.Adam(p)
     opt.step(g)
-    ((kind, clear), kernels) = next(iter(opt._kernels.items()))
+    ((kind, clear), kernels) = next(iter(opt._stepper._kernels.items()))
     candidates, described = {}, {}
     for threads in (128, 256, 512):
         for vectors in (1, 2, 4):
@@ -383,7 +383,7 @@ def tuning(lab: Lab, n: int) -> list[dict[str, Any]]:
                 name = f"{threads} threads, {vectors} vectors, load{load or ' plain'}, store{store or ' plain'}"
 
                 def step(other: StepKernels = other) -> None:
-                    opt._kernels[kind, clear] = other
+                    opt._stepper._kernels[kind, clear] = other
                     opt.step(g)
 
                 candidates[name], described[name] = step, chosen.__dict__

@@ -46,7 +46,7 @@ def measure() -> dict[str, float]:
     params, grads = tree(10), tree(10)
     opt = fastlr.Adam(params)
     opt.step(grads)
-    plan = next(iter(opt._plans.values()))
+    plan = next(iter(opt._stepper.plans.values()))
     made = next(iter(plan._launches.values()))
     out["one launch"] = median_us(lambda: plan._device.launch(made.update, made.update_blocks, 0))
     out["plain step, 1 launch"] = median_us(lambda: opt.step(grads))

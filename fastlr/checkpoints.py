@@ -8,20 +8,18 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from . import checks, extras, files
 from .groups import Groups
 from .kernels.atomic import commit
+from .state import OptimizerState
 from .step import scheduled
 from .step.rows import Counts
 
-if TYPE_CHECKING:
-    from .optimizer import Optimizer
-
-__all__ = ["Snapshot", "apply", "collect", "load", "save", "snapshot"]
+__all__ = ["Saved", "Snapshot", "check", "collect", "read", "save", "snapshot", "upload", "writes"]
 
 _FORMAT = 2
 _DESCRIPTION = "fastlr"
@@ -40,26 +38,33 @@ def _key(prefix: str, path: str) -> str:
     return f"{prefix}.{path}" if path else prefix
 
 
-def _identity(opt: Optimizer) -> dict[str, Any]:
+def _identity(current: OptimizerState) -> dict[str, Any]:
     """What must agree between the optimizer that wrote a state and the one that reads it."""
     return {
         "format": _FORMAT,
-        "rule": opt._source.name,
-        "states": [opt._states.get(s, s) for s in opt._columns.letters],
-        "scalars": list(opt._source.scalars),
-        "dtype": opt._params.dtype.name,
-        "population": opt._params.population,
-        "leaves": {path: list(shape) for path, shape in zip(opt._params.paths, opt._params.shapes, strict=True)},
+        "rule": current.options.rule.name,
+        "states": [current.options.public_name(s) for s in current.columns.letters],
+        "scalars": list(current.options.rule.scalars),
+        "dtype": current.parameters.dtype.name,
+        "population": current.parameters.population,
+        "leaves": {
+            path: list(shape) for path, shape in zip(current.parameters.paths, current.parameters.shapes, strict=True)
+        },
     }
 
 
-def _described(opt: Optimizer, params: bool) -> dict[str, Any]:
+def _described(current: OptimizerState, params: bool) -> dict[str, Any]:
     """What an optimizer knows beside arrays, and whether the parameters are there."""
-    described = {**_identity(opt), "optimizer": type(opt).__name__, "steps": opt.steps, "groups": opt._hyper.export()}
+    described = {
+        **_identity(current),
+        "optimizer": current.options.optimizer,
+        "steps": current.rows.steps,
+        "groups": current.groups.export(),
+    }
     described["params"] = params
-    if opt.loss_scale is not None:
-        described["loss_scale"] = opt.loss_scale.state_dict()
-    observed = scheduled.saved(scheduled.places(opt._hyper), opt._observed)
+    if current.loss_scale is not None:
+        described["loss_scale"] = current.loss_scale.state_dict()
+    observed = scheduled.saved(scheduled.places(current.groups), current.observed)
     if observed:
         described["observed"] = observed
     if _depth(described, _DEEPEST) > _DEEPEST:
@@ -82,10 +87,10 @@ def _packed(value: Any) -> np.ndarray:
     return np.frombuffer(json.dumps(value).encode(), np.uint8).copy()
 
 
-def _counted(opt: Optimizer) -> dict[str, np.ndarray]:
+def _counted(current: OptimizerState) -> dict[str, np.ndarray]:
     """What is counted and kept for each leaf and model; copies."""
-    counts = opt._rows.counts()
-    scalars = {name: counts.scalars[..., k].copy() for k, name in enumerate(opt._source.scalars)}
+    counts = current.rows.counts()
+    scalars = {name: counts.scalars[..., k].copy() for k, name in enumerate(current.options.rule.scalars)}
     return {"step": counts.t, "clock": counts.clock, "skipped": counts.skipped, **scalars}
 
 
@@ -97,51 +102,55 @@ class _Column(NamedTuple):
     shape: tuple[int, ...]
 
 
-def _columns(opt: Optimizer, params: bool) -> list[_Column]:
+def _columns(current: OptimizerState, params: bool) -> list[_Column]:
     """The states of each leaf, then the parameters."""
-    prefixes = {opt._states.get(letter, letter): opt._columns.arrays[letter] for letter in opt._columns.letters}
+    prefixes = {
+        current.options.public_name(letter): current.columns.arrays[letter] for letter in current.columns.letters
+    }
     if params:
-        prefixes["params"] = opt._params.leaves
+        prefixes["params"] = current.parameters.leaves
     return [
         _Column(_key(prefix, path), leaf, shape)
         for prefix, leaves in prefixes.items()
-        for path, leaf, shape in zip(opt._params.paths, leaves, opt._params.shapes, strict=True)
+        for path, leaf, shape in zip(current.parameters.paths, leaves, current.parameters.shapes, strict=True)
     ]
 
 
-def collect(opt: Optimizer, params: bool) -> dict[str, np.ndarray]:
+def collect(current: OptimizerState, params: bool) -> dict[str, np.ndarray]:
     """The state of an optimizer, as copies."""
-    opt._gradients.check_given()
-    arrays = {c.key: opt._params.place.to_host(c.array) for c in _columns(opt, params)}
-    return {_DESCRIPTION: _packed(_described(opt, params)), **_counted(opt), **arrays}
+    current.gradients.check_given()
+    arrays = {c.key: current.parameters.place.to_host(c.array) for c in _columns(current, params)}
+    return {_DESCRIPTION: _packed(_described(current, params)), **_counted(current), **arrays}
 
 
-def snapshot(opt: Optimizer) -> Snapshot:
+def snapshot(current: OptimizerState) -> Snapshot:
     """The state of an optimizer and its parameters, as copies, with the hyperparameters as they are."""
-    state = Snapshot(collect(opt, True))
-    state.hyperparameters = opt._hyper.everything()
+    state = Snapshot(collect(current, True))
+    state.hyperparameters = current.groups.everything()
     return state
 
 
-def save(opt: Optimizer, path: str | os.PathLike[str], params: bool, extra: Any) -> None:
+def save(current: OptimizerState, path: str | os.PathLike[str], params: bool, extra: Any) -> None:
     """Write an optimizer to a file, array by array, those on the host from where they are."""
-    opt._gradients.check_given()
-    described, arrays = _described(opt, params), _counted(opt)
+    current.gradients.check_given()
+    described, arrays = _described(current, params), _counted(current)
     if extra is not None:
         packed, own = extras.pack(extra)
         described["extra"] = True
         arrays[_EXTRA] = _packed(packed)
         arrays.update({f"{_EXTRA}.{k}": array for k, array in enumerate(own)})
-    columns = _columns(opt, params)
+    columns = _columns(current, params)
     if any(files.member_name(key) != key for key in (*arrays, *(c.key for c in columns))):
         described[_ESCAPED] = True
-    to_host: Callable[[Any], np.ndarray] = np.asarray if opt._on_host else opt._params.place.to_host
+    to_host: Callable[[Any], np.ndarray] = (
+        np.asarray if not current.backend.on_device else current.parameters.place.to_host
+    )
     members = [
         files.Member(files.member_name(key), array.shape, array.dtype, functools.partial(np.asarray, array))
         for key, array in {_DESCRIPTION: _packed(described), **arrays}.items()
     ]
     members += [
-        files.Member(files.member_name(c.key), c.shape, opt._params.dtype, functools.partial(to_host, c.array))
+        files.Member(files.member_name(c.key), c.shape, current.parameters.dtype, functools.partial(to_host, c.array))
         for c in columns
     ]
     files.write(members, path)
@@ -178,58 +187,71 @@ class _InMemory:
         return array
 
 
-@dataclass
-class _Checked:
-    """A state that fits, not yet taken over.
+@dataclass(frozen=True)
+class Saved:
+    """A state that fits an optimizer, not yet taken over.
 
     Attributes:
+        description: what it says of itself.
         arrays: arrays of the optimizer's, and what goes into each.
         params: those of the parameters, as they will be.
-        attributes: of the optimizer, to be set.
+        groups: the hyperparameters.
+        observed: what plateaus remember.
         counts: what is counted.
         loss_scale: the scale and its good steps, or None: it stays.
+        from_file: whether the hyperparameters come from a file, so that schedules have to fit the next step.
     """
 
+    description: Mapping[str, Any]
     arrays: list[tuple[Any, np.ndarray]]
     params: Sequence[Any]
-    attributes: dict[str, Any]
+    groups: Groups
+    observed: scheduled.Remembered
     counts: Counts
     loss_scale: tuple[np.ndarray, np.ndarray] | None
+    from_file: bool
 
 
-def apply(opt: Optimizer, state: Mapping[str, np.ndarray], hyperparameters: bool = True) -> None:
-    """Check a state against an optimizer, whole, and then take it over.
+def check(current: OptimizerState, state: Mapping[str, np.ndarray], hyperparameters: bool = True) -> Saved:
+    """Check a state against that of an optimizer, whole; changes nothing.
 
     Args:
-        opt: the optimizer.
+        current: that of the optimizer.
         state: as `collect` or `snapshot` made it.
         hyperparameters: take over those in the state; False: the optimizer keeps its own.
 
     Raises:
         TypeError: if it is no dict.
-        ValueError: if it does not fit; then nothing is changed.
+        ValueError: if it does not fit.
     """
-    source = _InMemory(state)
     exact = state.hyperparameters if isinstance(state, Snapshot) else None
-    _take(opt, _check(opt, source, _description(opt, source), hyperparameters, exact))
+    return _check(current, _InMemory(state), hyperparameters, exact)
 
 
-def load(opt: Optimizer, path: str | os.PathLike[str], hyperparameters: bool) -> dict[str, Any]:
-    """Read a file, check it whole, and then take it over; what the caller saved with it.
+def read(
+    current: OptimizerState, path: str | os.PathLike[str], hyperparameters: bool
+) -> tuple[Saved, dict[str, Any]]:
+    """Read a file and check it whole.
+
+    Args:
+        current: the state of the optimizer.
+        path: of the file.
+        hyperparameters: take over those in the file; False: the optimizer keeps its own.
+
+    Returns:
+        The state, and what the caller saved with it.
 
     Raises:
-        ValueError: if it is damaged or does not fit; then nothing is changed.
+        ValueError: if it is damaged or does not fit.
     """
     with files.reading(path) as archive:
-        described = _description(opt, archive)
-        checked = _check(opt, archive, described, hyperparameters, None)
+        saved = _check(current, archive, hyperparameters, None)
         extra: dict[str, Any] = {}
-        if "extra" in described or _EXTRA in archive:
-            read = archive.array(_EXTRA, extras.fits)
-            packed = _unpacked(read, 2 * extras.DEEPEST, "what was saved as extra is damaged.")  # a tuple is two
-            extra = extras.unpack(packed, lambda k: archive.array(f"{_EXTRA}.{k}", extras.fits))
-    _take(opt, checked)
-    return extra
+        if "extra" in saved.description or _EXTRA in archive:
+            packed = archive.array(_EXTRA, extras.fits)
+            content = _unpacked(packed, 2 * extras.DEEPEST, "what was saved as extra is damaged.")  # a tuple is two
+            extra = extras.unpack(content, lambda k: archive.array(f"{_EXTRA}.{k}", extras.fits))
+    return saved, extra
 
 
 def _unpacked(array: np.ndarray, deepest: int, message: str) -> Any:
@@ -243,12 +265,12 @@ def _unpacked(array: np.ndarray, deepest: int, message: str) -> Any:
     return value
 
 
-def _description(opt: Optimizer, source: _Source) -> dict[str, Any]:
+def _description(current: OptimizerState, source: _Source) -> dict[str, Any]:
     """The description in a state, as far as it can be understood without an optimizer."""
     message = "this is not the state of a fastlr optimizer: it has no readable description."
     # What fits is about as long as what this optimizer would write; each model may have some numbers of its own.
-    own = sum(64 + len(path) for path in opt._params.paths) + 1024 * len(opt._hyper)
-    longest = (4 << 20) + 16 * own + 16_384 * opt._params.models
+    own = sum(64 + len(path) for path in current.parameters.paths) + 1024 * len(current.groups)
+    longest = (4 << 20) + 16 * own + 16_384 * current.parameters.models
 
     def fits(dtype: np.dtype, shape: tuple[int, ...], held: int) -> None:
         if dtype != np.uint8 or len(shape) != 1 or shape[0] > longest:
@@ -264,25 +286,24 @@ def _description(opt: Optimizer, source: _Source) -> dict[str, Any]:
 
 
 def _check(
-    opt: Optimizer,
+    current: OptimizerState,
     source: _Source,
-    saved: Mapping[str, Any],
     hyperparameters: bool,
     exact: Mapping[str, Mapping[str, Any]] | None,
-) -> _Checked:
-    """Check a state against an optimizer, whole; changes nothing.
+) -> Saved:
+    """Check a state against that of an optimizer, whole; changes nothing.
 
     Args:
-        opt: the optimizer.
+        current: that of the optimizer.
         source: where the arrays are.
-        saved: the description.
         hyperparameters: whether those of the state are taken over.
         exact: the hyperparameters themselves, where they are in memory.
     """
-    for what, here in _identity(opt).items():
+    saved = _description(current, source)
+    for what, here in _identity(current).items():
         if saved.get(what) != here:
             raise ValueError(_difference(what, saved.get(what), here))
-    name, here = saved.get("optimizer", type(opt).__name__), type(opt).__name__
+    name, here = saved.get("optimizer", current.options.optimizer), current.options.optimizer
     if hyperparameters and name != here:
         raise ValueError(
             f"the state is of {checks.shown(name)}, this optimizer is {here!r}, and with the hyperparameters of the "
@@ -290,8 +311,8 @@ def _check(
         )
     steps = checks.counted("steps in the state", saved.get("steps"))
     loss_scale = None
-    if opt.loss_scale is not None and "loss_scale" in saved:
-        loss_scale = opt.loss_scale.read(saved["loss_scale"], opt._params.population, alone=False)
+    if current.loss_scale is not None and "loss_scale" in saved:
+        loss_scale = current.loss_scale.read(saved["loss_scale"], current.parameters.population, alone=False)
 
     def there(key: str) -> str:
         return files.member_name(key) if saved.get(_ESCAPED) else key
@@ -305,100 +326,71 @@ def _check(
             raise ValueError(f"the state has no {key!r}; it is incomplete.")
         return source.array(there(key), fits)
 
-    with_params = bool(saved.get("params")) or any(there(_key("params", p)) in source for p in opt._params.paths)
-    arrays = [(c.array, array(c.key, c.shape, opt._params.dtype)) for c in _columns(opt, with_params)]
-    counts = _counts(opt, saved, steps, array)
-    hyper = _hyperparameters(opt, saved["groups"], exact) if hyperparameters else opt._hyper
-    attributes = {"_hyper": hyper, "_observed": scheduled.restored(scheduled.places(hyper), saved.get("observed", {}))}
-    attributes.update(_fitting(opt, attributes, counts, foreign=hyperparameters and exact is None))
-    params = [a for _, a in arrays[-len(opt._params.leaves) :]] if with_params else opt._params.leaves
-    return _Checked(arrays, params, attributes, counts, loss_scale)
+    with_params = bool(saved.get("params")) or any(there(_key("params", p)) in source for p in current.parameters.paths)
+    arrays = [(c.array, array(c.key, c.shape, current.parameters.dtype)) for c in _columns(current, with_params)]
+    counts = _counts(current, saved, steps, array)
+    groups = _hyperparameters(current, saved["groups"], exact) if hyperparameters else current.groups
+    observed = scheduled.restored(scheduled.places(groups), saved.get("observed", {}))
+    params = [a for _, a in arrays[-len(current.parameters.leaves) :]] if with_params else current.parameters.leaves
+    from_file = hyperparameters and exact is None
+    return Saved(saved, arrays, params, groups, observed, counts, loss_scale, from_file)
 
 
-def _counts(opt: Optimizer, saved: Mapping[str, Any], steps: int, array: Callable[..., np.ndarray]) -> Counts:
+def _counts(current: OptimizerState, saved: Mapping[str, Any], steps: int, array: Callable[..., np.ndarray]) -> Counts:
     """What is counted for each leaf and model, in the order of this optimizer's leaves."""
-    shape = len(opt._params.paths), opt._params.models
+    shape = len(current.parameters.paths), current.parameters.models
     place = {path: k for k, path in enumerate(saved["leaves"])}
-    order = [place[path] for path in opt._params.paths]
+    order = [place[path] for path in current.parameters.paths]
     counted: dict[str, np.ndarray] = {}
     for name in ("step", "clock", "skipped"):
         count = array(name, shape, np.int64)[order]
         if not ((count >= 0) & (count < 2**53)).all():
             raise ValueError(f"{name!r} in the state must be whole numbers from 0 to 2**53.")
         counted[name] = count
-    scalars = np.zeros((*shape, len(opt._source.scalars)))
-    for k, name in enumerate(opt._source.scalars):
+    scalars = np.zeros((*shape, len(current.options.rule.scalars)))
+    for k, name in enumerate(current.options.rule.scalars):
         scalars[..., k] = array(name, shape, np.float64)[order]
         # What follows from gradients can be NaN after they were.
-        if not np.isfinite(scalars[..., k]).all() and not opt._source.sums_anything:
+        if not np.isfinite(scalars[..., k]).all() and not current.options.rule.sums_anything:
             raise ValueError(f"{name!r} in the state must be finite.")
     return Counts(counted["step"], counted["clock"], counted["skipped"], scalars, steps)
 
 
 def _hyperparameters(
-    opt: Optimizer, groups: Mapping[str, Any], exact: Mapping[str, Mapping[str, Any]] | None
+    current: OptimizerState, groups: Mapping[str, Any], exact: Mapping[str, Mapping[str, Any]] | None
 ) -> Groups:
     """The hyperparameters of a state, checked as those of a user."""
-    own, expected = groups[""].keys(), opt._hyper.everything()[""].keys()
+    own, expected = groups[""].keys(), current.groups.everything()[""].keys()
     if own != expected:
         raise ValueError(
             f"the state is of another optimizer: it has the hyperparameters {checks.shown(', '.join(sorted(own)))}, "
             f"this one has {', '.join(sorted(expected))}."
         )
     try:
-        values = opt._hyper.read(groups) if exact is None else exact
-        return opt._hyper.with_values(values, opt._params.paths)
+        values = current.groups.read(groups) if exact is None else exact
+        return current.groups.with_values(values, current.parameters.paths)
     except (TypeError, ValueError, ArithmeticError, RecursionError) as error:  # some quote what may be very long
         raise ValueError(f"in the hyperparameters of the state, {str(error)[:400]}") from None
 
 
-def _fitting(opt: Optimizer, attributes: Mapping[str, Any], counts: Counts, foreign: bool) -> dict[str, Any]:
-    """The attributes that follow from others, once it is known that the next step can be made with them.
-
-    Args:
-        opt: the optimizer.
-        attributes: hyperparameters, and what plateaus remember.
-        counts: what is counted.
-        foreign: whether the hyperparameters come from a file, so that schedules have to fit the next step.
-    """
-    probe: Optimizer = object.__new__(type(opt))
-    probe.__dict__.update({**opt.__dict__, **attributes, "_observed": attributes["_observed"].copy()})
-    try:
-        staged = probe._stage(opt._unscaled)
-        if staged.states != opt._columns.letters:
-            names = ", ".join(opt._states.get(s, s) for s in staged.states) or "none"
-            raise ValueError(f"with the hyperparameters in the state the rule has other states than here: {names}.")
-        rows = probe._make_rows(counts, opt._partition)
-        follows = probe._follow(probe._hyper.uniforms(), staged, rows)
-        if foreign:
-            follows.fill(counts.steps, np.zeros((len(rows), len(staged.uniforms))))
-        if opt._on_host:
-            return probe._rows_for(counts)
-        follows.formulas()
-    except (TypeError, ArithmeticError, RecursionError) as error:  # of schedules
-        raise ValueError(f"the hyperparameters in the state are wrong: {error}.") from None
-    return {}
+def writes(current: OptimizerState, saved: Saved) -> list[tuple[Any, Any, Any]]:
+    """What to write to take over a state on the host, see `atomic.commit`; the counters are in new rows."""
+    arrays = _apart(saved.arrays)
+    arrays += zip(current.columns.arrays.get("shadow", ()), current.columns.encoded(saved.params), strict=True)
+    attributes: list[tuple[Any, Any, Any]] = []
+    if saved.loss_scale is not None and current.loss_scale is not None:
+        attributes = current.loss_scale.writes(*saved.loss_scale)
+    return [*((to, ..., source) for to, source in arrays), *attributes]
 
 
-def _take(opt: Optimizer, checked: _Checked) -> None:
-    """Take over a state that fits: on the host in one piece, which nothing can interrupt."""
-    attributes = [(opt.__dict__, name, value) for name, value in checked.attributes.items()]
-    if checked.loss_scale is not None:
-        scale, good = checked.loss_scale
-        attributes += [(opt.loss_scale.__dict__, "_scale", scale), (opt.loss_scale.__dict__, "_good", good)]
-    opt._gradients.check_given()
-    if opt._on_host:
-        arrays = _apart(checked.arrays)
-        arrays += zip(opt._columns.arrays.get("shadow", ()), opt._columns.encoded(checked.params), strict=True)
-        commit([*((to, ..., source) for to, source in arrays), *attributes])
-        return
-    for to, source in checked.arrays:
-        opt._params.place.copy(to, source)
-    commit(attributes)
-    if opt.loss_scale is not None:
-        opt.loss_scale._put()
-    opt._take_counts(checked.counts)
-    opt._columns.encode_shadow()
+def upload(current: OptimizerState, saved: Saved) -> None:
+    """Take over the arrays and the loss scale of a state on a GPU."""
+    for to, source in saved.arrays:
+        current.parameters.place.copy(to, source)
+    if saved.loss_scale is not None and current.loss_scale is not None:
+        commit(current.loss_scale.writes(*saved.loss_scale))
+        current.loss_scale.upload()
+    current.columns.encode_shadow()
 
 
 def _apart(arrays: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[tuple[np.ndarray, np.ndarray]]:

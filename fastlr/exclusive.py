@@ -15,7 +15,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, TypeVar
 
-__all__ = ["Users", "enter", "exclusive", "take_over"]
+__all__ = ["Exclusive", "Users", "enter", "exclusive", "take_over"]
 
 # The token of the call that is in, under the key True. A token is a list of the thread's identity and, once its owner
 # is gone, of the token that took its place.
@@ -78,15 +78,23 @@ def _check_gone(token: list[Any], caller: FrameType) -> None:
         frame = frame.f_back
 
 
+class Exclusive:
+    """What only one call at a time may use; its `exclusive` methods are such calls."""
+
+    _users: Users
+
+    def _settle(self) -> None:
+        """Do what an interrupted call has left to be done; called when the next one begins."""
+
+
 def exclusive(method: _Method) -> _Method:
-    """A method of an optimizer that keeps others out of `self._users` while it runs."""
+    """A method of an `Exclusive` that keeps others out while it runs."""
 
     @functools.wraps(method)
-    def alone(self: Any, *args: Any, **more: Any) -> Any:
+    def alone(self: Exclusive, *args: Any, **more: Any) -> Any:
         token = enter(self._users)  # noqa: F841  (a frame that holds it is what shows that the call is in)
         try:
-            if self._unsettled is not None:
-                self._settle()
+            self._settle()
             return method(self, *args, **more)
         finally:
             self._users.clear()

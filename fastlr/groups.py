@@ -178,7 +178,7 @@ class Groups(Mapping[str, Group]):
 
     Attributes:
         names: the hyperparameters that exist.
-        changed: those that were set since somebody last emptied it.
+        version: grows whenever one is set.
         listener: called after one was set.
         users: those of the optimizer, who keep others out.
         examine: a weak reference to what refuses schedules that do not fit the optimizer, as
@@ -200,7 +200,8 @@ class Groups(Mapping[str, Group]):
     ) -> None:
         self._population = population
         self._spelling = spelling
-        self.changed: set[str] = set()
+        self.version = 0
+        self._set_in: dict[str, int] = {}  # the version in which each was set last
         self.users: Users = {}
         self.listener: Callable[[], None] | None = None
         self.examine: Callable[[], Callable[[str, str, Any], None] | None] | None = None
@@ -250,7 +251,7 @@ class Groups(Mapping[str, Group]):
         token = enter(self.users)  # noqa: F841  (a frame that holds it is what shows that the call is in)
         before = dict(group._values)
         try:
-            self.changed.add(name)  # first: an interrupt in between must not leave a value that nobody takes over
+            self.touch(name)  # first: an interrupt in between must not leave a value that nobody takes over
             group._values[name] = made
             examine = self.examine() if self.examine is not None else None
             if examine is not None and _follows(made):
@@ -265,6 +266,15 @@ class Groups(Mapping[str, Group]):
             raise
         finally:
             self.users.clear()
+
+    def touch(self, name: str) -> None:
+        """Let the next step take over a hyperparameter again."""
+        self._set_in[name] = self.version + 1
+        self.version += 1
+
+    def changed_since(self, version: int) -> set[str]:
+        """The hyperparameters that were set after a version."""
+        return {name for name, when in self._set_in.items() if when > version}
 
     def schedules(self) -> Iterator[tuple[str, Schedule]]:
         """The schedules among the values that were set, each with what it is for."""

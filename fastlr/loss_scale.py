@@ -108,7 +108,11 @@ class LossScale:
         skipped = np.asarray(skipped, bool)
         with np.errstate(over="ignore"):  # a scale that grows beyond float32 is not taken anyway
             scale, good = _rescale(self._scale, self._good, skipped, *self.rule)
-        return [(self.__dict__, "_scale", scale), (self.__dict__, "_good", good.astype(np.int64))]
+        return self.writes(scale, good.astype(np.int64))
+
+    def writes(self, scale: np.ndarray, good: np.ndarray) -> list[tuple[Any, Any, Any]]:
+        """What to write to have a scale and good steps, see `atomic.commit`."""
+        return [(self.__dict__, "_scale", scale), (self.__dict__, "_good", good)]
 
     def state_dict(self) -> dict[str, Any]:
         """The scale and the good steps so far, as plain numbers and lists."""
@@ -123,8 +127,8 @@ class LossScale:
         """
         scale, good = self.read(state)
         self._catch_up()
-        self.__dict__.update(_scale=scale, _good=good)
-        self._put()
+        commit(self.writes(scale, good))
+        self.upload()
 
     @staticmethod
     def read(state: Any, population: int | None = None, alone: bool = True) -> tuple[np.ndarray, np.ndarray]:
@@ -203,7 +207,7 @@ class LossScale:
         self._owner = weakref.WeakMethod(catch_up)  # type: ignore[arg-type]
         if place is not None:
             self._place, self._memory = place, place.allocate(3 * models, "float64")
-            self._put()
+            self.upload()
 
     @property
     def address(self) -> int:
@@ -211,8 +215,8 @@ class LossScale:
         assert self._place is not None
         return self._place.address(self._memory)
 
-    def _put(self) -> None:
-        """Bring what the GPU has up to date."""
+    def upload(self) -> None:
+        """Bring what a GPU has up to date."""
         if self._place is not None:
             models = len(self._memory) // 3
             state = [np.broadcast_to(x, models).astype(np.float64) for x in (self._scale, self._good, self._scale)]

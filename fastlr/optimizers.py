@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -82,7 +83,8 @@ class SGD(Optimizer):
     ) -> None:
         super().__init__(params, lr=lr, momentum=momentum, dampening=dampening, nesterov=nesterov, **options)
 
-    def _check_settings(self, uniforms: list[dict[str, Any]]) -> None:
+    @classmethod
+    def _check_settings(cls, uniforms: Sequence[Mapping[str, Any]]) -> None:
         for values in uniforms:
             if values["nesterov"] and not (everywhere(values["momentum"]) and not somewhere(values["dampening"])):
                 raise ValueError("nesterov=True needs a momentum above 0 and a dampening of 0.")
@@ -134,12 +136,11 @@ class Adagrad(Optimizer):
     ) -> None:
         name = "initial_accumulator_value"
         start = checks.hyperparameter(name, initial_accumulator_value, 0.0, None)
-        self._put(initial_accumulator_value=start)
+        self.__dict__[name] = start
         super().__init__(params, lr=lr, lr_decay=lr_decay, eps=eps, **options)
 
-    def _initial(self, letter: str) -> float:
-        start: float = self.initial_accumulator_value
-        return start
+    def _starts(self) -> Mapping[str, float]:
+        return {"s": self.initial_accumulator_value}
 
 
 class Adadelta(Optimizer):
@@ -592,12 +593,12 @@ class Prodigy(Optimizer):
         d0: float = 1e-6,
         **options: Unpack[StepOptions],
     ) -> None:
-        self._put(d0=checks.number("d0", d0, 0.0, np.inf))
+        self.__dict__["d0"] = checks.number("d0", d0, 0.0, np.inf)
         options.setdefault("decoupled_weight_decay", True)
         super().__init__(params, lr=lr, betas=betas, eps=eps, **options)
 
-    def _initial_scalar(self, name: str) -> float:
-        return float(self.d0) if name == "d" else super()._initial_scalar(name)
+    def _starts(self) -> Mapping[str, float]:
+        return {"d": float(self.d0)}
 
 
 class ScheduleFreeSGD(Optimizer):

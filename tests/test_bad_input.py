@@ -225,7 +225,7 @@ def test_trees_without_an_end():
     for grads in (deep, circle, nested(99, np.ones(2)), nested(101, np.ones(2))):
         with pytest.raises((TypeError, ValueError), match="grads"):
             opt.step(grads)
-    assert opt.steps == 1 and opt._params.leaves[0].tolist() == [0.0, 0.0]
+    assert opt.steps == 1 and opt._stepper.state.parameters.leaves[0].tolist() == [0.0, 0.0]
     opt = fastlr.SGD({"w": np.ones(2)}, lr=1.0, backend="numpy")
     for grads in (deep, circle, {"w": circle}, {"w": deep}):
         with pytest.raises((TypeError, ValueError), match="grads"):

@@ -27,7 +27,7 @@ p = np.ones(100, np.float32)
 opt = fastlr.Adam(p, lr=0.1)
 opt.step(np.ones(100, np.float32))
 assert abs(p[0] - 0.9) < 1e-6
-print("cached" if opt._kernel.cached else "compiled", opt._kernel.compile_s)
+print("cached" if opt._stepper.kernel().cached else "compiled", opt._stepper.kernel().compile_s)
 """
 
 
@@ -47,12 +47,12 @@ def test_a_second_process_compiles_nothing(in_subprocess, tmp_path):
 def test_a_second_step_compiles_nothing():
     opt = fastlr.Adam(np.ones(3))
     opt.step(np.ones(3))
-    kernel = opt._kernel
+    kernel = opt._stepper.kernel()
     opt.lr = 0.5
     opt.step(np.ones(3))
     other = fastlr.Adam({"a": np.ones(7), "b": np.ones(2)}, eps=1e-3, groups={"b": {"lr": 0.1}})
     other.step({"a": np.ones(7), "b": None})
-    assert opt._kernel is kernel and other._kernel is kernel
+    assert opt._stepper.kernel() is kernel and other._stepper.kernel() is kernel
 
 
 RULE = """
@@ -114,7 +114,7 @@ def test_kernels_of_several_processes_in_one(in_subprocess, tmp_path):
         *(
             f"a, b = np.ones(2), np.ones(2); x = fastlr.{n}(a{s}); y = fastlr.{n}(b{s}, backend='numpy')\n"
             "for g in (2.0, -1.0): x.step(np.full(2, g)); y.step(np.full(2, g))\n"
-            f"assert x._kernel.cached and (a == b).all(), {n!r}"
+            f"assert x._stepper.kernel().cached and (a == b).all(), {n!r}"
             for n, s in settings
         ),
     ]
@@ -303,7 +303,7 @@ def test_spawned_processes_use_it(in_subprocess, tmp_path):
             p = np.zeros(4)
             opt = fastlr.SGD(p, lr=1.0)
             opt.step(np.full(4, float(k)))
-            return p[0], opt._kernel.cached
+            return p[0], opt._stepper.kernel().cached
         if __name__ == "__main__":
             work(0)
             with multiprocessing.get_context("spawn").Pool(2) as pool:

@@ -674,7 +674,7 @@ def test_tables_are_given_back(device):
     try:
         opt = _params()
         opt.step(tree_map(lambda x: on_device(np.asarray(x)), opt.params))
-        gone = weakref.ref(opt._rows)
+        gone = weakref.ref(opt._stepper.rows)
         del opt
         assert gone() is None and given
     finally:

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compile
 
 BEGIN = """
 import ctypes, numpy as np, fastlr
-from fastlr import devices
+from fastlr.gpu import driver as devices
 
 class Launch(ctypes.Structure):
     _fields_ = [(n, ctypes.c_int64) for n in ("function", "blocks", "threads", "stream")]

@@ -259,7 +259,7 @@ class TestInterrupted:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(type(opt), "_settle", settle)
+            patch.setattr(type(opt._stepper), "settle", settle)
             with pytest.raises(KeyboardInterrupt):
                 call()
 

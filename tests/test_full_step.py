@@ -263,7 +263,7 @@ def test_what_is_off_leaves_no_trace():
     plain, with_options = fastlr.Adam(np.zeros(3)), fastlr.Adam(np.zeros(3), **off)
     plain.step(np.ones(3))
     with_options.step(np.ones(3), grad_scale=1.0)
-    assert plain._kernel is with_options._kernel
+    assert plain._stepper.kernel() is with_options._stepper.kernel()
     assert not plain.rule.measures and not plain.rule.quantities
 
 
@@ -909,11 +909,11 @@ def test_partial_steps_from_own_gradients(rng):
     assert not opt.grads.data.any()
     assert params.data.tolist() == [-1.0] * 5 + [0.0] * 4
     assert opt.steps == 1 and opt.state_dict()["clock"].tolist() == [[1], [1], [1]]
-    plans_made = dict(opt._plans)
+    plans_made = dict(opt._stepper.plans)
     for _ in range(3):
         opt.step(only="b")
         opt.step(only=("a", "c"))
-    assert opt._plans == plans_made  # kept, not made anew
+    assert opt._stepper.plans == plans_made  # kept, not made anew
     assert opt.steps == 4
 
 

@@ -196,10 +196,10 @@ def test_one_gradient_that_is_none_does_not_cost_a_row_a_leaf():
     opt = sgd(p, "numpy")
     g = {k: np.ones(2) for k in p}
     opt.step({**g, "7": None})
-    assert len(opt._rows) == 2
+    assert len(opt._stepper.rows) == 2
     opt.step(g)
     opt.step({**g, "7": None, "8": None})
-    assert len(opt._rows) == 3
+    assert len(opt._stepper.rows) == 3
     assert p["7"].tolist() == [-1.0] * 2
     assert p["8"].tolist() == [-2.0] * 2
     assert p["9"].tolist() == [-3.0] * 2
@@ -219,12 +219,12 @@ def test_a_refused_step_changes_nothing_the_kernel_included(bad, error):
     w = np.zeros(3)
     opt = sgd({"w": w}, "numpy", momentum=0.9)
     opt.step(np.ones(3))
-    kernel, staged, plans = opt._kernel, opt._staged, dict(opt._plans)
+    kernel, staged, plans = opt._stepper.kernel(), opt._stepper.program.staged, dict(opt._stepper.plans)
     before = opt.snapshot()
     with pytest.raises(error):
         bad(opt)
     after = opt.snapshot()
-    assert (opt._kernel, opt._staged, opt._plans) == (kernel, staged, plans)
+    assert (opt._stepper.kernel(), opt._stepper.program.staged, opt._stepper.plans) == (kernel, staged, plans)
     assert all(np.array_equal(before[k], after[k]) for k in before)
 
 
@@ -232,10 +232,10 @@ def test_a_schedule_that_fails_changes_nothing_the_kernel_included():
     w = np.zeros(3)
     opt = sgd({"w": w}, "numpy", lr=lambda n: 1.0 if n == 0 else float("nan"))
     opt.step(np.ones(3))
-    staged = opt._staged
+    staged = opt._stepper.program.staged
     with pytest.raises(ValueError, match="lr must be"):
         opt.step(np.ones(3), grad_scale=2.0)
-    assert opt._staged is staged
+    assert opt._stepper.program.staged is staged
     assert w.tolist() == [-1.0] * 3
 
 

@@ -191,7 +191,7 @@ def test_an_error_at_any_call_leaves_everything_as_it_was(own_gradients, rng):
     opt.observe(1.0)
     opt.accumulate({"w": np.ones(5), "b": None})
     before, shadow, function = opt.snapshot(), opt.shadow.data.copy(), opt.groups["b"].lr
-    own, accumulated = opt.grads.data.copy(), opt._accumulated
+    own, accumulated = opt.grads.data.copy(), opt._stepper.accumulation.received
 
     def fails(calls, wrong_shape):
         def fun(params):
@@ -211,7 +211,7 @@ def test_an_error_at_any_call_leaves_everything_as_it_was(own_gradients, rng):
             fastlr.find_lr(opt, fails([0] * calls, wrong_shape))
         assert same(opt.snapshot(), before) and np.array_equal(opt.shadow.data, shadow)
         assert opt.lr == lr and opt.groups["b"].lr is function
-        assert np.array_equal(opt.grads.data, own) and opt._accumulated == accumulated
+        assert np.array_equal(opt.grads.data, own) and opt._stepper.accumulation.received == accumulated
 
 
 def test_a_picture(tmp_path):

@@ -530,7 +530,7 @@ def test_a_schedule_that_does_not_fit_is_refused_where_it_is_set():
         assert dict(opt.step(grads).lrs) == {"": 0.1, "b": 0.2} and opt.betas == (0.9, 0.999)
         assert "betas" not in opt.groups["b"]._values
         opt.restore(opt.snapshot())
-        opt._rows.counters[:, 1] = 3
+        opt._stepper.rows.counters[:, 1] = 3
     opt.lr = s.Linear(1.0, 0.0, 10)
     assert opt.step(grads).lr == 0.7
 
@@ -867,10 +867,10 @@ def test_numbers_change_without_another_kernel(rng):
     for steps in (10, 20):
         opt = fastlr.Adam(np.zeros(3), lr=s.Cosine(0.1, steps=steps))
         opt.step(np.ones(3))
-        kernels.append(opt._kernel)
+        kernels.append(opt._stepper.kernel())
         opt.lr = 0.1
         opt.step(np.ones(3))
-        kernels.append(opt._kernel)
+        kernels.append(opt._stepper.kernel())
     assert len({id(k) for k in kernels}) == 1
 
 

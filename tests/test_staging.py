@@ -196,7 +196,7 @@ def test_integer_powers_are_the_same_products_everywhere():
             p = np.ones(1)
             opt = fastlr.Optimizer(p, fastlr.rule(power_rule), base=base)
             if t >= 1:
-                opt._rows.counters[:-1, 0] = t - 1
+                opt._stepper.rows.counters[:-1, 0] = t - 1
                 opt.step(np.zeros(1))
                 assert p[0] == expected
             assert expected == pytest.approx(base**t, rel=1e-9)

@@ -382,7 +382,9 @@ def _random_optimizer(seed):
         return found
 
     probe = make(np.ones(1), backend="numpy", **settings)
-    names = [n for n in ("lr", "betas", "weight_decay", "clip_norm", "clip_value") if n in probe._hyper.names]
+    names = [
+        n for n in ("lr", "betas", "weight_decay", "clip_norm", "clip_value") if n in probe._stepper.state.groups.names
+    ]
     names = [n for n in names if make is not fastlr.DoG or n == "lr"]
     settings = {**settings, **hyperparameters(names)}
     groups = {
@@ -523,7 +525,7 @@ def _full(lr=0.1):
 def _everything(opt):
     return {
         **opt.state_dict(params=True),
-        "bits": np.concatenate([v.view(np.uint16) for v in opt._columns.arrays["shadow"]]),
+        "bits": np.concatenate([v.view(np.uint16) for v in opt._stepper.state.columns.arrays["shadow"]]),
         "lr": np.array([repr({p: g._values for p, g in (("", opt.groups.defaults), *opt.groups.items())})]),
     }
 

@@ -18,7 +18,7 @@ from fastlr.step import threads
 PRELUDE = """
 import os, signal, sys, threading, time
 import numpy as np, numba, fastlr
-from fastlr import plans
+from fastlr.step import plans
 plans._WORTH_WAKING = 0          # helpers for every step
 N = 200_003
 def fresh(seed):
@@ -137,7 +137,7 @@ p, g = fresh(0)
 opt = fastlr.Adam(p, threads=2)
 opt.step(g)
 time.sleep(0.2)
-control = next(iter(opt._plans.values()))._control
+control = next(iter(opt._stepper.plans.values()))._control
 control[HELPERS] += 1; control[WAITING] += 1
 pid = os.fork()
 if pid == 0:
@@ -168,7 +168,7 @@ def train(**settings):
     p = np.zeros(3)
     opt = fastlr.SGD(p, lr=0.5, threads=2, **settings)
     opt.step(np.ones(3))
-    return p.tolist() == [-0.5] * 3 and not opt._kernel.cached
+    return p.tolist() == [-0.5] * 3 and not opt._stepper.kernel().cached
 done = []
 thread = threading.Thread(target=lambda: done.append(train())); thread.start()
 while not compiles(): time.sleep(0.001)
@@ -364,7 +364,7 @@ def test_more_threads_than_there_is_work_for(elements, monkeypatch):
         p, g = np.zeros(elements), np.arange(1.0, 1.0 + elements)
         opt = fastlr.SGD(p, lr=1.0, threads=count)
         opt.step(g)
-        (plan,) = opt._plans.values()
+        (plan,) = opt._stepper.plans.values()
         assert plan._control.nbytes < 2_000
         results.append(p)
     assert all(np.array_equal(p, results[0]) for p in results)
@@ -428,7 +428,10 @@ def test_one_call_at_a_time():
 
     class Guarded:
         def __init__(self):
-            self._users, self._unsettled, self.inside = {}, None, []
+            self._users, self.inside = {}, []
+
+        def _settle(self):
+            pass
 
         @exclusive
         def call(self, items):

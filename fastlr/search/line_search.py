@@ -14,7 +14,7 @@ from ..arrays.buffers import FlatBuffer
 from ..arrays.columns import Parameters
 from ..arrays.places import HOST
 from ..arrays.trees import is_container
-from ..exclusive import Users, exclusive
+from ..exclusive import Exclusive, Users, exclusive
 from ..kernels import vectors
 from ..kernels.atomic import commit
 from ..step import threads
@@ -378,7 +378,7 @@ class _Memory:
     y: tuple[np.ndarray, ...] = ()
 
 
-class LBFGS:
+class LBFGS(Exclusive):
     """Limited-memory BFGS: steps along an approximate Newton direction, as long as a line search says.
 
     Each `step(fun)` is one iteration. The last `history` changes of parameters and gradients give the direction by the
@@ -411,8 +411,6 @@ class LBFGS:
         >>> w.round(5), info.step < 60
         (array([1., 1.]), True)
     """
-
-    _unsettled = None  # nothing remains to be done after a call, see `exclusive`
 
     def __init__(
         self,

@@ -5,51 +5,57 @@ from __future__ import annotations
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from .. import checks
-from ..arrays.places import Alloc, Memory, Place
+from ..arrays.columns import Parameters
+from ..arrays.places import Alloc, Memory
 from ..kernels import arrays
 from ..kernels.formats import FORMATS
 
 _IN_ORDER = 0x101  # NumPy's flags C_CONTIGUOUS and ALIGNED
 
 
+# An array of the caller's that a step uses: what messages call it, the array, and whether it is written.
+Given: TypeAlias = tuple[str, Any, bool]
+
+
 @dataclass(frozen=True)
 class Located:
-    """Gradients that somebody else has found and checked, and keeps alive: `Optimizer.step` takes them as they are.
+    """Gradients that have been found and checked.
 
     Attributes:
-        addresses: of each leaf's gradient, 0 where there is none; the same object again if none has moved.
-        kind: their format.
+        addresses: of each leaf's gradient, 0 where there is none; or of the first element, if they are flat.
+        format: their dtype, or their format of two bytes.
         active: whether each leaf has one; None: all of them.
         seen: the leaves that a partial step is about; None: it is about all.
         number: of a partial step, how many steps there were before the one that it is a part of; None: the counters of
             its leaves tell.
+        flat: whether they are one array that holds all in order.
+        arrays: what has the memory, and must live as long as the step; somebody else keeps it alive if it is empty.
     """
 
-    addresses: Sequence[int] | np.ndarray
-    kind: str
+    addresses: Any
+    format: str
     active: tuple[bool, ...] | None = None
     seen: tuple[bool, ...] | None = None
     number: int | None = None
+    flat: bool = False
+    arrays: Sequence[Any] = ()
 
 
 class Gradients:
-    """Finds the addresses of gradients for parameters of given paths and shapes.
+    """Finds gradients for parameters: checked, read in place where they can be, gathered where not.
 
     Args:
-        paths: of the leaves, for messages.
-        shapes: of the leaves.
-        dtype: of the parameters; gradients have it too, or a format of two bytes.
+        parameters: what they are gradients of.
         written: the arrays that a step writes. Kernels assume that gradients are other memory.
-        place: where they are.
         alloc: where memory for gradients comes from.
         bits: the format that arrays of uint16 hold, or None.
-        given: the arrays of the caller's that a step uses beside the gradients: what messages call it, the array, and
-            whether it is written. A step makes sure that they are as they are now.
+        given: the caller's arrays that a step uses beside the gradients. A step makes sure that they are as they are
+            now.
         quick: whether arrays may be looked at in compiled code.
 
     Attributes:
@@ -58,16 +64,14 @@ class Gradients:
 
     def __init__(
         self,
-        paths: Sequence[str],
-        shapes: Sequence[tuple[int, ...]],
-        dtype: np.dtype,
+        parameters: Parameters,
         written: Sequence[Any],
-        place: Place,
         alloc: Alloc | None,
         bits: str | None,
-        given: Sequence[tuple[str, Any, bool]],
+        given: Sequence[Given],
         quick: bool,
     ) -> None:
+        place, paths, shapes, dtype = parameters.place, parameters.paths, parameters.shapes, parameters.dtype
         self._at = place
         self._paths, self._shapes, self._dtype, self._alloc = paths, shapes, dtype, alloc
         self._sizes = [int(np.prod(shape, dtype=np.int64)) for shape in shapes]
@@ -130,6 +134,30 @@ class Gradients:
         spans = self._all_starts, self._all_ends[:-1]
         fixed, writeable = [array for _, array, _ in self._given], [written for *_, written in self._given]
         return arrays.Finder(shapes, there, dtype, spans, source, inside, column, fixed, writeable)
+
+    def find(
+        self, things: list[Any], flat: bool, active: tuple[bool, ...] | None, seen: tuple[bool, ...] | None
+    ) -> Located:
+        """Find and check gradients.
+
+        Args:
+            things: an array that holds all in order, or one for each leaf, None where there is none.
+            flat: which of the two.
+            active: the leaves that are updated by one array; None: all.
+            seen: the leaves that a partial step is about; None: it is about all.
+
+        Raises:
+            RuntimeError: if an array that the optimizer was given is not as it was.
+            TypeError: if a gradient is no array or has another dtype.
+            ValueError: if one has another shape.
+        """
+        self.check_given()
+        if flat:
+            address, arrays, kind = self.flat(things[0])
+            return Located(address, kind, active, seen, None, True, arrays)
+        addresses, arrays, kind = self.leaves(things)
+        there = tuple(array is not None for array in arrays) if 0 in addresses else ()
+        return Located(addresses, kind, None if all(there) else there, seen, None, False, arrays)
 
     def flat(self, grads: Any) -> tuple[int, list[Any], str]:
         """The address of all gradients in one array, that array, which must live as long as the step, and its format.

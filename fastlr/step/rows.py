@@ -66,6 +66,11 @@ class Counts:
         t, clock, skipped = np.zeros((3, leaves, models), np.int64)
         return cls(t, clock, skipped, np.broadcast_to(np.array(scalars, np.float64), (leaves, models, len(scalars))))
 
+    def take(self, k: int, other: Counts, j: int) -> None:
+        """Let a leaf have the counts of another one's leaf `j`."""
+        self.t[k], self.clock[k], self.skipped[k] = other.t[j], other.clock[j], other.skipped[j]
+        self.scalars[k] = other.scalars[j]
+
     def agreed(self, shared: Sequence[str], configuration: np.ndarray) -> Counts:
         """These counts, where state that is shared is that of the leaf among those that share it with most updates.
 
@@ -100,7 +105,19 @@ class Rows:
         scalars: `(rows, scalars)`, updated by kernels.
     """
 
-    settings_known = True  # for rows on a GPU: whether it has the settings as they are now
+    # Of rows on a GPU, see there.
+    settings_known = host_knows = True
+    captured = decided_by_host = False
+
+    def pull(self) -> None:
+        """Learn what only a GPU knows."""
+
+    def push(self) -> None:
+        """Let a GPU know what the host does."""
+
+    def replace(self, new: Rows) -> bool:
+        """Take over the counts of other rows; whether it was possible."""
+        return False
 
     def __init__(
         self, configuration: np.ndarray, frozen: np.ndarray, counts: Counts, partition: np.ndarray | None

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from .. import checks, groups
-from ..exclusive import Users, exclusive, take_over
+from ..exclusive import Exclusive, Users, exclusive, take_over
 from ..kernels import exchange
 from ..kernels.atomic import commit
 from ..kernels.staging import Rule, Staged
@@ -72,7 +72,7 @@ class _Made:
     ema_out: list[tensors.Theirs] | None
 
 
-class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
+class Optimizer(Exclusive, torch.optim.Optimizer):  # type: ignore[misc]
     """Any rule as a `torch.optim.Optimizer`; `fastlr.torch.AdamW` and the others are this class with a rule.
 
     Parameters and gradients stay where they are, and one pass updates all of them; only the state is in flat memory,
@@ -126,7 +126,6 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
     """
 
     _engine: Callable[..., Engine] = Engine
-    _unsettled: ClassVar[None] = None  # see `exclusive`: here nothing is left to be done after an interrupt
     _theirs: ClassVar[str | None] = None  # the counterpart in torch.optim
     _halves: ClassVar[bool] = False  # whether parameters may be bfloat16 and float16
     _step_supports_amp_scaling = True  # GradScaler sets grad_scale and found_inf instead of writing the gradients

@@ -1,0 +1,212 @@
+"""The state of an optimizer: all that is saved, moved and rebuilt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from . import checks
+from .arrays.buffers import FlatBuffer, place_called
+from .arrays.columns import CALLED, Columns, Parameters
+from .arrays.places import HOST
+from .gpu.arrays import DevicePlace
+from .gpu.backend import GpuBackend
+from .groups import Groups
+from .kernels.formats import FORMATS
+from .loss_scale import LossScale
+from .options import Options
+from .step.backend import Backend
+from .step.gradients import Given, Gradients
+from .step.host import HostBackend
+from .step.plans import Column
+from .step.rows import Counts, Rows
+from .step.scheduled import Remembered
+
+__all__ = ["OptimizerState"]
+
+
+@dataclass(frozen=True)
+class OptimizerState:
+    """All that an optimizer saves, moves and rebuilds; its parts change by steps, which parts it has does not.
+
+    Attributes:
+        options: what the optimizer was built with.
+        parameters: the caller's.
+        columns: the states, averages and copies beside them.
+        gradients: what finds gradients for them.
+        backend: what carries out steps where they are.
+        groups: the hyperparameters.
+        rows: the counters.
+        observed: what plateaus remember.
+        loss_scale: the optimizer's own, or None.
+    """
+
+    options: Options
+    parameters: Parameters
+    columns: Columns
+    gradients: Gradients
+    backend: Backend
+    groups: Groups
+    rows: Rows
+    observed: Remembered
+    loss_scale: LossScale | None
+
+    @classmethod
+    def start(
+        cls,
+        options: Options,
+        parameters: Parameters,
+        groups: Groups,
+        states: Sequence[str],
+        external: Mapping[str, Any],
+        loss_scale: LossScale | None,
+    ) -> OptimizerState:
+        """The state before the first step.
+
+        Args:
+            options: what the optimizer is built with.
+            parameters: the caller's.
+            groups: the hyperparameters.
+            states: the names of the rule's states.
+            external: the caller's arrays for "ema", "lr_scale" and "shadow", where there are some.
+            loss_scale: the optimizer's own, or None.
+        """
+        columns, gradients, backend = _memory(options, parameters, states, external)
+        starts = [options.starts_at(name) for name in options.rule.scalars]
+        counts = Counts.zero(len(parameters.leaves), parameters.models, starts)
+        rows = make_rows(backend, groups, counts, (), None)
+        return cls(options, parameters, columns, gradients, backend, groups, rows, Remembered(), loss_scale)
+
+    @property
+    def addresses(self) -> list[Column]:
+        """The columns of a plan: of the parameters, then of what is beside them."""
+        place, itemsize = self.parameters.place, self.parameters.dtype.itemsize
+        return [
+            Column.of(arrays, place, 2 if name == "shadow" else itemsize)
+            for name, arrays in (("", self.parameters.leaves), *self.columns.arrays.items())
+        ]
+
+    def rebuilt(self, params: Any, external: Mapping[str, Any]) -> OptimizerState:
+        """The state over other parameters: leaves of the same path and shape keep theirs.
+
+        Args:
+            params: the parameters, as a user gives them.
+            external: the caller's arrays for "ema", "lr_scale" and "shadow", None where none are given.
+
+        Raises:
+            TypeError: if the dtype differs.
+            ValueError: if something does not fit; nothing is changed.
+        """
+        before, after = self.parameters, Parameters(params)
+        if after.dtype != before.dtype or after.population != before.population:
+            raise TypeError(
+                f"the new parameters are {after.dtype} with population={after.population}, the old ones "
+                f"{before.dtype} with population={before.population}. Build a new optimizer."
+            )
+        groups = self.groups.with_values(self.groups.everything(), after.paths)
+        if self.options.capturable and after.place is HOST:
+            raise ValueError("this optimizer is capturable, but the new parameters are on the CPU. Build a new one.")
+        for name in self.columns.external:
+            if external[name] is None:
+                raise ValueError(f"this optimizer was given {CALLED[name]}; pass it for the new parameters as well.")
+        arrays = {name: external[name] for name in self.columns.external}
+        new = OptimizerState.start(self.options, after, groups, self.columns.letters, arrays, None)
+        counts, kept = new.rows.counts(), self.rows.counts()
+        counts.scalars, counts.steps = counts.scalars.copy(), kept.steps
+        at = {path: k for k, path in enumerate(before.paths)}
+        for k, path in enumerate(after.paths):
+            j = at.get(path)
+            if j is None or before.shapes[j] != after.shapes[k]:
+                continue
+            counts.take(k, kept, j)
+            for letter in self.columns.letters:
+                if letter not in self.columns.external:
+                    source = self.columns.arrays[letter][j]
+                    readable = source if after.place is before.place else before.place.to_host(source)
+                    after.place.copy(new.columns.arrays[letter][k], readable)
+        loss_scale = self.loss_scale
+        if loss_scale is not None and after.place is not before.place:
+            loss_scale = loss_scale.copy()
+        rows = make_rows(new.backend, groups, counts, (), None)
+        return replace(new, rows=rows, observed=self.observed.copy(), loss_scale=loss_scale)
+
+    def fresh(self, before: OptimizerState) -> tuple[str, ...]:
+        """The paths of the leaves that have no predecessor of the same shape in another state."""
+        shapes = dict(zip(before.parameters.paths, before.parameters.shapes, strict=True))
+        mine = zip(self.parameters.paths, self.parameters.shapes, strict=True)
+        return tuple(path for path, shape in mine if shapes.get(path) != shape)
+
+    def moved(self, device: str) -> OptimizerState:
+        """The state over copies of the parameters in another place.
+
+        Args:
+            device: "cpu", or "cuda", "cuda:1", ... for a GPU.
+        """
+        place, ours = place_called(device), self.parameters
+
+        def copied(leaves: Sequence[Any], given: Any, dtype: Any = ours.dtype) -> Any:
+            data = place.allocate(ours.size, dtype)
+            buffer = FlatBuffer(ours.structure, ours.shapes, data, ours.population)
+            for to, leaf in zip(ours.cut(data), leaves, strict=True):
+                place.copy(to, ours.place.to_host(leaf))
+            if ours.is_array:
+                return data.reshape(ours.shapes[0])
+            return buffer if isinstance(given, FlatBuffer) else buffer.unflatten()
+
+        options, on_host = self.options, place is HOST
+        formats = {} if options.shadow is None else {"shadow": FORMATS[options.shadow].storage}
+        external: dict[str, Any] = dict.fromkeys(CALLED)
+        for name, given in self.columns.external.items():
+            external[name] = copied(self.columns.arrays[name], given, formats.get(name, ours.dtype))
+        options = replace(
+            options,
+            capturable=options.capturable and not on_host,
+            backend=options.backend if on_host and ours.place is HOST else "numba",
+            alloc=options.alloc if on_host else None,
+        )
+        loss_scale = self.loss_scale
+        if loss_scale is not None and place is ours.place:
+            loss_scale = loss_scale.copy()
+        here = replace(self, options=options, loss_scale=loss_scale)
+        return here.rebuilt(copied(ours.leaves, ours.source), external)
+
+
+def make_rows(
+    backend: Backend, groups: Groups, counts: Counts, shared: Sequence[str], partition: np.ndarray | None
+) -> Rows:
+    """The rows of an optimizer.
+
+    Args:
+        backend: where they are.
+        groups: the hyperparameters.
+        counts: of each leaf and model.
+        shared: what leaves share of the rule's scalars, as `Staged.shared`.
+        partition: which leaves have to be told apart, as for `Rows`.
+    """
+    models = counts.t.shape[1]
+    frozen = np.array([np.broadcast_to(values["frozen"], models) for values in groups.uniforms()], bool)
+    return backend.rows(groups.configuration, frozen, counts.agreed(shared, groups.configuration), partition)
+
+
+def _memory(
+    options: Options, parameters: Parameters, states: Sequence[str], external: Mapping[str, Any]
+) -> tuple[Columns, Gradients, Backend]:
+    """The columns beside parameters and gradients, what finds the gradients, and where it all is."""
+    initial: Callable[[str], float] = options.starts_at
+    columns = Columns(parameters, states, initial, external, options.shadow, options.alloc)
+    given: list[Given] = [
+        (checks.called(path), leaf, True) for path, leaf in zip(parameters.paths, parameters.leaves, strict=True)
+    ]
+    for name in external:
+        leaves = zip(parameters.paths, columns.arrays[name], strict=True)
+        given += [(checks.called(path, CALLED[name]), leaf, name not in columns.inputs) for path, leaf in leaves]
+    place = parameters.place
+    backend: Backend
+    if isinstance(place, DevicePlace):
+        backend = GpuBackend(place, options.alloc, options.grad_dtype, options.capturable)
+    else:
+        backend = HostBackend(options.backend, options.alloc, options.grad_dtype)
+    return columns, backend.gradients(parameters, columns, given), backend

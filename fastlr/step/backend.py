@@ -1,0 +1,81 @@
+"""What a step needs to know of the place where the parameters are: the one question "host or GPU?"."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..arrays.columns import Columns, Parameters
+from ..arrays.places import Place
+from ..kernels.staging import Staged
+from ..kernels.tiles import Storage
+from ..loss_scale import LossScale
+from .gradients import Given, Gradients
+from .plans import Plan
+from .rows import Counts, Rows
+from .scheduled import Formula, Scheduled
+
+__all__ = ["Backend"]
+
+
+class Backend(Protocol):
+    """Where the parameters of an optimizer are, and what carries out its steps there.
+
+    Attributes:
+        place: where they are.
+        on_device: whether that is a GPU, which keeps counters and the loss scale itself.
+    """
+
+    place: Place
+    on_device: bool
+
+    def gradients(self, parameters: Parameters, columns: Columns, given: Sequence[Given]) -> Gradients:
+        """What finds gradients for parameters.
+
+        Args:
+            parameters: the parameters.
+            columns: what a step writes beside them.
+            given: the caller's arrays that a step uses beside the gradients.
+        """
+
+    def rows(self, configuration: np.ndarray, frozen: np.ndarray, counts: Counts, partition: np.ndarray | None) -> Rows:
+        """The rows of leaves; arguments as for `Rows`."""
+
+    def install(
+        self, rows: Rows, staged: Staged, table: np.ndarray, h: np.ndarray, models: int, loss_scale: LossScale | None
+    ) -> None:
+        """Give rows their memory where the step is carried out.
+
+        Args:
+            rows: the rows.
+            staged: the rule.
+            table: the settings of each row.
+            h: room for what `decide` returns.
+            models: number of models.
+            loss_scale: whose state is kept there.
+        """
+
+    def formulas(self, scheduled: Scheduled) -> tuple[Formula, ...]:
+        """The schedules that a kernel evaluates; those that are not among them are evaluated by the host."""
+
+    def plan(self, *args: Any, **more: Any) -> Plan:
+        """The plan of a selection; arguments as for `Plan`."""
+
+    def kernel(self, staged: Staged, storage: Storage, formulas: tuple[Formula, ...]) -> Any:
+        """The kernel of a staged rule, as the plans of this backend run it."""
+
+    def prepare(self, kernel: Any, rows: Rows) -> float:
+        """Compile or load all that a step with a kernel needs; the seconds that took."""
+
+    def stream(self, given: Any) -> int:
+        """The handle of a stream of the caller's.
+
+        Raises:
+            TypeError: if it is no stream.
+            ValueError: if there are no streams here.
+        """
+
+    def cleared(self, array: Any) -> Any:
+        """Something for `atomic.commit`, whose parts can be set to a number."""

@@ -1,0 +1,558 @@
+"""The stepper: rows, settings and plans of one program, and the one way through a step.
+
+    Gradients.find -> Located -> Plan.point_gradients -> run
+
+Everything that can fail comes first, in `prepare`; `run` then carries out the step. A stepper is built completely and
+replaced whole: by a step with other leaves, another flag or in another process, by a state that is loaded.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .. import checks
+from ..arrays.buffers import FlatBuffer
+from ..arrays.trees import is_container
+from ..groups import matching
+from ..kernels.atomic import commit
+from ..kernels.formats import FORMATS
+from ..kernels.layout import CLOCK
+from ..kernels.tiles import Storage
+from ..schedules.base import Schedule
+from ..state import OptimizerState, make_rows
+from . import threads
+from .accumulation import Accumulation
+from .gradients import Located
+from .info import Layout, StepInfo
+from .plans import Column, Plan
+from .program import Program
+from .rows import Counts
+from .scheduled import Rates, Scheduled, ensure, evaluator
+
+__all__ = ["Prepared", "Selection", "Stepper"]
+
+_MAX_PLANS = 256  # leaves that take part in a step can change from step to step; their plans are kept
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The leaves of a step and the form of their gradients: what a plan is made for.
+
+    Attributes:
+        active: the leaves that have gradients and are part of the step; None: all.
+        seen: the leaves that are part of the step; None: all.
+        flat: whether the gradients are one array.
+        format: of the gradients.
+    """
+
+    active: tuple[bool, ...] | None
+    seen: tuple[bool, ...] | None
+    flat: bool
+    format: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash((self.active, self.seen, self.flat, self.format)))
+
+    def __hash__(self) -> int:
+        """Computed once: a selection may have thousands of leaves."""
+        found: int = self.__dict__["_hash"]
+        return found
+
+
+class Prepared(NamedTuple):
+    """A step that nothing can refuse any more.
+
+    Attributes:
+        stepper: what carries it out.
+        plan: with the addresses of the gradients.
+        kernel: what runs it.
+        kept: what must be kept alive meanwhile.
+        number: of a part, the steps before the one that it is a part of; None: it is a step of everything.
+        writes: what to write after it, see `atomic.commit`.
+        scale: what gradients are divided by.
+        stream: where a GPU makes it, or None.
+    """
+
+    stepper: Stepper
+    plan: Plan
+    kernel: Any
+    kept: Any
+    number: int | None
+    writes: list[tuple[Any, Any, Any]] | None
+    scale: Any
+    stream: int | None
+
+
+class Stepper:
+    """Rows, settings and plans of one program.
+
+    Args:
+        state: of the optimizer; its rows are made anew, with the same counts.
+        program: the rule staged for the flags that are on.
+        accumulation: `opt.grads`.
+        partition: which leaves have to be told apart, as for `Rows`.
+        counts: to go on from; None: those of the rows of the state.
+        grad_scale: what gradients are divided by.
+
+    Attributes:
+        state: of the optimizer.
+        program: the rule staged for the flags that are on.
+        rows: the counters of the state.
+        table: the settings of each row, float64.
+        scheduled: the settings that follow schedules.
+        plans: by selection.
+        unsettled: of a step whose kernel may have run, what remains to be done; None: nothing.
+    """
+
+    def __init__(
+        self,
+        state: OptimizerState,
+        program: Program,
+        accumulation: Accumulation,
+        partition: np.ndarray | None = None,
+        counts: Counts | None = None,
+        grad_scale: Any = 1.0,
+    ) -> None:
+        staged, parameters, backend = program.staged, state.parameters, state.backend
+        program.check_states(state.columns.letters, state.options)
+        if any(scope == "leaf" for _, scope in staged.sums):
+            partition = parameters.one_by_one
+        counts = state.rows.counts() if counts is None else counts
+        rows = make_rows(backend, state.groups, counts, staged.shared, partition)
+        self.state, self.program = replace(state, rows=rows), program
+        self.rows, self.accumulation, self._partition = rows, accumulation, partition
+        self._options, self._backend = state.options, backend
+        self._scale = grad_scale
+        self._addresses = state.addresses
+        self.plans: dict[Selection, Plan] = {}
+        self._recent: dict[Any, Plan] = {}  # found in a step before, which the next one may repeat
+        self._kernels: dict[tuple[str, bool], Any] = {}
+        self._masks: dict[tuple[str, ...], tuple[bool, ...] | None] = {}
+        self._epoch = threads.epoch
+        self.unsettled: tuple[Plan, int, list[tuple[Any, Any, Any]], bool] | None = None
+        version, scheduled = state.groups.version, self._follow()
+        formulas = backend.formulas(scheduled)
+        columns = max(1, len(staged.uniforms)) + sum(f.count for f in formulas)
+        self.table = np.zeros((len(rows), columns))
+        self._h = np.zeros((len(rows), staged.slots), parameters.dtype)
+        self._take_settings(scheduled, version)
+        backend.install(rows, staged, self.table, self._h, parameters.models, state.loss_scale)
+        self._formulas = () if rows.decided_by_host else formulas
+        self._finds_rate = "rate" in staged.scalars
+        self._divides_by_loss_scale = state.loss_scale is not None and not backend.on_device
+
+    # Settings
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether settings have changed since they were taken over, or this is a child after a fork."""
+        return self._version != self.state.groups.version or self._epoch != threads.epoch
+
+    def renewed(self, unscaled: bool | None = None, partition: np.ndarray | None = None) -> Stepper:
+        """The stepper for the settings as they are: this one, its table brought up to date, or another.
+
+        Args:
+            unscaled: whether gradients are divided by a scale from now on; None: as it is.
+            partition: which leaves have to be told apart from now on, see `Rows`; None: as it is.
+
+        Raises:
+            ValueError: if settings do not go together; then nothing is changed.
+        """
+        groups, program = self.state.groups, self.program
+        version = groups.version
+        changed = groups.changed_since(self._version)
+        unscaled = program.unscaled if unscaled is None else unscaled
+        if unscaled != program.unscaled or not changed.isdisjoint(self._options.structural):
+            new = Program.of(self._options, groups, unscaled)
+            program = program if new == program else new
+        else:
+            program.check_common(groups.uniforms(), self._options)
+        program.check_states(self.state.columns.letters, self._options)
+        if program is self.program and partition is None and self._epoch == threads.epoch and "frozen" not in changed:
+            scheduled = self._follow()
+            if self._backend.formulas(scheduled) == self._backend.formulas(self.scheduled):
+                self._take_settings(scheduled, version)
+                return self
+        partition = self._partition if partition is None else partition
+        self.warn_of_graphs()
+        return Stepper(self.state, program, self.accumulation, partition, None, self._scale)
+
+    def resumed(self, state: OptimizerState, counts: Counts, check_schedules: bool) -> Stepper:
+        """The stepper to go on with from other settings and counts.
+
+        Args:
+            state: with other groups, and what plateaus remember.
+            counts: to go on from.
+            check_schedules: whether schedules have to fit the next step.
+
+        Raises:
+            ValueError: if the next step could not be made with them; nothing is changed.
+        """
+        try:
+            program = Program.of(self._options, state.groups, self.program.unscaled)
+            if program.staged.states != state.columns.letters:
+                names = ", ".join(map(self._options.public_name, program.staged.states)) or "none"
+                raise ValueError(f"with the hyperparameters in the state the rule has other states than here: {names}.")
+            program = self.program if program == self.program else program
+            new = Stepper(state, program, self.accumulation, self._partition, counts, self._scale)
+            if check_schedules:
+                new.scheduled.fill(counts.steps, np.zeros_like(new.table))
+        except (TypeError, ArithmeticError, RecursionError) as error:  # of schedules
+            raise ValueError(f"the hyperparameters in the state are wrong: {error}.") from None
+        return new
+
+    def succeeded_by(self, new: Stepper) -> Stepper:
+        """Another stepper over the same arrays; if graphs have been captured, in the memory that they know.
+
+        Args:
+            new: as `resumed` made it.
+        """
+        if not self.rows.captured or new.program is not self.program or not self.rows.replace(new.rows):
+            self.warn_of_graphs()
+            return new
+        kept = copy.copy(self)
+        kept.state = replace(new.state, rows=self.rows)
+        kept._take_settings(kept._follow(), kept.state.groups.version)
+        kept.rows.push()
+        return kept
+
+    def warn_of_graphs(self) -> None:
+        """Say that graphs which have been captured go on with tables that are replaced."""
+        if self.rows.captured:
+            warnings.warn(
+                "the tables of this optimizer are made anew (other flags, frozen leaves, or leaves of different "
+                "counts): graphs that were captured before go on with the old ones. Capture again.",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+
+    def examine(self, label: str, name: str, value: Any) -> None:
+        """Refuse schedules that were set but do not fit: in what they demand, or in their value for the next step.
+
+        Args:
+            label: what the user calls the hyperparameter.
+            name: whose range holds.
+            value: the schedule, or a pair with one in it.
+
+        Raises:
+            ValueError: if they do not fit.
+        """
+        if name in self._options.structural:
+            program = Program.of(self._options, self.state.groups, self.program.unscaled)
+            program.check_states(self.state.columns.letters, self._options)
+        if not self.rows.host_knows:
+            return  # the host does not know which step is next, and would have to wait for the GPU
+        step = self._step()
+        for k, part in enumerate(value if isinstance(value, tuple) else [value]):
+            if isinstance(part, Schedule):
+                evaluate, _ = evaluator(part, self.state.parameters.population)
+                found = evaluate(float(step), part._carried_out().numbers)
+                ensure(f"{label}[{k}]" if isinstance(value, tuple) else label, name, part, found, step)
+
+    def observe(self, metric: float) -> None:
+        """Let plateaus among the settings take account of a metric.
+
+        Raises:
+            ValueError: if there are none.
+        """
+        self.state.groups.touch("lr")  # after an interrupt the next step takes over what has been observed
+        self.scheduled.observe(metric, self.rows.steps)
+        self.renewed()
+
+    def push(self) -> None:
+        """Let graphs that have been captured see the settings as they are."""
+        self.rows.push()
+
+    def _step(self) -> int:
+        """The number of steps made, as the host knows it."""
+        return int(self.rows.counters.item(-1, CLOCK))
+
+    def _follow(self) -> Scheduled:
+        """The settings that follow schedules."""
+        state = self.state
+        names, population = self.program.staged.uniforms, state.parameters.population
+        uniforms, spelling = state.groups.uniforms(), self._options.spelling
+        return Scheduled(uniforms, spelling, self.rows, names, state.observed, population)
+
+    def _take_settings(self, scheduled: Scheduled, version: int) -> None:
+        """Enter the settings as they are."""
+        rates, rows, staged = self.state.groups.lr, self.rows, self.program.staged
+        for c, values in enumerate(self.state.groups.uniforms()):
+            which = np.flatnonzero(rows.configuration == c)
+            for column, name in enumerate(staged.uniforms):
+                value = self._scale if name == "grad_scale" else values[name]
+                if not isinstance(value, Schedule):
+                    self.table[which, column] = value[rows.model[which]] if isinstance(value, np.ndarray) else value
+        if scheduled.entries and self._backend.on_device:
+            self.table[:, len(staged.uniforms) :] = scheduled.numbers(self.table)
+        rows.settings_known = False
+        self.scheduled, self._follows = scheduled, scheduled.follows(rates)
+        self._rates = scheduled.parts(rates)
+        self._version = version
+
+    def _enter_scheduled(self, number: int | None) -> None:
+        """Enter the values that settings have after a number of steps; None: in the next step."""
+        if not self._formulas:
+            self.scheduled.fill(self._step() if number is None else max(0, number), self.table)
+
+    def _enter_scale(self, scale: Any) -> None:
+        """Let the next step divide the gradients by a scale."""
+        rows, before, uniforms = self.rows, self._scale, self.program.staged.uniforms
+        if "grad_scale" in uniforms:
+            if scale is not before and not np.array_equal(scale, before):
+                rows.settings_known = False
+            self.table[:, uniforms.index("grad_scale")] = scale[rows.model] if isinstance(scale, np.ndarray) else scale
+        self._scale = scale
+
+    def _checked_scale(self, grad_scale: Any) -> Any:
+        """What the gradients of a step are to be divided by; 1.0 if by nothing."""
+        population, loss_scale = self.state.parameters.population, self.state.loss_scale
+        scale: Any = 1.0 if grad_scale is None else checks.scale("grad_scale", grad_scale, population)
+        if loss_scale is not None and not self._backend.on_device:  # a GPU has the loss scale where it divides by it
+            with np.errstate(over="ignore"):  # infinity is refused
+                product = scale * loss_scale.scale
+            scale = checks.scale("grad_scale times the loss scale", product, population)
+        return scale
+
+    # The way through a step
+
+    def prepare(
+        self, grads: Any, grad_scale: Any = None, only: str | Sequence[str] | None = None, stream: Any = None
+    ) -> Prepared:
+        """Find what a step needs, and whatever is wrong, before anything is written; arguments as `Optimizer.step`."""
+        stream = None if stream is None else self._backend.stream(stream)
+        scale, unscaled = 1.0, self.program.unscaled
+        if grad_scale is not None or unscaled:
+            scale = self._checked_scale(grad_scale)
+            unscaled = unscaled or not np.all(scale == 1.0)
+        if self._follows and only is None:
+            self._enter_scheduled(None)
+        seen = None if only is None else self.mask(only)
+        active, parameters = seen, self.state.parameters
+        own, flat = grads is None, type(grads) is np.ndarray
+        if own:
+            grads, active = self.accumulation.own(seen)
+            flat = True
+        elif not flat:
+            if isinstance(grads, FlatBuffer):
+                grads = self._data_of(grads)
+            flat = parameters.is_array or not is_container(grads)
+        if flat:
+            things = [grads]
+        else:
+            things = parameters.structure.leaves(grads)
+            if seen is not None:
+                things = [thing if part else None for thing, part in zip(things, seen, strict=True)]
+        part = None if active is None and seen is None else (active, seen)
+        plan = self._recent.get((flat, part)) if unscaled == self.program.unscaled else None
+        if plan is not None and plan.find(things):
+            stepper, kept = self, things
+        else:
+            located = self.state.gradients.find(things, flat, active, seen)
+            stepper, plan = self._point(located, unscaled)
+            if all(map(operator.is_, located.arrays, things)):  # they may be so again in the next step
+                plan.expect(self.state.gradients, list(located.arrays), flat)
+                stepper._recent[flat, part] = plan
+            kept = things, located
+        number = None if only is None else plan.number(stepper.rows)
+        if self._follows and (only is not None or stepper is not self):
+            stepper._enter_scheduled(number)
+        return stepper._ready(plan, kept, number, scale, unscaled, own, seen, stream)
+
+    def prepare_located(self, located: Located, grad_scale: float | None = None) -> Prepared:
+        """As `prepare`, for gradients that somebody else has found and checked, and keeps alive.
+
+        Args:
+            located: the gradients.
+            grad_scale: what they are divided by.
+        """
+        scale, unscaled = 1.0, self.program.unscaled
+        if grad_scale is not None or unscaled:
+            scale = self._checked_scale(grad_scale)
+            unscaled = unscaled or scale != 1.0
+        whole = located.seen is None
+        if self._follows and whole:
+            self._enter_scheduled(None)
+        stepper, plan = self._point(located, unscaled)
+        number = None
+        if not whole:
+            number = plan.number(stepper.rows) if located.number is None else located.number
+        if self._follows and (not whole or stepper is not self):
+            stepper._enter_scheduled(number)
+        return stepper._ready(plan, located, number, scale, unscaled, False, located.seen, None)
+
+    def mask(self, only: str | Sequence[str]) -> tuple[bool, ...] | None:
+        """Which leaves a partial step is about; None: all.
+
+        Raises:
+            ValueError: if a pattern matches nothing, or the loss scale follows whole steps.
+        """
+        if self.state.loss_scale is not None:
+            raise ValueError("a loss scale follows whole steps; step without only=, or build without loss_scale=.")
+        key = checks.patterns("only", only)
+        if key not in self._masks:
+            paths = self.state.parameters.paths
+            matched = {path for pattern in key for path in matching("only", pattern, paths)}
+            mask = tuple(path in matched for path in paths)
+            self._masks[key] = None if all(mask) else mask
+        return self._masks[key]
+
+    def _data_of(self, buffer: FlatBuffer) -> Any:
+        """The array of a buffer of gradients."""
+        parameters = self.state.parameters
+        if buffer._structure.paths != parameters.paths or buffer._shapes != tuple(parameters.shapes):
+            raise ValueError("grads was made from a different structure than params. Make it from the same one.")
+        return buffer.data
+
+    def _point(self, located: Located, unscaled: bool) -> tuple[Stepper, Plan]:
+        """The plan for gradients, which knows where they are, and its stepper: this one, or one that suits it."""
+        stepper, selection = self, Selection(located.active, located.seen, located.flat, located.format)
+        plan = self.plans.get(selection) if unscaled == self.program.unscaled else None
+        if plan is None:
+            everyone = self.state.parameters.everyone
+            partition = None
+            if located.active is not None:
+                partition = self.rows.split(located.active, located.seen or everyone)
+            if partition is not None or unscaled != self.program.unscaled:
+                stepper = self.renewed(unscaled, partition)
+            if len(stepper.plans) >= _MAX_PLANS:
+                stepper.plans, stepper._recent = {}, {}
+            plan = stepper.plans[selection] = stepper._new_plan(selection)
+        if located.flat:
+            plan.point_gradients(located.addresses, True)
+        else:
+            plan.locate_gradients(located.addresses)
+        return stepper, plan
+
+    def _ready(
+        self,
+        plan: Plan,
+        kept: Any,
+        number: int | None,
+        scale: Any,
+        unscaled: bool,
+        own: bool,
+        seen: tuple[bool, ...] | None,
+        stream: int | None,
+    ) -> Prepared:
+        """A step of which all is known."""
+        if unscaled:
+            self._enter_scale(scale)
+        clear = own and self._options.zero_grads
+        kernel = self._kernels.get((plan.kind, clear)) or self.kernel(plan.kind, clear)
+        writes = None
+        if own:
+            writes = self.accumulation.after_step(seen)
+            if clear:  # what the pass has not
+                cleared = self._backend.cleared(self.accumulation.memory)
+                writes += [(cleared, slice(*span), 0) for span in plan.left_out]
+        return Prepared(self, plan, kernel, kept, number, writes, scale, stream)
+
+    def run(self, prepared: Prepared) -> StepInfo:
+        """Make a step that has been prepared."""
+        _, plan, kernel, kept, number, writes, scale, stream = prepared
+        rows, rates = self.rows, self._rates
+        if self._options.capturable:
+            rates = self.current_rates  # type: ignore[assignment]
+        elif self._follows and rows.host_knows:
+            rates = Rates(rates, self._step() if number is None else max(0, number))
+        if number is not None:
+            plan.count_part(rows, number)
+        if writes is not None or self._divides_by_loss_scale:
+            self.unsettled = plan, plan.next_generation, writes or [], self._divides_by_loss_scale
+        plan.run(kernel, self._options.threads or threads.get_num_threads(), stream)
+        del kept, prepared
+        if self.unsettled is not None:
+            self.settle()
+        if self._finds_rate:
+            rates = self._rates_found if self._backend.on_device else self._rates_found()
+        return plan.info(rows, rates, scale)
+
+    def settle(self) -> None:
+        """After a kernel, do what remains to be done for its step; at the latest when the next call begins."""
+        assert self.unsettled is not None
+        plan, generation, writes, rescales = self.unsettled
+        done: list[tuple[Any, Any, Any]] = [(self.__dict__, "unsettled", None)]
+        if plan.has_made(generation):
+            done += writes
+            if rescales and self.state.loss_scale is not None:
+                done += self.state.loss_scale.after(plan.info(self.rows, {}, 1.0).skipped)
+        commit(done)
+
+    def current_rates(self) -> Mapping[str, Any]:
+        """The learning rates as they are now."""
+        return self._rates
+
+    def _rates_found(self) -> Mapping[str, Any]:
+        """The learning rate of each group, where the rule finds it itself: its state `rate`."""
+        rows, parameters = self.rows, self.state.parameters
+        rows.pull()
+        rates = rows.scalars[rows.index, self.program.staged.scalars.index("rate")]  # of each leaf and model
+        at = {path: k for k, path in enumerate(parameters.paths)}
+        groups = self.state.groups
+        found = {group.pattern: rates[at[group.paths[0]]] for group in (groups.defaults, *groups.values())}
+        return {p: r.copy() if parameters.population is not None else float(r[0]) for p, r in found.items()}
+
+    # Plans and kernels
+
+    def _new_plan(self, selection: Selection) -> Plan:
+        """The plan of a selection."""
+        state, rows, everyone = self.state, self.rows, self.state.parameters.everyone
+        parameters = state.parameters
+        params, *others = self._addresses
+        columns = [params, Column(None, 2 if selection.format in FORMATS else params.itemsize), *others]
+        active = np.array(everyone if selection.active is None else selection.active, bool)
+        seen = np.array(everyone if selection.seen is None else selection.seen, bool)
+        updated = active[:, None] & ~rows.frozen[rows.index]
+        averaged = seen[:, None] & ~updated & bool(self.program.staged.average)
+        partial = selection.seen is not None
+        plan = self._backend.plan(
+            [size // parameters.models for size in parameters.sizes],
+            columns,
+            rows,
+            updated,
+            averaged,
+            rows.advance(active, seen),
+            self.program.staged,
+            self.table,
+            self._h,
+            kind=selection.format,
+            merge=selection.flat and parameters.is_flat and not state.columns.external,
+            partial=partial,
+        )
+        if partial:  # what a partial step does not see is not left out, it comes later
+            leaf = np.searchsorted(parameters.starts, [first for first, _ in plan.left_out], side="right") - 1
+            plan.left_out = [span for span, k in zip(plan.left_out, leaf, strict=True) if seen[k]]
+        plan.layout = self._layout(plan)
+        return plan
+
+    def _layout(self, plan: Plan) -> Layout | None:
+        """How to read what a step of this plan reported."""
+        staged, parameters = self.program.staged, self.state.parameters
+        if plan.entry is None:
+            return None
+        norms = {name: k for k, name in enumerate(staged.emitted, staged.quantities - len(staged.emitted))}
+        norms["grad_norm"] = norms.pop("raw_grad_norm", 0)
+        if "grad_norm" not in staged.reports and "raw_grad_norm" not in staged.emitted:
+            del norms["grad_norm"]
+        return Layout(parameters.paths, parameters.population, plan.entry, self.rows.index, staged.reports, norms)
+
+    def kernel(self, grad_format: str | None = None, clear: bool = False) -> Any:
+        """The kernel for gradients of a format, by default the parameters' dtype, which are cleared or not."""
+        grad_format = self.state.parameters.dtype.name if grad_format is None else grad_format
+        if (grad_format, clear) not in self._kernels:
+            storage = Storage(self.state.parameters.dtype.name, grad_format, self._options.shadow, clear)
+            self._kernels[grad_format, clear] = self._backend.kernel(self.program.staged, storage, self._formulas)
+        return self._kernels[grad_format, clear]
+
+    def warmup(self) -> float:
+        """Compile what the next step needs, or load it from the cache; the seconds that took."""
+        kernel = self.kernel(clear=self._options.zero_grads)
+        return self._backend.prepare(kernel, self.rows)
