@@ -941,3 +941,18 @@ def test_the_state_of_an_adam_does_not_change_how_an_adamw_decays():
         opt.load_state_dict(theirs.state_dict())
     assert opt.param_groups[0]["decoupled_weight_decay"] is True
     fastlr.torch.AdamW([p], decoupled_weight_decay=False).load_state_dict(theirs.state_dict())
+
+
+def test_a_group_that_is_added_is_only_read():
+    params, target = parameters()[:1], parameters(seed=1)[:1]
+    opt = fastlr.torch.Adam(params, ema=0.5, ema_out=target)
+    late, average = (torch.nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2))
+    bad = {"params": late, "ema_out": [average], "lr": -1.0}
+    given = dict(bad)
+    with pytest.raises(ValueError, match="lr must be"):
+        opt.add_param_group(bad)
+    assert bad == given and len(opt.param_groups) == 1 and len(opt.ema_out) == 1
+    good = {"params": late, "ema_out": [average]}
+    given = dict(good)
+    opt.add_param_group(good)
+    assert good == given and opt.ema_out[1] is average

@@ -224,7 +224,10 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
             TypeError: if a parameter or a hyperparameter is of the wrong kind.
             ValueError: if one is out of range, or a parameter is in a group already.
         """
-        more = list(param_group.pop("ema_out", ())) if isinstance(param_group, dict) else []
+        more: list[Any] = []
+        if isinstance(param_group, dict):
+            param_group = dict(param_group)  # the caller's own stays as it is
+            more = list(param_group.pop("ema_out", ()))
         trial = object.__new__(torch.optim.Optimizer)  # PyTorch's own part, on a list of its own
         trial.defaults, trial.param_groups = self.defaults, list(self.param_groups)
         torch.optim.Optimizer.add_param_group(trial, param_group)
