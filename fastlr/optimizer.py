@@ -38,7 +38,7 @@ from .loss_scale import LossScale
 from .places import HOST, Alloc, Place
 from .plans import Column, Plan
 from .rows import Counts, Rows
-from .scheduled import Formula, Rates, Remembered, Scheduled, ensure, evaluator
+from .scheduled import Formula, Rates, Remembered, Scheduled, examine
 from .schedules import Schedule
 from .step_info import Layout, StepInfo
 from .trees import is_container
@@ -547,11 +547,7 @@ class Optimizer:
         if isinstance(rows, DeviceRows) and not rows.host_knows:
             return  # the host does not know which step is next, and would have to wait for the GPU
         step = rows.counters.item(-1, CLOCK)
-        for k, part in enumerate(value if isinstance(value, tuple) else [value]):
-            if isinstance(part, Schedule):
-                one, _ = evaluator(part, self._params.population)
-                found = one(float(step), part._carried_out().numbers)
-                ensure(f"{label}[{k}]" if isinstance(value, tuple) else label, name, part, found, step)
+        examine(label, name, value, step, self._params.population)
 
     def _fill_table(
         self, uniforms: list[dict[str, Any]], staged: Staged, rows: Rows, table: np.ndarray, scheduled: Scheduled

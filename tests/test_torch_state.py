@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import fastlr
-from fastlr.schedules import Cosine, Function, Linear, Plateau
+from fastlr.schedules import Constant, Cosine, Function, Linear, Plateau
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
@@ -956,3 +956,50 @@ def test_a_group_that_is_added_is_only_read():
     given = dict(good)
     opt.add_param_group(good)
     assert good == given and opt.ema_out[1] is average
+
+
+BAD_SCHEDULES = {
+    "clip_value": (lambda n, g: 1.0, TypeError, "missing 1 required positional argument: 'g'"),
+    "clip_norm": (lambda n: {}[n], KeyError, "1"),
+    "betas": (
+        (0.9, Constant(2.0)),
+        ValueError,
+        r"betas\[1\] must be in \[0, 1\), but Constant\(2.0\) gives 2.0 at step",
+    ),
+    "lr": (lambda n: 0.1 - n, ValueError, "lr must be non-negative and finite, but .* gives -0.9 at step 1"),
+    "ema_decay": (Constant(2.0), ValueError, "must be in .0, 1., but Constant"),
+}
+
+
+@pytest.mark.parametrize("how", ["load", "add", "set"])
+@pytest.mark.parametrize("name", BAD_SCHEDULES)
+def test_a_schedule_that_does_not_fit_is_refused(name, how):
+    """When it comes, or when it is taken over; nothing has changed, and the optimizer goes on with what it had."""
+    value, error, message = BAD_SCHEDULES[name]
+    runs = []
+    for bad in (False, True):
+        params, late = [*parameters(), *parameters(torch.float32)], torch.nn.Parameter(torch.ones(2))
+        opt = fastlr.torch.Adam(params, lr=0.1, ema=0.5)
+        for k in range(3):
+            set_gradients(params, seed=k)
+            if bad and k == 1:
+                before, state = [p.detach().clone() for p in params], copy.deepcopy(opt.state_dict())
+                if how == "load":
+                    wrong = copy.deepcopy(state)
+                    wrong["param_groups"][0][name] = value
+                    with pytest.raises(ValueError, match=f"'{name}' of group 0 in the state is not right: .*{message}"):
+                        opt.load_state_dict(wrong)
+                elif how == "add":
+                    with pytest.raises(error, match=message):
+                        opt.add_param_group({"params": [late], name: value})
+                else:
+                    group = opt.param_groups[0]
+                    kept = dict(group)
+                    group.update({"lr": 0.5, "eps": 1.0, name: value})
+                    with pytest.raises(error, match=message):
+                        opt.step()
+                    group.update(kept)
+                assert all(map(torch.equal, params, before)) and repr(opt.state_dict()) == repr(state)
+            opt.step()
+        runs.append(params)
+    assert_close(*runs, 0.0)

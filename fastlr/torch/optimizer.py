@@ -125,6 +125,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
     """
 
     _engine: Callable[..., Engine] = Engine
+    _is_built = False  # until then schedules may be functions of what is not there yet
     _unsettled: ClassVar[None] = None  # see `exclusive`: here nothing is left to be done after an interrupt
     _theirs: ClassVar[str | None] = None  # the counterpart in torch.optim
     _halves: ClassVar[bool] = False  # whether parameters may be bfloat16 and float16
@@ -177,6 +178,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         self._start(clock=0, skipped=0, observed=Remembered())
         starts = {n: getattr(probe, n) for n in vars(probe).keys() & inspect.signature(make).parameters.keys()}
         super().__init__(params, {**implementations, **starts, **self._normal(settings, probe)})
+        self._is_built = True
         if ema_out is not None:
             self.ema_out = ema_out
 
@@ -222,7 +224,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
 
         Raises:
             TypeError: if a parameter or a hyperparameter is of the wrong kind.
-            ValueError: if one is out of range, or a parameter is in a group already.
+            ValueError: if one is out of range, a schedule in the next step, or a parameter is in a group already.
         """
         more: list[Any] = []
         if isinstance(param_group, dict):
@@ -236,6 +238,10 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
             tensors.check_parameter(leaf.called, leaf.param, self._halves)
         g = len(every) - 1
         values = following.resolved(g, group, self._names, self._values_of(group))
+        if self._is_built and any(map(follows, values)):
+            step = self._steps_made()
+            for name, value in zip(self._names, values, strict=True):
+                following.examine(name, value, step)
         values = tuple(self._normal(dict(zip(self._names, values, strict=True)), self._probe(values)).values())
         if group["capturable"] and not all(p.is_cuda for p in group["params"]):
             raise ValueError("capturable=True is for parameters on a GPU; these are on the CPU.")
@@ -601,6 +607,11 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         changed = self._changed()
         if changed:
             hyper = {g: dict(zip(self._names, taken.values, strict=True)) for g, taken in changed.items()}
+            if self._outside:  # then no engine knows this one
+                for values in hyper.values():
+                    following.examine("clip_norm", values["clip_norm"], self._steps_made())
+            for g in changed:  # if one of several is refused and all are put back, all are taken over again
+                self._hyper[g] = None
             for engine in engines:
                 engine.take_settings(hyper)
             self._bring_in_order(changed)
@@ -881,8 +892,8 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
                     raise ValueError(f"'params' of group {g} in the state has {k!r} twice, for different parameters.")
         own: defaultdict[Any, Any] = defaultdict(dict)
         expected: set[str] = set()
-        for g, (one, group) in enumerate(zip(param_groups, new, strict=True)):
-            values = self._taken_from(g, group).values
+        hyper = [self._taken_from(g, group).values for g, group in enumerate(new)]
+        for g, (one, values) in enumerate(zip(param_groups, hyper, strict=True)):
             names = Engine.state_names(self._probe(values))
             expected.update(names)
             for k, leaf in zip(one["params"], self._leaves_of(new, g), strict=True):
@@ -897,6 +908,9 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
             own[k] = value
         own = defaultdict(dict, {k: v for k, v in own.items() if not isinstance(k, torch.Tensor) or v})
         clock = max(clock, _most_updates(own))
+        for g, values in enumerate(hyper):
+            for name, value in zip(self._names, values, strict=True):
+                states.checked(f"{name!r} of group {g} in the state", following.examine, name, value, clock)
         more = {"state": own, "param_groups": new, "_skipped": skipped, "_clock": clock, "_observed": observed}
         halves = any("master" in entries for entries in own.values() if isinstance(entries, dict))
         averaging = bool(along.get("averaging")) and self._average is not None and not halves
@@ -994,7 +1008,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         for plateau, known in state.get("_observed", ()):
             observed.put(plateau, known)
         self._start(state.get("_clock", 0), state.get("_skipped", 0), observed)
-        self._training = training
+        self._training, self._is_built = training, True
 
 
 @contextlib.contextmanager
