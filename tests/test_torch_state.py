@@ -274,6 +274,40 @@ def test_hooks_of_states():
     assert opt.param_groups[0]["lr"] == opt.state["rate"] == 0.002
 
 
+def test_hooks_use_the_optimizer():
+    """They are called before a state is saved or loaded and after it, not meanwhile."""
+    runs = []
+    for module in (fastlr.torch, torch.optim):
+        params, seen = parameters(), []
+        opt = module.Adam(params, lr=0.1)
+        other = copy.deepcopy(opt.state_dict())
+
+        def look(opt, *_, seen=seen):
+            if None not in seen:  # it is called by its own call as well
+                seen.append(None)
+                seen[-1] = len(opt.state_dict()["state"])
+
+        def go_on(opt, *_, params=params):
+            set_gradients(params, seed=2)
+            opt.step()
+
+        set_gradients(params, seed=0)
+        opt.step()
+        state = copy.deepcopy(opt.state_dict())
+        opt.register_state_dict_pre_hook(look)
+        opt.register_state_dict_post_hook(look)
+        opt.register_load_state_dict_pre_hook(go_on)
+        opt.register_load_state_dict_post_hook(look)
+        opt.state_dict()
+        opt.load_state_dict(other)
+        opt.step()
+        with pytest.raises(ValueError):
+            opt.load_state_dict({**state, "param_groups": []})
+        runs.append((params, seen))
+    assert runs[0][1] == runs[1][1] == [3, 3, 0]
+    assert_close(runs[0][0], runs[1][0])
+
+
 class Lookahead:
     """A wrapper that keeps slow weights in the state of the optimizer that it wraps, as timm's does."""
 

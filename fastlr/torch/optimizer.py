@@ -804,15 +804,29 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
 
     # Saving and copying
 
-    @exclusive
     def state_dict(self) -> dict[str, Any]:
         """The state in the form of `torch.optim`, which the counterpart there loads.
 
         A hyperparameter that follows a fastlr schedule is there with its number for the next step, where PyTorch looks
-        for it, and the schedule beside it. The tensors are those of the optimizer, not copies, as in PyTorch.
+        for it, and the schedule beside it. The tensors are those of the optimizer, not copies, as in PyTorch. Hooks
+        are called before and after, and may use the optimizer.
         """
+        for hook in tuple(self._optimizer_state_dict_pre_hooks.values()):
+            hook(self)
+        out = self._whole_state()
+        for hook in tuple(self._optimizer_state_dict_post_hooks.values()):
+            changed = hook(self, out)
+            out = out if changed is None else changed
+        return out
+
+    @exclusive
+    def _whole_state(self) -> dict[str, Any]:
+        """What `state_dict` returns, without hooks."""
         self._save_counts()
-        out: dict[str, Any] = super().state_dict()
+        plain = object.__new__(torch.optim.Optimizer)  # PyTorch's own part, without hooks
+        plain.state, plain.param_groups = self.state, self.param_groups
+        plain._optimizer_state_dict_pre_hooks = plain._optimizer_state_dict_post_hooks = {}
+        out: dict[str, Any] = torch.optim.Optimizer.state_dict(plain)
         if not _starts_with_state(self._theirs):  # a first update is still to come, as if there were no state
             known = {name for engine in self._engines or () for one in engine.entries[:1] for name in one}
             kept = {k: _without_new(v, known) for k, v in out["state"].items()}
@@ -841,34 +855,35 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         out["param_groups"][0].update({name: value for name, value in along.items() if value})
         return out
 
-    @exclusive
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over a state, of this optimizer or of its counterpart in `torch.optim`.
 
         Hyperparameters come from the state, as in PyTorch; those that PyTorch does not know stay as they are, and so
-        does a fastlr schedule that a state from PyTorch knows nothing about.
+        does a fastlr schedule that a state from PyTorch knows nothing about. Hooks are called before and after, and
+        may use the optimizer.
 
         Raises:
             ValueError: if it is of other parameters or of another optimizer; then nothing is changed.
         """
-
-        def hold(_: Any, final: dict[str, Any]) -> dict[str, Any]:  # the last hook: what all others have made of it
-            with _as_value_errors():
-                self._loaded = self._read(final)
-            ids = itertools.count()
-            return {
-                "state": {},
-                "param_groups": [{"params": [next(ids) for _ in g["params"]]} for g in self.param_groups],
-            }
-
         if not isinstance(state_dict, Mapping):
             raise ValueError(f"the state of an optimizer is a dict, got a {type(state_dict).__name__}.")
-        handle = self.register_load_state_dict_pre_hook(hold)
+        final: Any = dict(state_dict)
+        for hook in tuple(self._optimizer_load_state_dict_pre_hooks.values()):
+            changed = hook(self, final)
+            final = final if changed is None else changed
+        self._take_state(final)
+        for hook in tuple(self._optimizer_load_state_dict_post_hooks.values()):
+            hook(self)
+
+    @exclusive
+    def _take_state(self, saved: Any) -> None:
+        """Take over a state as the hooks have left it, whole or not at all."""
         try:
-            super().load_state_dict(dict(state_dict))
+            with _as_value_errors():
+                self._loaded = loaded = self._read(saved)
+            self.__setstate__({name: loaded[name] for name in ("state", "param_groups")})
         finally:
             self._loaded = None
-            handle.remove()
 
     def _read(self, saved: Any) -> dict[str, Any]:
         """Check a state whole, and make what is to be set to go on from it.
