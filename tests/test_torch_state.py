@@ -169,6 +169,8 @@ def test_a_changed_state_that_cannot_be_used_is_refused():
     for name, value, message in (
         ("exp_avg", torch.ones(2), "'exp_avg' of parameter '0' has shape (2,) in the state, the parameter (3, 2)."),
         ("exp_avg", 1.0, "'exp_avg' of parameter '0' must be a tensor, got a float."),
+        ("exp_avg", [1, 2], "'exp_avg' of parameter '0' must be a tensor, got a list."),
+        ("step", [1, 2], "'step' of parameter '0' must be a number, got a list."),
         ("exp_avg", torch.ones(3, 2, dtype=torch.int64), "'exp_avg' of parameter '0' is int64"),
         ("step", torch.tensor(-1.0), "'step' of parameter '0' must be a whole number from 0 on, got -1."),
         ("step", 10**400, "'step' of parameter '0' must be finite, got inf."),
@@ -181,12 +183,75 @@ def test_a_changed_state_that_cannot_be_used_is_refused():
         assert message in str(raised.value)
         assert all(map(torch.equal, params, before))
         opt.state[params[0]][name] = kept
+    opt.state[params[0]]["step"] = [1, 2]
+    with pytest.raises(ValueError, match="'step' of a parameter must be a number, got a list"):
+        opt.state_dict()
+    opt.state[params[0]]["step"] = kept
     opt.state[params[1]] = 5
     with pytest.raises(ValueError, match="the state of parameter '1' must be a dict, got a int"):
         opt.step()
     del opt.state[params[1]]
     opt.step()
     assert [int(opt.state[p]["step"]) for p in params] == [2, 1, 2]
+
+
+@pytest.mark.usefixtures("finding")
+@pytest.mark.parametrize("name", ["Adam", "NAdam", "Adagrad", "ScheduleFreeAdamW"])
+def test_a_part_of_a_state_that_is_missing_is_refused(name):
+    """PyTorch raises KeyError; what is missing whole starts anew, there as here."""
+    params = parameters()
+    opt = getattr(fastlr.torch, name)(params, lr=0.1)
+    set_gradients(params, seed=0)
+    opt.step()
+    entries = opt.state[params[0]]
+    entries["slow"] = 1.0  # of somebody else
+    for missing in [entry for entry in entries if entry != "slow"]:
+        before, kept = [p.detach().clone() for p in params], entries.pop(missing)
+        with pytest.raises(ValueError, match=rf"parameter '0' has no '{missing}' in the state any more, only .*\(p\)"):
+            opt.step()
+        assert all(map(torch.equal, params, before))
+        entries[missing] = None
+        with pytest.raises(ValueError, match=rf"parameter '0' has no '{missing}' in the state any more"):
+            opt.step()
+        entries[missing] = kept
+    opt.step()
+    assert [int(opt.state[p]["step"]) for p in params] == [2, 2, 2]
+    for entry in [*entries]:
+        if entry != "slow":
+            del entries[entry]
+    opt.step()
+    assert [int(opt.state[p]["step"]) for p in params] == [1, 3, 3] and entries["slow"] == 1.0
+
+
+@pytest.mark.parametrize("how", ["deleted", "None", "replaced"])
+def test_momentum_that_is_missing_starts_anew(how):
+    """As in PyTorch, whose SGD keeps no count."""
+    runs = []
+    for module in (fastlr.torch, torch.optim):
+        params = parameters()
+        opt = module.SGD(params, lr=0.1, momentum=0.9)
+        for k in range(6):
+            set_gradients(params, seed=k)
+            if k == 3 and how == "deleted":
+                del opt.state[params[0]]["momentum_buffer"]
+            elif k == 3 and how == "None":
+                opt.state[params[0]]["momentum_buffer"] = None
+            elif k == 3:
+                opt.state[params[0]] = {"momentum_buffer": torch.ones_like(params[0])}
+            opt.step()
+        runs.append(params)
+    assert_close(*runs)
+
+
+def test_a_group_that_needs_more_state_starts_with_it():
+    a, b = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
+    opt = fastlr.torch.SGD([a], lr=1.0)
+    a.grad = b.grad = torch.ones(2)
+    opt.step()
+    opt.add_param_group({"params": [b], "momentum": 0.5})
+    opt.step()
+    opt.step()
+    assert (a[0].item(), b[0].item()) == (-3.0, -2.5)
 
 
 # What others keep there

@@ -363,6 +363,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         return Shown(
             {k: v for one in every for k, v in one.addresses.items()},
             {k: v for one in every for k, v in one.updates.items()},
+            {k: v for one in every for k, v in one.names.items()},
         )
 
     def _build(self) -> list[Engine]:
@@ -1071,7 +1072,7 @@ def _is_new(called: str, entries: Mapping[str, Any]) -> bool:
 
 def _without_new(entries: Any, known: set[str]) -> Any:
     """What to save of the state of a parameter: if it has not been updated yet, only what others keep there."""
-    if not isinstance(entries, dict) or "step" not in entries or float(entries["step"]) != 0:
+    if not isinstance(entries, dict) or "step" not in entries or states.number("a parameter", "step", entries["step"]):
         return entries
     return {name: value for name, value in entries.items() if name not in known}
 
