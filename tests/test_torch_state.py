@@ -1102,3 +1102,21 @@ def test_a_schedule_that_does_not_fit_is_refused(name, how):
             opt.step()
         runs.append(params)
     assert_close(*runs, 0.0)
+
+
+@pytest.mark.parametrize("kind", ["one dtype", "two dtypes", "chunks"])
+def test_an_interrupted_step_that_was_made_is_counted(kind, monkeypatch):
+    params, opt = KINDS[kind]()
+    run = fastlr.Optimizer._run
+
+    def interrupted(self, *args):
+        run(self, *args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fastlr.Optimizer._run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            opt.step()
+    counts = [int(opt.state[p]["step"]) for p in params]
+    opt.step()
+    assert counts[0] == 3 and [int(opt.state[p]["step"]) for p in params] == [n + 1 for n in counts]

@@ -590,8 +590,10 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         if len(engines) == 1 and not self._outside and engines[0].has_gradients:  # the usual case, fast
             (engine,) = engines
             (part,) = engine.prepare(scale)
-            self.info = engine.run(part)
-            engine.done()
+            try:
+                self.info = engine.run(part)
+            finally:  # a step that was interrupted may have been made
+                engine.done()
             self._show_numbers()
             return
         parts: list[tuple[Engine, Any]] = []
