@@ -181,8 +181,8 @@ class Groups(Mapping[str, Group]):
         changed: those that were set since somebody last emptied it.
         listener: called after one was set.
         users: those of the optimizer, who keep others out.
-        examine: a weak reference to what refuses schedules that do not fit the optimizer, as
-            `examine(label, name, value)`.
+        examine: a weak reference to what refuses values that do not fit the optimizer, as
+            `examine(label, name, value, several)`: whether groups have values of their own for it; None: do not ask.
         configuration: for each leaf, the index of its configuration: leaves that match the same patterns share one.
 
     Raises:
@@ -203,7 +203,7 @@ class Groups(Mapping[str, Group]):
         self.changed: set[str] = set()
         self.users: Users = {}
         self.listener: Callable[[], None] | None = None
-        self.examine: Callable[[], Callable[[str, str, Any], None] | None] | None = None
+        self.examine: Callable[[], Callable[[str, str, Any, bool | None], None] | None] | None = None
         self.names = (*values, "frozen")
         self.defaults = Group(self, "", paths)
         self.defaults._values.update(values, frozen=False)
@@ -240,21 +240,36 @@ class Groups(Mapping[str, Group]):
         """Number of patterns."""
         return len(self._groups)
 
-    def set(self, group: Group, name: str, value: Any) -> None:
-        """Check and set one hyperparameter of a group; what is refused leaves the old value."""
+    def set(self, group: Group, name: str, value: Any, alone: bool = True) -> None:
+        """Check and set one hyperparameter of a group; what is refused leaves the old value.
+
+        Args:
+            group: the group.
+            name: of the hyperparameter.
+            value: what the user gave.
+            alone: whether it has to fit the others as they are now; False: the next step sees whether they all do.
+        """
+        token = enter(self.users)  # noqa: F841  (a frame that holds it is what shows that the call is in)
+        try:
+            self.enter_value(group, name, value, alone)
+        finally:
+            self.users.clear()
+
+    def enter_value(self, group: Group, name: str, value: Any, alone: bool = True) -> None:
+        """As `set`, for a caller who keeps others out: a user's number can do anything while it is read."""
         where = f"groups[{group.pattern!r}]: " if group.pattern else ""
         checks.hyperparameters(f"{where}hyperparameter", [name], self.names)
         like = self.defaults._values[name]
         checked = "ema" if name == "ema_decay" else name
         made = hyperparameter(checked, value, like, self._population, where)
-        token = enter(self.users)  # noqa: F841  (a frame that holds it is what shows that the call is in)
         before = dict(group._values)
+        several = any(name in other._values for other in self._groups.values())
         try:
             self.changed.add(name)  # first: an interrupt in between must not leave a value that nobody takes over
             group._values[name] = made
             examine = self.examine() if self.examine is not None else None
-            if examine is not None and _follows(made):
-                examine(f"{where}{name}", checked, made)
+            if examine is not None and (alone or _follows(made)):
+                examine(f"{where}{name}", checked, made, several if alone else None)
             if self.listener is not None:
                 self.listener()
         except BaseException:
@@ -263,8 +278,6 @@ class Groups(Mapping[str, Group]):
             else:
                 group._values.pop(name, None)
             raise
-        finally:
-            self.users.clear()
 
     def schedules(self) -> Iterator[tuple[str, Schedule]]:
         """The schedules among the values that were set, each with what it is for."""
