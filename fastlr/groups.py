@@ -150,11 +150,13 @@ class Group:
 
     def __getattr__(self, name: str) -> Any:
         """A hyperparameter."""
-        if name in self._values:
-            return self._values[name]
-        if name in self._owner.defaults._values:
-            return self._owner.defaults._values[name]
-        raise AttributeError(f"group {self.pattern!r} has no {name!r}; it has {', '.join(self._owner.names)}")
+        owner = self._owner.current()
+        values, defaults = owner.like(self)._values, owner.defaults._values
+        if name in values:
+            return values[name]
+        if name in defaults:
+            return defaults[name]
+        raise AttributeError(f"group {self.pattern!r} has no {name!r}; it has {', '.join(owner.names)}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set a hyperparameter; the next step uses it."""
@@ -162,7 +164,11 @@ class Group:
 
     def __repr__(self) -> str:
         """The pattern and what it overrides."""
-        values = ", ".join(f"{k}={v!r}" for k, v in self._values.items())
+        try:
+            now = self._owner.current().like(self)
+        except RuntimeError:
+            return f"Group({self.pattern!r}: no longer there)"
+        values = ", ".join(f"{k}={v!r}" for k, v in now._values.items())
         return f"Group({self.pattern!r}: {values or 'nothing overridden'})"
 
 
@@ -240,6 +246,26 @@ class Groups(Mapping[str, Group]):
         """Number of patterns."""
         return len(self._groups)
 
+    def current(self) -> Groups:
+        """Those that the optimizer has now: loading, restoring and rebuilding exchange them."""
+        examine = self.examine() if self.examine is not None else None
+        if examine is None:
+            return self
+        now: Groups = examine.__self__._hyper  # type: ignore[attr-defined]
+        return now
+
+    def like(self, group: Group) -> Group:
+        """The group here that has the pattern of another one.
+
+        Raises:
+            RuntimeError: if there is none.
+        """
+        if group._owner is self:
+            return group
+        if group.pattern not in {"", *self._groups}:
+            raise RuntimeError(f"there is no group {group.pattern!r} any more: what was loaded has other groups.")
+        return self._groups[group.pattern] if group.pattern else self.defaults
+
     def set(self, group: Group, name: str, value: Any, alone: bool = True) -> None:
         """Check and set one hyperparameter of a group; what is refused leaves the old value.
 
@@ -251,7 +277,8 @@ class Groups(Mapping[str, Group]):
         """
         token = enter(self.users)  # noqa: F841  (a frame that holds it is what shows that the call is in)
         try:
-            self.enter_value(group, name, value, alone)
+            now = self.current()
+            now.enter_value(now.like(group), name, value, alone)
         finally:
             self.users.clear()
 

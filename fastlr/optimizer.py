@@ -335,6 +335,11 @@ class Optimizer:
         """The value at which a state of a group starts; for subclasses."""
         return float(self._source.defaults[name])
 
+    @property
+    def _scalars_can_be_nan(self) -> bool:
+        """Whether states of a group can be NaN: from gradients that were, or in a rule of the user's; others overflow."""
+        return self._source.sums_anything or not hasattr(type(self), "_rule")
+
     def _allocate(self, letters: Sequence[str], external: Mapping[str, Any]) -> None:
         """The columns beside parameters and gradients, and what finds the gradients."""
         parameters = self._params

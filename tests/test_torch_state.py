@@ -941,3 +941,15 @@ def test_the_state_of_an_adam_does_not_change_how_an_adamw_decays():
         opt.load_state_dict(theirs.state_dict())
     assert opt.param_groups[0]["decoupled_weight_decay"] is True
     fastlr.torch.AdamW([p], decoupled_weight_decay=False).load_state_dict(theirs.state_dict())
+
+
+@pytest.mark.parametrize("make", [fastlr.torch.ScheduleFreeSGD, fastlr.torch.ScheduleFreeAdamW, fastlr.torch.DoG])
+def test_its_own_state_loads_after_an_overflow(make):
+    params = parameters()
+    opt = make(params, lr=1e308)
+    for k in range(3):
+        set_gradients(params, seed=k)
+        opt.step()
+    opt.load_state_dict(opt.state_dict())
+    set_gradients(params, seed=3)
+    opt.step()

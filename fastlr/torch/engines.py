@@ -203,7 +203,8 @@ class Engine:
             counts.skipped[k] = states.count(leaf.called, "skipped", entries.get("skipped", 0))
             for j, name in enumerate(rule.scalars):
                 if name in entries:
-                    counts.scalars[k, 0, j] = states.number(leaf.called, name, entries[name])
+                    found = states.number(leaf.called, name, entries[name], True, native._scalars_can_be_nan)
+                    counts.scalars[k, 0, j] = found
             for name, views in columns.items():
                 value = entries.get(name)
                 if value is None:
