@@ -337,7 +337,7 @@ class Optimizer:
 
     @property
     def _scalars_can_be_nan(self) -> bool:
-        """Whether states of a group can be NaN: from gradients that were, or in a rule of the user's; others overflow."""
+        """Whether states of a group can be NaN: after gradients that were, or in a rule of the user's."""
         return self._source.sums_anything or not hasattr(type(self), "_rule")
 
     def _allocate(self, letters: Sequence[str], external: Mapping[str, Any]) -> None:
@@ -560,7 +560,11 @@ class Optimizer:
                 can only be set in one after another, so the next step sees whether it is. None: others are going to
                 be set as well, so it sees whether all fit.
         """
-        if several is not None and name != "frozen" and (name != "lr" or self._staged is None or "lr" in self._staged.common):
+        if (
+            several is not None
+            and name != "frozen"
+            and (name != "lr" or self._staged is None or "lr" in self._staged.common)
+        ):
             try:
                 self._check_states(self._stage(self._unscaled))
             except _UnequalError:
