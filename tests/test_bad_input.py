@@ -196,6 +196,20 @@ def test_nothing_to_accumulate():
         opt.accumulate(np.ones(2))
 
 
+def test_gradients_of_a_part():
+    opt = fastlr.SGD({"w": np.ones(2), "b": np.ones(3)}, lr=1.0, backend="numpy")
+    message = (
+        "missing b. Pass one gradient per parameter. Where there is none, also beside only=, pass None in its place."
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        opt.step({"w": np.ones(2)}, only="w")
+    assert opt.step({"w": np.ones(2), "b": None}, only="w").step == 1
+    with pytest.raises(
+        ValueError, match=re.escape("ema_out does not have the structure of params: missing b. Pass the same")
+    ):
+        fastlr.SGD({"w": np.ones(2), "b": np.ones(3)}, ema=0.9, ema_out={"w": np.ones(2)})
+
+
 def nested(depth, leaf):
     for _ in range(depth):
         leaf = [leaf]
