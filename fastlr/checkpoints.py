@@ -328,9 +328,8 @@ def _counts(opt: Optimizer, saved: Mapping[str, Any], steps: int, array: Callabl
     scalars = np.zeros((*shape, len(opt._source.scalars)))
     for k, name in enumerate(opt._source.scalars):
         scalars[..., k] = array(name, shape, np.float64)[order]
-        # What follows from gradients can be NaN after they were.
-        if not np.isfinite(scalars[..., k]).all() and not opt._source.sums_anything:
-            raise ValueError(f"{name!r} in the state must be finite.")
+        if np.isnan(scalars[..., k]).any() and not opt._scalars_can_be_nan:
+            raise ValueError(f"{name!r} in the state must not be NaN.")
     return Counts(counted["step"], counted["clock"], counted["skipped"], scalars, steps)
 
 

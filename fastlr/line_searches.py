@@ -282,6 +282,7 @@ def _search(
         raise
 
 
+@checks.answered
 def line_search(
     fun: Callable[[Any], Any],
     params: Any,
@@ -413,6 +414,7 @@ class LBFGS:
 
     _unsettled = None  # nothing remains to be done after a call, see `exclusive`
 
+    @checks.answered_as("LBFGS")
     def __init__(
         self,
         params: Any,
@@ -536,6 +538,7 @@ class LBFGS:
         norm = math.sqrt(vectors.dot(flat.g, flat.g, flat.threads))
         return memory, LBFGSInfo(memory.steps, found.loss, norm, found.step, evaluations, True, found.message)
 
+    @checks.answered
     def minimize(
         self,
         fun: Callable[[Any], Any],

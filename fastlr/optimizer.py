@@ -85,6 +85,10 @@ class _Filled:
         self._place.fill(self._array[part], value)
 
 
+class _UnequalError(ValueError):
+    """A hyperparameter that has to be the same in all groups is not."""
+
+
 class StepOptions(TypedDict, total=False):
     """What every optimizer takes; see `Optimizer`."""
 
@@ -194,6 +198,7 @@ class Optimizer:
     _rule: ClassVar[Rule]
     _states: ClassVar[Mapping[str, str]] = {}  # the rule's letter -> the name in the API
     _spelling: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    _related: ClassVar[tuple[str, ...]] = ()  # the hyperparameters that `_check_settings` looks at
 
     lr: float | np.ndarray
     weight_decay: float | np.ndarray
@@ -298,7 +303,7 @@ class Optimizer:
         self._put(_hyper=Groups(values, groups, self._params.paths, self._params.population, self._spelling))
         flags = {n for n, v in values.items() if isinstance(v, bool)}
         tested = {spelled.get(n, n) for n in rule.switches | _BEFORE.switches}
-        self._put(_structural={*flags, *tested, *checks.OPTIONAL, "ema_decay"}, _epoch=_threads.epoch)
+        self._put(_structural={*flags, *tested, *self._related, *checks.OPTIONAL, "ema_decay"}, _epoch=_threads.epoch)
         self._put(_unscaled=loss_scale is not None, _grad_scale=1.0, _partition=None)
         self._put(_accumulated=None, _adding={}, _observed=Remembered())
         own = {"ema": ema_out, "lr_scale": lr_scale, "shadow": shadow_out}
@@ -330,6 +335,11 @@ class Optimizer:
         """The value at which a state of a group starts; for subclasses."""
         return float(self._source.defaults[name])
 
+    @property
+    def _scalars_can_be_nan(self) -> bool:
+        """Whether states of a group can be NaN: after gradients that were, or in a rule of the user's."""
+        return self._source.sums_anything or not hasattr(type(self), "_rule")
+
     def _allocate(self, letters: Sequence[str], external: Mapping[str, Any]) -> None:
         """The columns beside parameters and gradients, and what finds the gradients."""
         parameters = self._params
@@ -359,7 +369,7 @@ class Optimizer:
         self._put(_columns=columns, _gradients=gradients, _addressed=addressed)
 
     def _check_settings(self, uniforms: list[dict[str, Any]]) -> None:
-        """What one hyperparameter demands of another, in each configuration; for subclasses."""
+        """What one hyperparameter demands of another, in each configuration; for subclasses, see `_related`."""
 
     def _attach(self, loss_scale: LossScale, parameters: Parameters) -> None:
         """Make a loss scale this optimizer's own."""
@@ -414,7 +424,7 @@ class Optimizer:
             staged = self._source.stage(static, before=_BEFORE, after=_AFTER, on=frozenset(on))
         except RuleError as error:  # when the rule was made, its flags had one value at a time
             flags = [n for n, v in uniforms[0].items() if isinstance(v, bool) and n != "frozen" and n not in static]
-            raise ValueError(f"{', '.join(flags)} must be the same in all groups: {error}") from error
+            raise _UnequalError(f"{', '.join(flags)} must be the same in all groups: {error}") from error
         self._check_common(staged, uniforms)
         return staged
 
@@ -426,7 +436,7 @@ class Optimizer:
             for other in (u[name] for u in uniforms):
                 if other is not first and not np.array_equal(other, first):
                     one = ", ".join(n for n, scope in zip(staged.scalars, staged.shared, strict=True) if scope == "all")
-                    raise ValueError(
+                    raise _UnequalError(
                         f"{labels.get(name, name)} must be the same in all groups, got {checks.shown(first)} and "
                         f"{checks.shown(other)}: it enters {one} of rule {staged.name!r}, which is one for all "
                         "parameters."
@@ -539,10 +549,27 @@ class Optimizer:
                 "Choose at the start whether a state is there: build a new optimizer."
             )
 
-    def _examine(self, label: str, name: str, value: Any) -> None:
-        """Refuse schedules that were set but do not fit: in what they demand, or in their value for the next step."""
-        if name in self._structural:
-            self._check_states(self._stage(self._unscaled))
+    def _examine(self, label: str, name: str, value: Any, several: bool | None) -> None:
+        """Refuse a value that was set but does not fit the others, or a schedule whose value for the next step is bad.
+
+        Args:
+            label: what the user calls it.
+            name: whose range holds.
+            value: what was set.
+            several: whether other groups have values of their own for it. One that has to be the same in all of them
+                can only be set in one after another, so the next step sees whether it is. None: others are going to
+                be set as well, so it sees whether all fit.
+        """
+        if (
+            several is not None
+            and name != "frozen"
+            and (name != "lr" or self._staged is None or "lr" in self._staged.common)
+        ):
+            try:
+                self._check_states(self._stage(self._unscaled))
+            except _UnequalError:
+                if not several:
+                    raise
         rows = self._rows
         if isinstance(rows, DeviceRows) and not rows.host_knows:
             return  # the host does not know which step is next, and would have to wait for the GPU
@@ -995,7 +1022,12 @@ class Optimizer:
                 f"{type(self).__name__} has no hyperparameter {name!r} to set; "
                 f"there are {', '.join(self._hyper.names)}."
             )
-        setattr(self.groups.defaults, name, value)
+        token = enter(self._users)  # noqa: F841  (before the groups are read: a call in between may exchange them)
+        try:
+            hyper = self.groups
+            hyper.enter_value(hyper.defaults, name, value)
+        finally:
+            self._users.clear()
 
     def _push_settings(self) -> None:
         """Let graphs that have been captured see a hyperparameter that was set."""

@@ -1120,3 +1120,15 @@ def test_an_interrupted_step_that_was_made_is_counted(kind, monkeypatch):
     counts = [int(opt.state[p]["step"]) for p in params]
     opt.step()
     assert counts[0] == 3 and [int(opt.state[p]["step"]) for p in params] == [n + 1 for n in counts]
+
+
+@pytest.mark.parametrize("make", [fastlr.torch.ScheduleFreeSGD, fastlr.torch.ScheduleFreeAdamW, fastlr.torch.DoG])
+def test_its_own_state_loads_after_an_overflow(make):
+    params = parameters()
+    opt = make(params, lr=1e308)
+    for k in range(3):
+        set_gradients(params, seed=k)
+        opt.step()
+    opt.load_state_dict(opt.state_dict())
+    set_gradients(params, seed=3)
+    opt.step()

@@ -111,7 +111,7 @@ class Engine:
         first = as_arguments(dict(self._taken[self._members[0]] or ()))
         groups = overrides if several else None
         self.native = make(self._targets(paths), **first, **settings, **more, groups=groups)
-        self._group_of = {g: self.native.groups[f"{g}:*"] if several else self.native for g in self._members}
+        self._pattern_of = {g: f"{g}:*" if several else "" for g in self._members}
         self._strides = [p.stride() for p in self.params]
         self._sizes, self._in_rows = sizes, all(map(_is_contiguous, self.params))
         self._singles = [p for p in self.params if p.numel() == 1]
@@ -208,7 +208,8 @@ class Engine:
             counts.skipped[k] = states.count(leaf.called, "skipped", entries.get("skipped", 0))
             for j, name in enumerate(rule.scalars):
                 if name in entries:
-                    counts.scalars[k, 0, j] = states.number(leaf.called, name, entries[name])
+                    found = states.number(leaf.called, name, entries[name], True, native._scalars_can_be_nan)
+                    counts.scalars[k, 0, j] = found
             for name, views in columns.items():
                 value = entries.get(name)
                 if value is None:
@@ -343,12 +344,14 @@ class Engine:
         for g in self._members:
             if g not in hyper:
                 continue
+            groups, pattern = self.native.groups, self._pattern_of[g]
+            group = groups[pattern] if pattern else groups.defaults
             plain, before = self._plain(hyper[g]), self._taken[g]
             self._taken[g] = None  # until all have been taken over
             for k, (name, value) in enumerate(plain):
                 old = None if before is None else before[k][1]
                 if before is None or (value is not old and (isinstance(value, Schedule) or value != old)):
-                    setattr(self._group_of[g], name, value)
+                    groups.set(group, name, value, alone=False)
             self._taken[g] = plain
 
     def find(self) -> bool:

@@ -19,8 +19,15 @@ _UNCOUNTED = {"step", "momentum_buffer"}
 _MOST = 2**53  # up to which float64 knows every whole number
 
 
-def number(called: str, name: str, value: Any) -> float:
-    """A finite number in the state of a parameter: a number, or a tensor of one element.
+def number(called: str, name: str, value: Any, infinite: bool = False, nan: bool = False) -> float:
+    """A number in the state of a parameter: a number, or a tensor of one element.
+
+    Args:
+        called: what the parameter is called.
+        name: of the number.
+        value: what stands there.
+        infinite: whether it may be infinite.
+        nan: whether it may be NaN.
 
     Raises:
         ValueError: if it is something else.
@@ -32,9 +39,11 @@ def number(called: str, name: str, value: Any) -> float:
         one = one.item()
     if isinstance(one, bool | np.bool_) or not isinstance(one, int | float | np.integer | np.floating):
         raise ValueError(f"{name!r} of {called} must be a number, got a {type(value).__name__}.")
-    if not math.isfinite(float_of(one)):
-        raise ValueError(f"{name!r} of {called} must be finite, got {float_of(one)!r}.")
-    return float(one)
+    found = float_of(one)
+    if (math.isinf(found) and not infinite) or (math.isnan(found) and not nan):
+        wanted = "must not be NaN" if infinite else f"must be finite, got {found!r}"
+        raise ValueError(f"{name!r} of {called} {wanted}.")
+    return found
 
 
 def float_of(value: Any) -> float:
