@@ -228,9 +228,7 @@ def check(current: OptimizerState, state: Mapping[str, np.ndarray], hyperparamet
     return _check(current, _InMemory(state), hyperparameters, exact)
 
 
-def read(
-    current: OptimizerState, path: str | os.PathLike[str], hyperparameters: bool
-) -> tuple[Saved, dict[str, Any]]:
+def read(current: OptimizerState, path: str | os.PathLike[str], hyperparameters: bool) -> tuple[Saved, dict[str, Any]]:
     """Read a file and check it whole.
 
     Args:
@@ -350,9 +348,8 @@ def _counts(current: OptimizerState, saved: Mapping[str, Any], steps: int, array
     scalars = np.zeros((*shape, len(current.options.rule.scalars)))
     for k, name in enumerate(current.options.rule.scalars):
         scalars[..., k] = array(name, shape, np.float64)[order]
-        # What follows from gradients can be NaN after they were.
-        if not np.isfinite(scalars[..., k]).all() and not current.options.rule.sums_anything:
-            raise ValueError(f"{name!r} in the state must be finite.")
+        if np.isnan(scalars[..., k]).any() and not current.options.scalars_can_be_nan:
+            raise ValueError(f"{name!r} in the state must not be NaN.")
     return Counts(counted["step"], counted["clock"], counted["skipped"], scalars, steps)
 
 

@@ -150,11 +150,13 @@ class Group:
 
     def __getattr__(self, name: str) -> Any:
         """A hyperparameter."""
-        if name in self._values:
-            return self._values[name]
-        if name in self._owner.defaults._values:
-            return self._owner.defaults._values[name]
-        raise AttributeError(f"group {self.pattern!r} has no {name!r}; it has {', '.join(self._owner.names)}")
+        owner = self._owner.current()
+        values, defaults = owner.like(self)._values, owner.defaults._values
+        if name in values:
+            return values[name]
+        if name in defaults:
+            return defaults[name]
+        raise AttributeError(f"group {self.pattern!r} has no {name!r}; it has {', '.join(owner.names)}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set a hyperparameter; the next step uses it."""
@@ -162,7 +164,11 @@ class Group:
 
     def __repr__(self) -> str:
         """The pattern and what it overrides."""
-        values = ", ".join(f"{k}={v!r}" for k, v in self._values.items())
+        try:
+            now = self._owner.current().like(self)
+        except RuntimeError:
+            return f"Group({self.pattern!r}: no longer there)"
+        values = ", ".join(f"{k}={v!r}" for k, v in now._values.items())
         return f"Group({self.pattern!r}: {values or 'nothing overridden'})"
 
 
@@ -181,8 +187,9 @@ class Groups(Mapping[str, Group]):
         version: grows whenever one is set.
         listener: called after one was set.
         users: those of the optimizer, who keep others out.
-        examine: a weak reference to what refuses schedules that do not fit the optimizer, as
-            `examine(label, name, value)`.
+        examine: a weak reference to what refuses values that do not fit the optimizer, as
+            `examine(label, name, value, several)`: whether groups have values of their own for it; None: do not ask.
+        successor: those that took the place of these in the optimizer, or None.
         configuration: for each leaf, the index of its configuration: leaves that match the same patterns share one.
 
     Raises:
@@ -203,8 +210,9 @@ class Groups(Mapping[str, Group]):
         self.version = 0
         self._set_in: dict[str, int] = {}  # the version in which each was set last
         self.users: Users = {}
+        self.successor: Groups | None = None
         self.listener: Callable[[], None] | None = None
-        self.examine: Callable[[], Callable[[str, str, Any], None] | None] | None = None
+        self.examine: Callable[[], Callable[[str, str, Any, bool | None], None] | None] | None = None
         self.names = (*values, "frozen")
         self.defaults = Group(self, "", paths)
         self.defaults._values.update(values, frozen=False)
@@ -241,21 +249,56 @@ class Groups(Mapping[str, Group]):
         """Number of patterns."""
         return len(self._groups)
 
-    def set(self, group: Group, name: str, value: Any) -> None:
-        """Check and set one hyperparameter of a group; what is refused leaves the old value."""
+    def current(self) -> Groups:
+        """Those that the optimizer has now: loading, restoring and rebuilding exchange them."""
+        now = self
+        while now.successor is not None:
+            now = now.successor
+        return now
+
+    def like(self, group: Group) -> Group:
+        """The group here that has the pattern of another one.
+
+        Raises:
+            RuntimeError: if there is none.
+        """
+        if group._owner is self:
+            return group
+        if group.pattern not in {"", *self._groups}:
+            raise RuntimeError(f"there is no group {group.pattern!r} any more: what was loaded has other groups.")
+        return self._groups[group.pattern] if group.pattern else self.defaults
+
+    def set(self, group: Group, name: str, value: Any, alone: bool = True) -> None:
+        """Check and set one hyperparameter of a group; what is refused leaves the old value.
+
+        Args:
+            group: the group.
+            name: of the hyperparameter.
+            value: what the user gave.
+            alone: whether it has to fit the others as they are now; False: the next step sees whether they all do.
+        """
+        token = enter(self.users)  # noqa: F841  (a frame that holds it is what shows that the call is in)
+        try:
+            now = self.current()
+            now.enter_value(now.like(group), name, value, alone)
+        finally:
+            self.users.clear()
+
+    def enter_value(self, group: Group, name: str, value: Any, alone: bool = True) -> None:
+        """As `set`, for a caller who keeps others out: a user's number can do anything while it is read."""
         where = f"groups[{group.pattern!r}]: " if group.pattern else ""
         checks.hyperparameters(f"{where}hyperparameter", [name], self.names)
         like = self.defaults._values[name]
         checked = "ema" if name == "ema_decay" else name
         made = hyperparameter(checked, value, like, self._population, where)
-        token = enter(self.users)  # noqa: F841  (a frame that holds it is what shows that the call is in)
         before = dict(group._values)
+        several = any(name in other._values for other in self._groups.values())
         try:
             self.touch(name)  # first: an interrupt in between must not leave a value that nobody takes over
             group._values[name] = made
             examine = self.examine() if self.examine is not None else None
-            if examine is not None and _follows(made):
-                examine(f"{where}{name}", checked, made)
+            if examine is not None and (alone or _follows(made)):
+                examine(f"{where}{name}", checked, made, several if alone else None)
             if self.listener is not None:
                 self.listener()
         except BaseException:
@@ -264,8 +307,6 @@ class Groups(Mapping[str, Group]):
             else:
                 group._values.pop(name, None)
             raise
-        finally:
-            self.users.clear()
 
     def touch(self, name: str) -> None:
         """Let the next step take over a hyperparameter again."""

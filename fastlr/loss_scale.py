@@ -56,6 +56,7 @@ class LossScale:
         (False, 512.0, [0.0, 0.5])
     """
 
+    @checks.answered_as("LossScale")
     def __init__(
         self,
         init: float = 2.0**16,

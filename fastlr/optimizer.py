@@ -162,6 +162,7 @@ class Optimizer(Exclusive):
     _rule: ClassVar[Rule]
     _states: ClassVar[Mapping[str, str]] = {}  # the rule's letter -> the name in the API
     _spelling: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    _related: ClassVar[tuple[str, ...]] = ()  # the hyperparameters that `_check_settings` looks at
 
     lr: float | np.ndarray
     weight_decay: float | np.ndarray
@@ -270,7 +271,7 @@ class Optimizer(Exclusive):
             starts=self._starts(),
             check=self._check_settings,
             spelling=self._spelling,
-            structural=frozenset({*flags, *tested, *checks.OPTIONAL, "ema_decay"}),
+            structural=frozenset({*flags, *tested, *self._related, *checks.OPTIONAL, "ema_decay"}),
             scope=scope,
             skip_nonfinite=skip_nonfinite,
             loss_scaled=loss_scale is not None,
@@ -283,6 +284,7 @@ class Optimizer(Exclusive):
             capturable=capturable,
             backend=backend,
             per_element=lr_scale is not None,
+            is_users_rule=not hasattr(type(self), "_rule"),
         )
         own = {"ema": ema_out, "lr_scale": lr_scale, "shadow": shadow_out}
         external = {name: tree for name, tree in own.items() if tree is not None}
@@ -292,6 +294,15 @@ class Optimizer(Exclusive):
         self._stepper = Stepper(state, program, _accumulation(state))
         self._own(state)
         self._own_groups(hyper)
+
+    def _replacement(self, stepper: Stepper) -> list[tuple[Any, Any, Any]]:
+        """What to write to go on with another stepper over the same parameters, see `atomic.commit`."""
+        groups, before = stepper.state.groups, self._stepper.state.groups
+        writes: list[tuple[Any, Any, Any]] = [(self.__dict__, "_stepper", stepper)]
+        if groups is not before:
+            self._own_groups(groups)
+            writes.append((before.__dict__, "successor", groups))
+        return writes
 
     def _own(self, state: OptimizerState) -> None:
         """Make the loss scale of a state this optimizer's."""
@@ -311,7 +322,7 @@ class Optimizer(Exclusive):
 
     @classmethod
     def _check_settings(cls, uniforms: Sequence[Mapping[str, Any]]) -> None:
-        """What one hyperparameter demands of another, in each configuration; for subclasses."""
+        """What one hyperparameter demands of another, in each configuration; for subclasses, see `_related`."""
 
     # The step
 
@@ -464,11 +475,16 @@ class Optimizer(Exclusive):
             raise AttributeError(
                 f"{type(self).__name__} has no hyperparameter {name!r} to set; there are {', '.join(names)}."
             )
-        setattr(self.groups.defaults, name, value)
+        token = enter(self._users)  # noqa: F841  (before the groups are read: a call in between may exchange them)
+        try:
+            hyper = self.groups
+            hyper.enter_value(hyper.defaults, name, value)
+        finally:
+            self._users.clear()
 
-    def _examine(self, label: str, name: str, value: Any) -> None:
-        """Refuse schedules that were set but do not fit."""
-        self._stepper.examine(label, name, value)
+    def _examine(self, label: str, name: str, value: Any, several: bool | None) -> None:
+        """Refuse a value that was set but does not fit; see `Stepper.examine`."""
+        self._stepper.examine(label, name, value, several)
 
     def _push_settings(self) -> None:
         """Let graphs that have been captured see a hyperparameter that was set."""
@@ -676,12 +692,10 @@ class Optimizer(Exclusive):
         new = stepper.resumed(state, saved.counts, saved.from_file)
         state.gradients.check_given()
         if not state.backend.on_device:
-            self._own_groups(new.state.groups)
-            commit([*checkpoints.writes(state, saved), (self.__dict__, "_stepper", new)])
+            commit([*checkpoints.writes(state, saved), *self._replacement(new)])
             return
         checkpoints.upload(state, saved)
-        self._own_groups(new.state.groups)
-        self._stepper = stepper.succeeded_by(new)
+        commit(self._replacement(stepper.succeeded_by(new)))
 
     @exclusive
     def snapshot(self) -> dict[str, np.ndarray]:
@@ -726,8 +740,8 @@ class Optimizer(Exclusive):
         stepper = Stepper(state, program, _accumulation(state))
         if state.loss_scale is not before.loss_scale:
             self._own(state)
-        self._stepper = stepper
         self._own_groups(state.groups)
+        self._stepper = stepper
 
     @exclusive
     def rebuild(
@@ -754,7 +768,9 @@ class Optimizer(Exclusive):
         external = {"ema": ema_out, "lr_scale": lr_scale, "shadow": shadow_out}
         after = before.rebuilt(params, external)
         self._stepper.warn_of_graphs()
+        groups = before.groups
         self._take(after)
+        groups.successor = after.groups
         return after.fresh(before)
 
 

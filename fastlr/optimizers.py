@@ -70,6 +70,7 @@ class SGD(Optimizer):
 
     _rule = Rule(rules.sgd)
     _states = {"b": "momentum_buffer"}
+    _related = ("momentum", "dampening", "nesterov")
 
     def __init__(
         self,

@@ -37,6 +37,7 @@ class Options:
     capturable: bool
     backend: str
     per_element: bool
+    is_users_rule: bool
 
     def starts_at(self, name: str) -> float:
         if name in self.starts:
@@ -45,6 +46,11 @@ class Options:
 
     def public_name(self, letter: str) -> str:
         return self.names.get(letter, letter)
+
+    @property
+    def scalars_can_be_nan(self) -> bool:
+        """Whether states of a group can be NaN: after gradients that were, or in a rule of the user's."""
+        return self.rule.sums_anything or self.is_users_rule
 
     def label(self, name: str) -> str:
         labels = {n: f"{k}[{i}]" for k, several in self.spelling.items() for i, n in enumerate(several)}

@@ -74,12 +74,12 @@ def parse(expression: str) -> Schedule:
                 if name not in known:
                     close = difflib.get_close_matches(name, known, n=1)
                     hint = f"; did you mean {close[0]}" if close else f"; there are {', '.join(sorted(known))}"
-                    refuse(node, f"calls {name}, which is no schedule{hint}")
+                    refuse(node, f"calls {shown(name)[1:-1]}, which is no schedule{hint}")
                 return call(known[name], node)
             case ast.Call(func=ast.Attribute(value=inner, attr=name)):
                 schedule = value(inner)
                 if not isinstance(schedule, Schedule) or name not in _METHODS:
-                    refuse(node, f"asks for {name!r}, which is not one of {', '.join(_METHODS)}")
+                    refuse(node, f"asks for {shown(name)}, which is not one of {', '.join(_METHODS)}")
                 return call(getattr(schedule, name), node)
         refuse(node, "cannot stand here")
 

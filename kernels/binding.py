@@ -188,8 +188,8 @@ class Stager:
         if len(results) != len(expected):
             self._fail(
                 rule.tree.body[-1],
-                f"returns {len(results)} values, expected {len(expected)}: the new p, then "
-                f"{', '.join(expected[1:]) or 'nothing'} in the order of the arguments",
+                f"returns {len(results)} value{'s' * (len(results) != 1)}, expected {len(expected)}: the new p"
+                + (f", then {', '.join(expected[1:])} in the order of the arguments" if expected[1:] else " alone"),
             )
         states = list(zip(rule.states, results[1:], strict=False))
         scalars = list(zip(rule.scalars, results[1 + len(rule.states) :], strict=True))
@@ -397,7 +397,7 @@ class Stager:
             body = body[1:]
         results = self._block(body)
         if results is None:
-            self._fail(function, "must end with a return")
+            self._fail(function, "must end with a return of the new p, then the new states")
         return results
 
     def _block(self, statements: list[ast.stmt]) -> list[Value] | None:
@@ -406,6 +406,8 @@ class Stager:
             match statement:
                 case ast.Return(value=ast.Tuple(elts=parts)):
                     return [self._value(x) for x in self._returned(statement, parts)]
+                case ast.Return(value=ast.List() | ast.Dict() | ast.Set()):
+                    self._fail(statement, "returns a container; return the new p and the new states, `return p, m`")
                 case ast.Return(value=ast.expr() as part):
                     return [self._value(x) for x in self._returned(statement, [part])]
                 case ast.Assign(targets=[ast.Name(id=name)], value=value):

@@ -44,6 +44,11 @@ class Source:
                 f"rule {self.name!r}, line {self.tree.lineno}: the first two arguments must be {expected}, "
                 f"got {', '.join(self.positional[:2]) or 'none'}."
             )
+        if "lr" in self.positional:
+            raise RuleError(
+                f"rule {self.name!r}, line {self.tree.lineno}: 'lr' stands before the *, where the states of each "
+                f"element are. Hyperparameters are keyword-only: def {self.name}(p, g, *, lr), with the states after g."
+            )
         self.states = self.positional[2:]
         self.scalars = self._scalars()
         given = {"t", "base_lr", *self.scalars}  # not set by the user

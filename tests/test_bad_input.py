@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import re
 
@@ -193,6 +194,20 @@ def test_nothing_to_accumulate():
         with pytest.raises(TypeError, match="accumulate needs gradients to add, got None"):
             opt.accumulate(None)
         opt.accumulate(np.ones(2))
+
+
+def test_gradients_of_a_part():
+    opt = fastlr.SGD({"w": np.ones(2), "b": np.ones(3)}, lr=1.0, backend="numpy")
+    message = (
+        "missing b. Pass one gradient per parameter. Where there is none, also beside only=, pass None in its place."
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        opt.step({"w": np.ones(2)}, only="w")
+    assert opt.step({"w": np.ones(2), "b": None}, only="w").step == 1
+    with pytest.raises(
+        ValueError, match=re.escape("ema_out does not have the structure of params: missing b. Pass the same")
+    ):
+        fastlr.SGD({"w": np.ones(2), "b": np.ones(3)}, ema=0.9, ema_out={"w": np.ones(2)})
 
 
 def nested(depth, leaf):
@@ -399,3 +414,64 @@ def test_arguments_that_other_libraries_have(make, settings, message):
         make(np.ones(3), **settings)
     with pytest.raises(TypeError, match="groups\\['\\*'\\]: " + expected):
         make(np.ones(3), groups={"*": settings})
+
+
+s = fastlr.schedules
+CALLED_OTHERWISE = [
+    (fastlr.LossScale, {"init_scale": 8.0}, "LossScale: argument 'init_scale' is not known here: use init=. There are"),
+    (fastlr.LossScale, {"growth_interval": 8}, "use interval="),
+    (fastlr.LossScale, {"growth_factor": 2.0}, "use growth="),
+    (fastlr.LossScale, {"backoff_factor": 0.5}, "use backoff="),
+    (fastlr.LossScale, {"enabled": True}, "leave it out: for none, build the optimizer without loss_scale="),
+    (s.Cosine, {"lr": 0.1, "T_max": 5}, "Cosine: argument 'T_max' is not known here: use steps=. There are lr, steps"),
+    (s.Cosine, {"lr": 0.1, "steps": 5, "eta_min": 0.0}, "use end="),
+    (s.Cosine, {"lr": 0.1, "steps": 5, "warmup_steps": 2}, "use the method, such as Constant(1e-3).warmup(500)"),
+    (s.Cosine, {"lr": 0.1, "steps": 5, "last_epoch": -1}, "leave it out: a schedule has no memory"),
+    (s.CosineRestarts, {"lr": 0.1, "T_0": 5, "T_mult": 2}, "use steps="),
+    (s.StepDecay, {"lr": 0.1, "step_size": 3}, "use every="),
+    (s.StepDecay, {"lr": 0.1, "every": 3, "gamma": 0.5}, "use factor="),
+    (s.StepDecay, {"lr": 0.1, "milestones": (3, 5)}, "use fastlr.schedules.MultiStep, or Piecewise"),
+    (s.MultiStep, {"lr": 0.1, "boundaries": (3, 5)}, "use milestones="),
+    (s.Exponential, {"lr": 0.1, "gamma": 0.5}, "use factor="),
+    (s.InverseTime, {"lr": 0.1, "decay_rate": 0.5}, "use decay="),
+    (s.Linear, {"init_value": 0.1, "end": 0.0, "steps": 5}, "use start="),
+    (s.Constant, {"lr": 0.1}, "use value="),
+    (s.OneCycle, {"max_lr": 0.1, "steps": 5}, "use lr="),
+    (s.OneCycle, {"lr": 0.1, "steps": 5, "pct_start": 0.3}, "use rise="),
+    (s.Cyclic, {"base_lr": 0.1, "high": 1.0, "up": 5}, "use low="),
+    (s.Cyclic, {"low": 0.1, "high": 1.0, "step_size_up": 5}, "use up="),
+    (s.Cyclic, {"low": 0.1, "high": 1.0, "step_size": 5}, "use every= of StepDecay, or up= and down= of Cyclic"),
+    (s.Plateau, {"schedule": 0.1, "min_lr": 0.0}, "use floor="),
+    (s.Constant(0.1).warmup, {"warmup_steps": 5}, "warmup: argument 'warmup_steps' is not known here: use steps="),
+    (s.Cosine, {"lr": 0.1, "steps": 5, "speed": 1}, "Cosine: argument 'speed' is not known; there are lr, steps, end."),
+    (fastlr.LBFGS, {"params": np.ones(2), "history_size": 5}, "LBFGS: argument 'history_size' is not known here: use"),
+    (fastlr.LBFGS, {"params": np.ones(2), "tolerance_grad": 1e-5}, "use grad_tolerance= of minimize"),
+    (fastlr.LBFGS, {"params": np.ones(2), "max_iter": 5}, "use max_steps= of minimize"),
+    (fastlr.LBFGS, {"params": np.ones(2), "lr": 1.0}, "leave it out: the line search finds how far to go"),
+    (fastlr.LBFGS(np.ones(2)).minimize, {"fun": max, "max_iter": 5}, "use max_steps="),
+    (fastlr.LBFGS(np.ones(2)).minimize, {"fun": max, "tolerance_grad": 1e-5}, "use grad_tolerance="),
+    (fastlr.LBFGS(np.ones(2)).minimize, {"fun": max, "tolerance_change": 1e-5}, "use loss_tolerance="),
+    (
+        fastlr.find_lr,
+        {"start_lr": 1e-5},
+        "find_lr: argument 'start_lr' is not known here: use low=. There are opt, fun,",
+    ),
+    (fastlr.find_lr, {"end_lr": 1.0}, "use high="),
+    (fastlr.find_lr, {"num_iter": 100}, "use steps="),
+    (fastlr.Adam, {"params": np.ones(2), "warmup_steps": 5}, "use lr= with a schedule, such as"),
+    (fastlr.Adam, {"params": np.ones(2), "step_size": 0.1}, "use lr="),
+]
+
+
+@pytest.mark.parametrize(("call", "arguments", "message"), CALLED_OTHERWISE)
+def test_arguments_of_functions_that_other_libraries_have(call, arguments, message):
+    with pytest.raises(TypeError, match=re.escape(message)):
+        call(**arguments)
+
+
+def test_functions_that_answer_are_still_those():
+    assert [*inspect.signature(s.Cosine).parameters] == ["lr", "steps", "end"]
+    assert [*inspect.signature(fastlr.find_lr).parameters][:3] == ["opt", "fun", "low"]
+    assert [*inspect.signature(fastlr.LossScale).parameters][:2] == ["init", "growth"]
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'steps'"):
+        s.Cosine(0.1)

@@ -11,7 +11,7 @@ import pytest
 
 import fastlr
 from fastlr.exclusive import enter
-from fastlr.schedules.base import Plateau
+from fastlr.schedules import Plateau
 
 N = 5
 G = np.ones(N)
@@ -326,3 +326,36 @@ def test_what_a_moved_optimizer_is_set_to_is_checked_by_itself():
     del first
     with pytest.raises(ValueError, match="lr must be non-negative"):
         second.lr = lambda n: -1.0
+
+
+class Meddling(float):
+    """A number that does something to the optimizer when it is read."""
+
+    def __new__(cls, value, action):
+        made = super().__new__(cls, value)
+        made.action = action
+        return made
+
+    def __float__(self):
+        self.action()
+        return 0.25
+
+
+@pytest.mark.parametrize("name", [n for n in CALLS if n not in ("lr", "group")])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_number_that_is_read_while_it_is_set_cannot_write_the_optimizer(name, grouped, tmp_path):
+    build().save(tmp_path / "b.npz")
+    opt, tries = build(lr=Plateau(1.0)), []
+
+    def action():
+        with pytest.raises(RuntimeError, match="this optimizer is in a step, or is being saved"):
+            CALLS[name](opt, tmp_path)
+        tries.append(name)
+
+    target = opt.groups["*"] if grouped else opt
+    target.lr = Meddling(0.5, action)
+    assert tries == [name]
+    target = opt.groups["*"] if grouped else opt
+    assert target.lr == 0.25
+    opt.step({"w": G})
+    assert opt.params["w"].tolist() == [-0.25] * N

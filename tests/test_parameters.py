@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import mmap
 import pickle
+import re
 from collections import OrderedDict, namedtuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from hypothesis.extra import numpy as hnp
 
 import fastlr
 from fastlr.kernels.sums import BLOCK
+from fastlr.schedules import Constant
 
 Layer = namedtuple("Layer", ["w", "b"])
 
@@ -500,17 +502,74 @@ def test_every_hyperparameter_can_change_between_steps(rng):
 
 
 def test_a_setting_that_would_need_another_state(rng):
-    p = np.ones(3)
-    opt = fastlr.SGD(p)
-    opt.step(np.ones(3))
-    before = p.copy()
-    opt.momentum = 0.9
-    with pytest.raises(ValueError, match=r"need other states than those that exist \(momentum_buffer\)"):
+    opt = fastlr.SGD(np.ones(3), backend="numpy")
+    for _ in range(2):  # before the first step and after it
+        with pytest.raises(ValueError, match=r"need other states than those that exist \(momentum_buffer\)"):
+            opt.momentum = 0.9
+        assert opt.momentum == 0.0
         opt.step(np.ones(3))
-    np.testing.assert_array_equal(p, before)
-    opt.momentum = 0.0
-    opt.step(np.ones(3))
     assert opt.steps == 2
+
+
+@fastlr.rule
+def signs(p, g):
+    """A rule without a rate."""
+    return p - 0.1 * np.sign(g)
+
+
+RELATED = [
+    (fastlr.SGD, {"momentum": 0.9, "nesterov": True}, "dampening", 0.5, "nesterov=True needs a momentum above 0"),
+    (fastlr.SGD, {"momentum": 0.9, "nesterov": True}, "momentum", 0.0, "nesterov=True needs a momentum above 0"),
+    (fastlr.SGD, {"momentum": 0.9, "nesterov": True}, "dampening", Constant(0.5), "a dampening of 0"),
+    (fastlr.SGD, {"momentum": 0.9, "dampening": 0.5}, "nesterov", True, "nesterov=True needs a momentum above 0"),
+    (fastlr.SGD, {"momentum": 0.9}, "momentum", 0.0, "need other states than those that exist"),
+    (fastlr.RMSprop, {}, "centered", True, "need other states than those that exist (grad_avg)"),
+    (fastlr.Adam, {}, "amsgrad", True, "need other states than those that exist (max_exp_avg_sq)"),
+    (fastlr.DoG, {}, "relative_distance", 0.5, "relative_distance must be the same in all groups"),
+    (fastlr.DoG, {}, "layerwise", True, "layerwise must be the same in all groups"),
+    (fastlr.Prodigy, {}, "betas", (0.9, 0.9), "betas[1] must be the same in all groups"),
+]
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize(("make", "settings", "name", "value", "message"), RELATED)
+def test_what_does_not_go_with_the_others_is_refused_where_it_is_set(
+    make, settings, name, value, message, grouped, steps
+):
+    if "other states" in message and grouped and value == 0.0:
+        return  # the other leaf still needs it
+    opt = make({"a": np.ones(2), "b": np.ones(3)}, **settings, groups={"b": {}}, backend="numpy")
+    if "in all groups" in message and not grouped:
+        setattr(opt, name, value)  # of all of them
+        opt.step({"a": np.ones(2), "b": np.ones(3)})
+        return
+    for _ in range(steps):
+        opt.step({"a": np.ones(2), "b": np.ones(3)})
+    target = opt.groups["b"] if grouped else opt
+    before = getattr(target, name)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        setattr(target, name, value)
+    assert getattr(target, name) == before and name not in opt.groups["b"]._values
+    opt.step({"a": np.ones(2), "b": np.ones(3)})
+    assert opt.steps == steps + 1
+
+
+def test_decoupled_decay_without_a_rate_is_refused_where_it_is_set():
+    opt = fastlr.Optimizer(np.ones(2), signs, weight_decay=0.1, backend="numpy")
+    with pytest.raises(ValueError, match="decoupled weight decay is in proportion to lr"):
+        opt.decoupled_weight_decay = True
+    assert opt.decoupled_weight_decay is False and opt.step(np.ones(2)).step == 1
+
+
+def test_what_has_to_be_the_same_is_set_in_one_group_after_another():
+    params = {"a": np.ones(2), "b": np.ones(3)}
+    opt = fastlr.Prodigy(params, groups={"b": {"betas": (0.8, 0.999)}}, backend="numpy")
+    opt.betas = (0.9, 0.9)
+    with pytest.raises(ValueError, match="must be the same in all groups"):
+        opt.step(params)
+    opt.groups["b"].betas = (0.8, 0.9)
+    assert opt.step(params).step == 1
 
 
 def test_setting_what_does_not_exist():

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import fastlr
 from fastlr import cli, plots
 from fastlr import schedules as s
-from fastlr.schedules.base import Schedule
+from fastlr.schedules import Schedule
 
 N = np.arange(400)
 
@@ -1049,6 +1049,9 @@ def test_a_picture_in_the_terminal(capsys):
         ("[Cosine(1e-3, steps=3) for x in (1,)]", "cannot stand here"),
         ("Cosine(*(1e-3, 5))", "unpacks something"),
         ("Cosin(1e-3, steps=3)", "did you mean Cosine"),
+        ("Cosine(1e-3, steps=3).war" + "9" * 5000 + "(1)", "asks for 'war99999"),
+        ("Cosin" + "e" * 5000 + "(1e-3, steps=3)", "calls Cosineeee"),
+        ("Cosine(1e-3, s" + "9" * 5000 + "=3)", "argument 's9999"),
         ("Function(abs)", "calls Function, which is no schedule"),
         ("1e-3", "is no schedule. Try"),
         ("2 * 3", "multiplies no schedule"),

@@ -334,7 +334,22 @@ def shadowing_inside(p, g, *, lr):
     return p - lr * where
 
 
+def rate_before_the_star(p, g, lr):
+    return p - lr * g
+
+
+def too_many(p, g, *, lr):
+    return p - lr * g, g
+
+
+def in_a_list(p, g, m, *, lr):
+    return [p - lr * g, m]
+
+
 BAD = [
+    (rate_before_the_star, 0, "'lr' stands before the *, where the states of each element are. Hyperparameters are"),
+    (too_many, 1, "returns 2 values, expected 1: the new p alone."),
+    (in_a_list, 1, "returns a container; return the new p and the new states, `return p, m`"),
     (states_swapped, 3, "returns 'v' in the place of the state 'm'"),
     (state_twice, 3, "returns 'm' in the place of the state 'v'"),
     (state_for_parameter, 3, "returns 'm' in the place of the new p, and 'p' in that of 'm'"),
@@ -353,12 +368,12 @@ BAD = [
     (undefined, 1, "'velocity' is not an argument, an earlier assignment or a numeric constant"),
     (half_assigned, 3, "'u' is assigned in one branch of a conditional only"),
     (early, 2, "a return inside a conditional cannot be staged"),
-    (too_few, 1, "returns 1 values, expected 2: the new p, then m"),
+    (too_few, 1, "returns 1 value, expected 2: the new p, then m in the order of the arguments"),
     (indexed, 1, "an index cannot be staged"),
     (modulo, 1, "the operator `Mod` cannot be staged"),
     (power_of_elements, 1, "an element can be raised to 0.5 or to a literal integer up to 4"),
     (fractional, 1, "an element can be raised to 0.5 or to a literal integer up to 4"),
-    (no_return, 0, "must end with a return"),
+    (no_return, 0, "must end with a return of the new p, then the new states"),
     (swapped, 0, "the first two arguments must be p (parameter) and g (gradient), got g, p"),
     (variadic, 0, "without *args"),
     (wrong_arity, 1, "sqrt takes 1 arguments, got 2"),

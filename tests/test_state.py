@@ -574,7 +574,7 @@ def test_arrays_that_make_no_sense(saved):
     with pytest.raises(TypeError, match="state must be a dict"):
         opt.load_state_dict([])
     rule = fastlr.NAdam(np.ones(2), backend="numpy")
-    with pytest.raises(ValueError, match="'mu_product' in the state must be finite"):
+    with pytest.raises(ValueError, match="'mu_product' in the state must not be NaN"):
         rule.load_state_dict({**rule.state_dict(), "mu_product": np.full((1, 1), np.nan)})
 
 
@@ -680,3 +680,56 @@ def test_an_interrupt_leaves_what_was_before_or_what_comes_after(saved, how, str
             assert_same(_everything(opt), ends[which][1])
             opt.restore(first)
     assert which == 1 and seen[0] * stride > 1000
+
+
+@pytest.mark.parametrize("exchange", ["load_state_dict", "restore", "rebuild", "find_lr"])
+def test_a_group_that_was_taken_before_is_that_of_the_optimizer(exchange):
+    params = {"w": np.ones(2), "b": np.ones(2)}
+    opt = fastlr.SGD(params, lr=0.1, groups={"b": {"lr": 0.2}}, backend="numpy")
+    opt.step(params)
+    group, state = opt.groups["b"], opt.snapshot()
+    group.lr = 0.3
+    if exchange == "rebuild":
+        opt.rebuild(params)
+    elif exchange == "find_lr":
+        fastlr.find_lr(opt, lambda p: (1.0, p))
+    else:
+        getattr(opt, exchange)(state)
+    assert group.lr == opt.groups["b"].lr == (0.2 if exchange in ("load_state_dict", "restore") else 0.3)
+    group.lr = 0.5
+    assert group.lr == opt.groups["b"].lr == 0.5 and "0.5" in repr(group)
+    assert opt.step(params).lrs["b"] == 0.5
+
+
+def test_a_group_that_is_no_more():
+    params = {"w": np.ones(2), "b": np.ones(2)}
+    opt = fastlr.SGD(params, groups={"b": {"lr": 0.2}}, backend="numpy")
+    group = opt.groups["b"]
+    opt.load_state_dict(fastlr.SGD(params, lr=0.3, backend="numpy").state_dict())
+    for use in (lambda: group.lr, lambda: setattr(group, "lr", 0.5)):
+        with pytest.raises(RuntimeError, match="there is no group 'b' any more: what was loaded has other groups"):
+            use()
+    assert opt.lr == 0.3 and repr(group) == "Group('b': no longer there)"
+
+
+@fastlr.rule
+def overflowing(p, g, *, lr, weight=1.0):
+    """A rule whose scalar overflows and is NaN after that."""
+    weight = weight * 1e200 - weight * 1e150
+    return p - lr * weight * g, weight
+
+
+@pytest.mark.parametrize("make", [fastlr.ScheduleFreeSGD, fastlr.ScheduleFreeAdamW, fastlr.NAdam, overflowing])
+def test_its_own_state_loads_after_an_overflow(make):
+    def build():
+        if make is overflowing:
+            return fastlr.Optimizer(np.ones(2), make, lr=1e308, backend="numpy")
+        return make(np.ones(2), lr=1e308, backend="numpy")
+
+    opt, other = build(), build()
+    with np.errstate(all="ignore"):
+        for _ in range(4):
+            opt.step(np.ones(2))
+    state = opt.state_dict(params=True)
+    other.load_state_dict(state)
+    assert_same(other.state_dict(params=True), state)

@@ -12,7 +12,7 @@ import pytest
 from cases import CASES, PLAIN
 
 import fastlr
-from fastlr.schedules.base import Cosine, Linear
+from fastlr.schedules import Cosine, Linear
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
@@ -1250,3 +1250,23 @@ def test_gradients_that_mean_more_than_their_memory():
         p.grad = p.grad.to_tensor(0)
         opt.step()
     assert p.tolist() == [-1.0, 1.0, -1.0]
+
+
+def test_groups_can_be_set_after_a_range_test():
+    a, b = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    opt = fastlr.torch.SGD([{"params": [a]}, {"params": [b], "lr": 0.2}], lr=0.1)
+
+    def fun(_=None):
+        opt.zero_grad()
+        loss = ((a + b) ** 2).sum()
+        loss.backward()
+        return loss
+
+    fun()
+    opt.step()
+    fastlr.find_lr(opt, fun)
+    before = b.detach().clone()
+    opt.param_groups[1]["lr"] = 0.0
+    fun()
+    opt.step()
+    assert torch.equal(b, before) and not torch.equal(a, before)

@@ -184,9 +184,12 @@ class _Node:
             problem = "; ".join(
                 f"{word} {', '.join(keys)}" for word, keys in (("missing", missing), ("unexpected", extra)) if keys
             )
-            raise ValueError(
-                f"{where} does not have the structure of params: {problem}. Pass one gradient per parameter."
-            )
+            advice = "Pass one gradient per parameter."
+            if name != "grads":
+                advice = "Pass the same structure as params."
+            elif missing:
+                advice += " Where there is none, also beside only=, pass None in its place."
+            raise ValueError(f"{where} does not have the structure of params: {problem}. {advice}")
         for key, child in zip(self.keys, self.children, strict=True):
             child.take(parts[key], out, name)
 

@@ -363,6 +363,7 @@ class Schedule(abc.ABC):
 
     # Composition
 
+    @checks.answered
     def warmup(
         self,
         steps: int,
@@ -1479,3 +1480,7 @@ class PerEpoch(Schedule):
 
 def _grouped(schedule: Schedule) -> str:
     return f"({schedule!r})" if isinstance(schedule, Product | Scaled) else repr(schedule)
+
+
+for _class in Schedule._names.values():  # a dataclass makes its `__init__` itself
+    _class.__init__ = checks.answered(_class.__init__, _class.__name__, [checks.METHOD])  # type: ignore[method-assign]

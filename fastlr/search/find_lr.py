@@ -96,6 +96,7 @@ def evaluate(fun: Callable[[Any], Any], params: Any) -> tuple[float, Any]:
         raise TypeError(f"the function must return (loss, grads), or a loss after filling opt.grads: {error}") from None
 
 
+@checks.answered
 def find_lr(
     opt: Any,
     fun: Callable[[Any], Any],

@@ -283,6 +283,7 @@ def _search(
         raise
 
 
+@checks.answered
 def line_search(
     fun: Callable[[Any], Any],
     params: Any,
@@ -412,6 +413,7 @@ class LBFGS(Exclusive):
         (array([1., 1.]), True)
     """
 
+    @checks.answered_as("LBFGS")
     def __init__(
         self,
         params: Any,
@@ -535,6 +537,7 @@ class LBFGS(Exclusive):
         norm = math.sqrt(vectors.dot(flat.g, flat.g, flat.threads))
         return memory, LBFGSInfo(memory.steps, found.loss, norm, found.step, evaluations, True, found.message)
 
+    @checks.answered
     def minimize(
         self,
         fun: Callable[[Any], Any],

@@ -14,9 +14,13 @@ from ..kernels import rules
 from ..kernels.staging import After, Before, RuleError, Staged
 from ..options import Options
 
-__all__ = ["AFTER", "BEFORE", "Program"]
+__all__ = ["AFTER", "BEFORE", "Program", "UnequalError"]
 
 BEFORE, AFTER = Before(rules.before), After(rules.after)
+
+
+class UnequalError(ValueError):
+    """A hyperparameter that has to be the same in all groups is not."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Program:
             staged = rule.stage(static, before=BEFORE, after=AFTER, on=frozenset(on))
         except RuleError as error:  # when the rule was made, its flags had one value at a time
             flags = [n for n, v in uniforms[0].items() if isinstance(v, bool) and n != "frozen" and n not in static]
-            raise ValueError(f"{', '.join(flags)} must be the same in all groups: {error}") from error
+            raise UnequalError(f"{', '.join(flags)} must be the same in all groups: {error}") from error
         program = cls(staged, unscaled)
         program.check_common(uniforms, options)
         return program
@@ -83,7 +87,7 @@ class Program:
             for other in (u[name] for u in uniforms):
                 if other is not first and not np.array_equal(other, first):
                     shared = [n for n, scope in zip(staged.scalars, staged.shared, strict=True) if scope == "all"]
-                    raise ValueError(
+                    raise UnequalError(
                         f"{options.label(name)} must be the same in all groups, got {checks.shown(first)} and "
                         f"{checks.shown(other)}: it enters {', '.join(shared)} of rule {staged.name!r}, which is one "
                         "for all parameters."

@@ -32,9 +32,9 @@ from .accumulation import Accumulation
 from .gradients import Located
 from .info import Layout, StepInfo
 from .plans import Column, Plan
-from .program import Program
+from .program import Program, UnequalError
 from .rows import Counts
-from .scheduled import Rates, Scheduled, ensure, evaluator
+from .scheduled import Rates, Scheduled, examine
 
 __all__ = ["Prepared", "Selection", "Stepper"]
 
@@ -233,28 +233,29 @@ class Stepper:
                 stacklevel=5,
             )
 
-    def examine(self, label: str, name: str, value: Any) -> None:
-        """Refuse schedules that were set but do not fit: in what they demand, or in their value for the next step.
+    def examine(self, label: str, name: str, value: Any, several: bool | None) -> None:
+        """Refuse a value that was set but does not fit the others, or a schedule whose value for the next step is bad.
 
         Args:
-            label: what the user calls the hyperparameter.
+            label: what the user calls it.
             name: whose range holds.
-            value: the schedule, or a pair with one in it.
+            value: what was set.
+            several: whether other groups have values of their own for it. One that has to be the same in all of them
+                can only be set in one after another, so the next step sees whether it is. None: others are going to
+                be set as well, so it sees whether all fit.
 
         Raises:
-            ValueError: if they do not fit.
+            ValueError: if it does not fit.
         """
-        if name in self._options.structural:
-            program = Program.of(self._options, self.state.groups, self.program.unscaled)
-            program.check_states(self.state.columns.letters, self._options)
-        if not self.rows.host_knows:
-            return  # the host does not know which step is next, and would have to wait for the GPU
-        step = self._step()
-        for k, part in enumerate(value if isinstance(value, tuple) else [value]):
-            if isinstance(part, Schedule):
-                evaluate, _ = evaluator(part, self.state.parameters.population)
-                found = evaluate(float(step), part._carried_out().numbers)
-                ensure(f"{label}[{k}]" if isinstance(value, tuple) else label, name, part, found, step)
+        if several is not None and name != "frozen" and (name != "lr" or "lr" in self.program.staged.common):
+            try:
+                program = Program.of(self._options, self.state.groups, self.program.unscaled)
+                program.check_states(self.state.columns.letters, self._options)
+            except UnequalError:
+                if not several:
+                    raise
+        if self.rows.host_knows:  # else the host does not know which step is next, and would have to wait for the GPU
+            examine(label, name, value, self._step(), self.state.parameters.population)
 
     def observe(self, metric: float) -> None:
         """Let plateaus among the settings take account of a metric.

@@ -51,10 +51,13 @@ class Shown:
     Attributes:
         addresses: of each tensor, by its `id`.
         updates: of each tensor that shows a count which nobody has changed, the count, by its `id`.
+        names: of the entries of each parameter, by its `id`, without averages and masters: these begin anew from the
+            parameter where they are missing.
     """
 
     addresses: dict[int, int]
     updates: dict[int, int]
+    names: dict[int, tuple[str, ...]]
 
 
 class Engine:
@@ -108,7 +111,7 @@ class Engine:
         first = as_arguments(dict(self._taken[self._members[0]] or ()))
         groups = overrides if several else None
         self.native = make(self._targets(paths), **first, **settings, **more, groups=groups)
-        self._group_of = {g: self.native.groups[f"{g}:*"] if several else self.native for g in self._members}
+        self._pattern_of = {g: f"{g}:*" if several else "" for g in self._members}
         self._strides = [p.stride() for p in self.params]
         self._sizes, self._in_rows = sizes, all(map(_is_contiguous, self.params))
         self._singles = [p for p in self.params if p.numel() == 1]
@@ -187,7 +190,7 @@ class Engine:
             steps: steps made so far, whether or not these parameters took part.
 
         Raises:
-            ValueError: if what stands there cannot be the state of a parameter.
+            ValueError: if what stands there cannot be the state of a parameter, or is a part of one.
         """
         native, rule = self.native, self.native._source
         columns = {native._states.get(x, x): self.views(x) for x in native._columns.letters}
@@ -197,13 +200,16 @@ class Engine:
         known = {} if shown is None else shown.updates
         for k, leaf in enumerate(self.leaves):
             entries = states.entries_of(leaf.called, saved.get(leaf.param))
+            if shown is not None:
+                states.check_whole(leaf.called, entries, shown.names.get(id(leaf.param), ()))
             t = entries.get("step", any(entries.get(n) is not None for n in columns))
             t = int(t) if isinstance(t, bool) else known.get(id(t)) or states.count(leaf.called, "step", t)
             counts.t[k], counts.clock[k] = t, steps
             counts.skipped[k] = states.count(leaf.called, "skipped", entries.get("skipped", 0))
             for j, name in enumerate(rule.scalars):
                 if name in entries:
-                    counts.scalars[k, 0, j] = states.number(leaf.called, name, entries[name])
+                    found = states.number(leaf.called, name, entries[name], True, native._scalars_can_be_nan)
+                    counts.scalars[k, 0, j] = found
             for name, views in columns.items():
                 value = entries.get(name)
                 if value is None:
@@ -263,7 +269,8 @@ class Engine:
         t = self.native._rows.counts().t[:, 0].tolist()
         same = np.frombuffer(self._last[0], np.float32) == self._shown[0]
         updates = {id(e["step"]): n for e, n, kept in zip(self.entries, t, same, strict=True) if kept}
-        return Shown(addresses, updates)
+        own = [name for name in self.entries[0] if name not in ("ema", "master")] if self.entries else []
+        return Shown(addresses, updates, dict.fromkeys(map(id, self.params), tuple(own)))
 
     @property
     def is_shown(self) -> bool:
@@ -337,12 +344,14 @@ class Engine:
         for g in self._members:
             if g not in hyper:
                 continue
+            groups, pattern = self.native.groups, self._pattern_of[g]
+            group = groups[pattern] if pattern else groups.defaults
             plain, before = self._plain(hyper[g]), self._taken[g]
             self._taken[g] = None  # until all have been taken over
             for k, (name, value) in enumerate(plain):
                 old = None if before is None else before[k][1]
                 if before is None or (value is not old and (isinstance(value, Schedule) or value != old)):
-                    setattr(self._group_of[g], name, value)
+                    groups.set(group, name, value, alone=False)
             self._taken[g] = plain
 
     def find(self) -> bool:

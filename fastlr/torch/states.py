@@ -12,13 +12,22 @@ import torch
 
 from . import tensors
 
-__all__ = ["check_containers", "count", "entries_of", "number", "tensor"]
+__all__ = ["check_containers", "check_whole", "count", "entries_of", "number", "tensor"]
 
+# What PyTorch keeps without a count, and starts anew where it is missing: of SGD and Muon, which keep nothing else.
+_UNCOUNTED = {"step", "momentum_buffer"}
 _MOST = 2**53  # up to which float64 knows every whole number
 
 
-def number(called: str, name: str, value: Any) -> float:
-    """A finite number in the state of a parameter: a number, or a tensor of one element.
+def number(called: str, name: str, value: Any, infinite: bool = False, nan: bool = False) -> float:
+    """A number in the state of a parameter: a number, or a tensor of one element.
+
+    Args:
+        called: what the parameter is called.
+        name: of the number.
+        value: what stands there.
+        infinite: whether it may be infinite.
+        nan: whether it may be NaN.
 
     Raises:
         ValueError: if it is something else.
@@ -30,9 +39,11 @@ def number(called: str, name: str, value: Any) -> float:
         one = one.item()
     if isinstance(one, bool | np.bool_) or not isinstance(one, int | float | np.integer | np.floating):
         raise ValueError(f"{name!r} of {called} must be a number, got a {type(value).__name__}.")
-    if not math.isfinite(float_of(one)):
-        raise ValueError(f"{name!r} of {called} must be finite, got {float_of(one)!r}.")
-    return float(one)
+    found = float_of(one)
+    if (math.isinf(found) and not infinite) or (math.isnan(found) and not nan):
+        wanted = "must not be NaN" if infinite else f"must be finite, got {found!r}"
+        raise ValueError(f"{name!r} of {called} {wanted}.")
+    return found
 
 
 def float_of(value: Any) -> float:
@@ -87,6 +98,28 @@ def entries_of(called: str, value: Any) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise ValueError(f"the state of {called} must be a dict, got a {type(value).__name__}.")
     return value
+
+
+def check_whole(called: str, entries: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Check that nothing is missing of the state of a parameter, unless all is, or no update has been made yet.
+
+    Args:
+        called: what messages call the parameter.
+        entries: what stands in the state for it.
+        names: what an optimizer has put there.
+
+    Raises:
+        ValueError: if a part is missing.
+    """
+    missing, left = ([name for name in names if (entries.get(name) is not None) is there] for there in (False, True))
+    if not missing or not left or set(names) <= _UNCOUNTED:
+        return
+    if "step" in left and number(called, "step", entries["step"]) == 0:
+        return
+    raise ValueError(
+        f"{called} has no {missing[0]!r} in the state any more, only {', '.join(left)}. Put it back, or let the "
+        "parameter start anew without any: opt.state.pop(p)."
+    )
 
 
 def check_containers(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import decimal
 import fractions
 import inspect
@@ -17,7 +18,7 @@ import numpy as np
 from cases import CASES, Case
 
 import fastlr
-from fastlr.schedules.base import Schedule
+from fastlr.schedules import Schedule
 
 from .promises import BrokenPromiseError, bits, difference, leaves, refusal, tree_map
 from .values import ALLOCATORS, ARRAYS, NUMBERS, SCHEDULED, VALUES, WithArray, WithFloat, made
@@ -662,6 +663,20 @@ def _square(p: Any) -> tuple[float, Any]:
     return float((x * x).sum()) / 2, {"w": x.copy()} if isinstance(p, dict) else x.copy()
 
 
+def _not_finite(x: Any) -> Any:
+    return ~np.isfinite(x)
+
+
+def _grows(schedule: Schedule) -> bool:
+    """Whether a factor above 1 is in it, which overflows to infinity."""
+    inner = [getattr(schedule, f.name) for f in dataclasses.fields(schedule)]
+    factor = getattr(schedule, "factor", None)
+    grows = (
+        factor is not None and not isinstance(schedule, Schedule._names["Plateau"]) and np.any(np.greater(factor, 1))
+    )
+    return bool(grows) or any(isinstance(part, Schedule) and _grows(part) for part in inner)
+
+
 def _check_schedule(schedule: Schedule, how: str, kind: str, given: Any = None) -> None:
     """One step and many give the same; code and data make the same schedule again.
 
@@ -687,7 +702,8 @@ def _check_schedule(schedule: Schedule, how: str, kind: str, given: Any = None) 
     shape = np.shape(one[0])
     if shape and (np.ndim(given) != 1 or np.ma.isMaskedArray(given) or isinstance(given, memoryview | bytearray)):
         raise BrokenPromiseError("a schedule took what is no array of numbers", how)
-    if any(np.shape(x) != shape or not np.isfinite(x).all() for x in one) or not (shape or type(one[0]) is float):
+    bad = np.isnan if _grows(schedule) else _not_finite
+    if any(np.shape(x) != shape or np.any(bad(x)) for x in one) or not (shape or type(one[0]) is float):
         raise BrokenPromiseError("a schedule gives what is not finite", f"{how}  ->  {one}"[:300])
     if Schedule.from_dict(schedule.to_dict()) != schedule:
         raise BrokenPromiseError("to_dict and from_dict give another schedule", how)
