@@ -44,9 +44,9 @@ def _identity(opt: Optimizer) -> dict[str, Any]:
     """What must agree between the optimizer that wrote a state and the one that reads it."""
     return {
         "format": _FORMAT,
-        "rule": opt._source.name,
+        "rule": opt._options.rule.name,
         "states": [opt._states.get(s, s) for s in opt._columns.letters],
-        "scalars": list(opt._source.scalars),
+        "scalars": list(opt._options.rule.scalars),
         "dtype": opt._params.dtype.name,
         "population": opt._params.population,
         "leaves": {path: list(shape) for path, shape in zip(opt._params.paths, opt._params.shapes, strict=True)},
@@ -85,7 +85,7 @@ def _packed(value: Any) -> np.ndarray:
 def _counted(opt: Optimizer) -> dict[str, np.ndarray]:
     """What is counted and kept for each leaf and model; copies."""
     counts = opt._rows.counts()
-    scalars = {name: counts.scalars[..., k].copy() for k, name in enumerate(opt._source.scalars)}
+    scalars = {name: counts.scalars[..., k].copy() for k, name in enumerate(opt._options.rule.scalars)}
     return {"step": counts.t, "clock": counts.clock, "skipped": counts.skipped, **scalars}
 
 
@@ -326,11 +326,11 @@ def _counts(opt: Optimizer, saved: Mapping[str, Any], steps: int, array: Callabl
         if not ((count >= 0) & (count < 2**53)).all():
             raise ValueError(f"{name!r} in the state must be whole numbers from 0 to 2**53.")
         counted[name] = count
-    scalars = np.zeros((*shape, len(opt._source.scalars)))
-    for k, name in enumerate(opt._source.scalars):
+    scalars = np.zeros((*shape, len(opt._options.rule.scalars)))
+    for k, name in enumerate(opt._options.rule.scalars):
         scalars[..., k] = array(name, shape, np.float64)[order]
         # What follows from gradients can be NaN after they were.
-        if not np.isfinite(scalars[..., k]).all() and not opt._source.sums_anything:
+        if not np.isfinite(scalars[..., k]).all() and not opt._options.rule.sums_anything:
             raise ValueError(f"{name!r} in the state must be finite.")
     return Counts(counted["step"], counted["clock"], counted["skipped"], scalars, steps)
 
@@ -389,7 +389,7 @@ def _take(opt: Optimizer, checked: _Checked) -> None:
     opt._gradients.check_given()
     if opt._on_host:
         arrays = _apart(checked.arrays)
-        arrays += zip(opt._columns.arrays.get("shadow", ()), opt._columns.encoded(checked.params), strict=True)
+        arrays += opt._columns.shadow_of(checked.params)
         commit([*((to, ..., source) for to, source in arrays), *attributes])
         return
     for to, source in checked.arrays:

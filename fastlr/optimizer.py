@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import operator
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from threading import get_ident
-from typing import Any, ClassVar, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from . import checkpoints, checks
 from .arrays.buffers import FlatBuffer, place_called
-from .arrays.columns import CALLED, Columns, Parameters
-from .arrays.places import HOST, Alloc, Place
+from .arrays.columns import EMA, LR_SCALE, ROLES, SHADOW, Columns, Parameters, Role
+from .arrays.places import HOST, Place
 from .arrays.trees import is_container
 from .exclusive import enter, exclusive, take_over
 from .gpu.driver import stream_handle
@@ -26,16 +26,17 @@ from .gpu.gradients import DeviceGradients
 from .gpu.kernels import StepKernels
 from .gpu.plans import DevicePlan
 from .gpu.rows import DeviceRows
-from .groups import Groups, everywhere, hyperparameter, matching, somewhere
-from .kernels import arrays, cpu, reference, rules
+from .groups import Groups, matching
+from .hyperparameters import Hyper, part_labels
+from .kernels import arrays, rules
 from .kernels.atomic import commit
 from .kernels.cpu import Kernel
 from .kernels.formats import FORMATS
 from .kernels.layout import CLOCK
-from .kernels.primitives import SCOPES
-from .kernels.staging import After, Before, Rule, RuleError, Staged
+from .kernels.staging import Rule, RuleError, Staged
 from .kernels.tiles import Storage, compiles
 from .loss_scale import LossScale
+from .options import AFTER, BACKENDS, BEFORE, OPTIONS, Options, StepOptions, documented, signature
 from .schedules.base import Schedule
 from .step import threads as _threads
 from .step.gradients import Gradients, Located
@@ -46,34 +47,18 @@ from .step.scheduled import Formula, Rates, Remembered, Scheduled, ensure, evalu
 
 __all__ = ["Optimizer", "StepOptions", "warmup"]
 
-_BACKENDS: dict[str, Callable[[Staged, Storage], Kernel]] = {"numba": cpu.build, "numpy": reference.build}
-_BEFORE, _AFTER = Before(rules.before), After(rules.after)
 _MAX_PLANS = 256  # leaves that take part in a step can change from step to step; their plans are kept
-# Names of the step's own that a rule cannot give to a hyperparameter; the others it owns if it names them.
-_TAKEN = {*_BEFORE.hyperparameters, *_BEFORE.states, *_AFTER.hyperparameters, *_AFTER.states, "statistics", "frozen"}
-_TAKEN -= {"lr", "weight_decay", "decoupled_weight_decay", "maximize"}
-# What exists only if the optimizer was built with it.
-_ON_REQUEST = {"ema": "ema=0.999", "shadow": 'shadow="bfloat16"', "lr_scale": "lr_scale=tree"}
 _ACCUMULATION = Rule(rules.accumulation)
 
 
 @functools.cache
 def _kernel(staged: Staged, storage: Storage, backend: str) -> Kernel:
-    return _BACKENDS[backend if compiles() else "numpy"](staged, storage)
+    return BACKENDS[backend if compiles() else "numpy"](staged, storage)
 
 
 @functools.cache
 def _device_kernels(staged: Staged, storage: Storage, device: Any, formulas: tuple[Formula, ...]) -> StepKernels:
     return StepKernels(device, staged, storage, formulas=formulas)
-
-
-def _kinds(optimizer: type) -> dict[str, Any]:
-    """A value of the right kind for each hyperparameter of a class: its default, a number where there is none."""
-    kinds: dict[str, Any] = {}
-    for cls in reversed(optimizer.__mro__):
-        if "__init__" in vars(cls) and cls is not object:
-            kinds.update({n: p.default for n, p in inspect.signature(vars(cls)["__init__"]).parameters.items()})
-    return {n: default if isinstance(default, bool | tuple) else 0.0 for n, default in kinds.items()}
 
 
 class _Filled:
@@ -84,32 +69,6 @@ class _Filled:
 
     def __setitem__(self, part: slice, value: float) -> None:
         self._place.fill(self._array[part], value)
-
-
-class StepOptions(TypedDict, total=False):
-    """What every optimizer takes; see `Optimizer`."""
-
-    weight_decay: Any
-    decoupled_weight_decay: bool
-    maximize: bool
-    clip_norm: Any
-    scope: str
-    clip_value: Any
-    skip_nonfinite: bool
-    loss_scale: LossScale | None
-    ema: Any
-    ema_out: Any
-    shadow: str | None
-    shadow_out: Any
-    zero_grads: bool
-    lr_scale: Any
-    statistics: bool
-    grad_dtype: str | None
-    groups: Mapping[str, Mapping[str, Any]] | None
-    threads: int | None
-    alloc: Alloc | None
-    capturable: bool
-    backend: str
 
 
 class Optimizer:
@@ -133,45 +92,7 @@ class Optimizer:
         lr: learning rate, >= 0; not for a rule that takes none, which has no `opt.lr`, and None as `info.lr`. As every
             numeric hyperparameter a schedule (`fastlr.schedules`, or a function of the
             step) or, if the parameters are a population, an array `(population,)`.
-        weight_decay: >= 0. Default: that of a rule that names it itself, else 0.
-        decoupled_weight_decay: False: L2, `g + weight_decay * p` goes into the rule. True: the rule starts from
-            `p - lr * weight_decay * p`.
-        maximize: ascend instead of descend: `g = -g` before the decay.
-        clip_norm: > 0. The gradient is multiplied by `min(clip_norm / (norm + 1e-6), 1)`, as PyTorch's
-            `clip_grad_norm_` does. Default None: not clipped.
-        scope: what the norm for `clip_norm` is taken of: "all" (default; in a population of each model), "group" (the
-            leaves that match the same patterns) or "leaf".
-        clip_value: > 0. Each element of the gradient is limited to this magnitude, after `clip_norm`. Default None.
-        skip_nonfinite: a step whose gradient has NaN or Inf anywhere changes nothing: parameters, states, averages,
-            copies and counters stay bit for bit; in a population only for that model. `info.skipped` says so.
-        loss_scale: a `LossScale`, whose scale the gradients are divided by; implies `skip_nonfinite`. For parameters on
-            a GPU its state is there, see `LossScale.on_device`.
-        ema: keep a moving average of the parameters, `e = e + (1 - ema) * (p - e)` after each step, in `opt.ema`; in
-            [0, 1], at 1 it stays as it is. It starts as a copy of the parameters, and follows all of them, those too
-            that are frozen or have no gradient; with `only=` those of the part. A step that is skipped leaves it alone.
-            Its decay is the hyperparameter `ema_decay` from then on.
-        ema_out: arrays of your own in the parameters' structure to keep the average in (a target network). They go on
-            from what stands in them.
-        shadow: "bfloat16" or "float16": keep a copy of the parameters in that format in `opt.shadow`.
-        shadow_out: arrays of your own in the parameters' structure to keep that copy in (the weights of the forward
-            pass, of which the parameters are the masters): of that format, or of uint16 for its bits.
-        zero_grads: `step()` sets `opt.grads` to zero in the same pass. Gradients handed to `step` are never written.
-        lr_scale: a factor on the learning rate for each element, >= 0 and finite, in the parameters' structure and
-            read where it is; an element whose factor is 0 stays as it is, its decay included.
-        statistics: take all norms in `info["layer.w"]`. Default False: none but those that the step needs anyway.
-        grad_dtype: what gradients of dtype uint16 hold: "bfloat16" or "float16". Arrays of float16, of ml_dtypes'
-            bfloat16 and PyTorch tensors of either are understood as they are.
-        groups: pattern to hyperparameters, such as `{"*.bias": {"weight_decay": 0.0}, "embed": {"frozen": True}}`.
-            A path is that leaf; anything else is an `fnmatch` pattern on paths, case-sensitive. All that match apply in
-            order, the later wins.
-        threads: how many threads a step may use, >= 1; default `fastlr.get_num_threads()`. More than 256 count as 256,
-            and no more are used than there are tiles of up to 16,384 elements.
-        alloc: `alloc(nbytes)` returns the memory for every buffer the optimizer makes: writable, and none of it in use
-            for something else, such as another buffer.
-        capturable: for parameters on a GPU: keep everything that changes from step to step there, so that a step can
-            be captured into a CUDA graph and replayed. `info` and `opt.steps` then tell of the step made last, and
-            setting a hyperparameter takes effect at the next replay.
-        backend: "numba", or "numpy" for the reference: slow, compiles nothing, same bits.
+        {options}
         hyperparameters: those of the rule.
 
     Raises:
@@ -194,7 +115,7 @@ class Optimizer:
 
     _rule: ClassVar[Rule]
     _states: ClassVar[Mapping[str, str]] = {}  # the rule's letter -> the name in the API
-    _spelling: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    _defaults: ClassVar[StepOptions] = {}  # of options that have another default in this class
 
     lr: float | np.ndarray
     weight_decay: float | np.ndarray
@@ -202,115 +123,28 @@ class Optimizer:
     maximize: bool
     clip_norm: float | np.ndarray | None
     clip_value: float | np.ndarray | None
+    ema_decay: float | np.ndarray
     frozen: bool | np.ndarray
+    loss_scale: LossScale | None
 
-    def __init__(
-        self,
-        params: Any,
-        rule: Rule | None = None,
-        *,
-        lr: Any = None,
-        weight_decay: Any = None,
-        decoupled_weight_decay: bool = False,
-        maximize: bool = False,
-        clip_norm: Any = None,
-        scope: str = "all",
-        clip_value: Any = None,
-        skip_nonfinite: bool = False,
-        loss_scale: LossScale | None = None,
-        ema: Any = None,
-        ema_out: Any = None,
-        shadow: str | None = None,
-        shadow_out: Any = None,
-        zero_grads: bool = False,
-        lr_scale: Any = None,
-        statistics: bool = False,
-        grad_dtype: str | None = None,
-        groups: Mapping[str, Mapping[str, Any]] | None = None,
-        threads: int | None = None,
-        alloc: Alloc | None = None,
-        capturable: bool = False,
-        backend: str = "numba",
-        **hyperparameters: Any,
-    ) -> None:
-        rule = rule if rule is not None else getattr(self, "_rule", None)
-        if not isinstance(rule, Rule):
-            raise TypeError(f"rule must be made by fastlr.rule, got {checks.shown(rule)}.")
-        checks.state_names([*(self._states.get(s, s) for s in rule.states), *rule.scalars])
-        checks.rule_names(rule.hyperparameters, _TAKEN)
-        rule.check_constants()
-        if lr is not None and not rule.takes_lr:
-            raise TypeError(
-                f"rule {rule.name!r} has no lr: no keyword-only argument of that name. Build the optimizer without lr, "
-                "or let the rule take it and use it."
-            )
-        if lr_scale is not None and not rule.takes_lr:
-            raise ValueError(f"lr_scale is a factor on lr, which rule {rule.name!r} does not have.")
-        if threads is not None:
-            threads = checks.count("threads", threads)
-        if alloc is not None and not callable(alloc):
-            raise TypeError(f"alloc must be a function of the number of bytes, got {checks.shown(alloc)}.")
-        checks.choices("backend", [backend], _BACKENDS)
-        checks.choices("scope", [scope], SCOPES)
-        for name, kind in (("shadow", shadow), ("grad_dtype", grad_dtype)):
-            if kind is not None:
-                checks.choices(name, [kind], FORMATS)
-        if loss_scale is not None and not isinstance(loss_scale, LossScale):
-            raise TypeError(f"loss_scale must be a fastlr.LossScale, got {checks.shown(loss_scale)}.")
-        switches = {"skip_nonfinite": skip_nonfinite, "zero_grads": zero_grads, "statistics": statistics}
-        switches["capturable"] = capturable
-        for name, given in switches.items():
-            checks.hyperparameter(name, given, False, None)
-        self._put(_source=rule, _backend=backend, _threads=threads, _alloc=alloc, _users={}, _unsettled=None)
-        self._put(_scope=scope, _tests=skip_nonfinite or loss_scale is not None, _statistics=statistics)
-        self._put(loss_scale=loss_scale, _shadow=shadow, _clears=zero_grads, _grad_bits=grad_dtype)
-        self._put(_params=Parameters(params), _masks={}, _capturable=capturable)
-        if self._on_host and capturable:
-            raise ValueError("capturable=True is for parameters on a GPU; these are on the CPU.")
-        if not self._on_host and backend != "numba":
-            raise ValueError(
-                f"backend={backend!r} steps on the CPU, but the parameters are on {self._params.place.label}."
-            )
-
-        spelled = {n: k for k, names in self._spelling.items() for n in names}
-        known: dict[str, Any] = {spelled.get(n, n): rule.defaults.get(n) for n in rule.hyperparameters}
-        own_decay = rule.defaults.get("weight_decay", 0.0)
-        if rule.takes_lr:
-            known["lr"] = lr
-        known.update(weight_decay=own_decay if weight_decay is None else weight_decay)
-        known.update(decoupled_weight_decay=decoupled_weight_decay, maximize=maximize)
-        checks.hyperparameters("hyperparameter", hyperparameters, [*known, "clip_norm", "clip_value"])
-        known.update(hyperparameters)
-        optional = {*hyperparameters, *_BEFORE.hyperparameters} - {"lr"}
-        missing = [n for n, v in known.items() if v is None and n not in optional]
-        if missing:
-            raise TypeError(f"rule {rule.name!r} needs a value for {', '.join(missing)}.")
-        known.update(clip_norm=clip_norm, clip_value=clip_value)
-        kinds = {**rule.defaults, **_kinds(type(self))}
-        values = {n: hyperparameter(n, v, kinds.get(n, v), self._params.population) for n, v in known.items()}
-        if ema is not None:
-            values["ema_decay"] = hyperparameter("ema", ema, 0.0, self._params.population)
-        elif ema_out is not None:
-            raise ValueError("ema_out is where the average is kept; give its decay as well, such as ema=0.999.")
-        if shadow_out is not None and shadow is None:
-            raise ValueError(
-                'shadow_out is where the copy is kept; give its format as well, such as shadow="bfloat16".'
-            )
-        self._put(_hyper=Groups(values, groups, self._params.paths, self._params.population, self._spelling))
-        flags = {n for n, v in values.items() if isinstance(v, bool)}
-        tested = {spelled.get(n, n) for n in rule.switches | _BEFORE.switches}
-        self._put(_structural={*flags, *tested, *checks.OPTIONAL, "ema_decay"}, _epoch=_threads.epoch)
-        self._put(_unscaled=loss_scale is not None, _grad_scale=1.0, _partition=None)
+    def __init__(self, params: Any, rule: Rule | None = None, **settings: Any) -> None:
+        settings = {**self._defaults, **settings}
+        options = Options.of(rule if rule is not None else getattr(self, "_rule", None), settings, self._states)
+        self._put(_options=options, _params=Parameters(params), _users={}, _unsettled=None, _masks={})
+        options.check_place(self._params.place)
+        paths, population = self._params.paths, self._params.population
+        table = options.hyperparameters(type(self), settings)
+        values, fixed = options.values(table, settings, population)
+        self._put(**fixed, loss_scale=settings.get("loss_scale"), _structural=options.structural(table))
+        self._put(_hyper=Groups(values, settings.get("groups"), paths, population, table), _epoch=_threads.epoch)
+        self._put(_unscaled=options.loss_scaled, _grad_scale=1.0, _partition=None)
         self._put(_accumulated=None, _adding={}, _observed=Remembered())
-        own = {"ema": ema_out, "lr_scale": lr_scale, "shadow": shadow_out}
-        external = {name: tree for name, tree in own.items() if tree is not None}
-        self._put(_per_element=lr_scale is not None)
-        self._allocate(self._stage(self._unscaled).states, external)
-        starts = [self._initial_scalar(name) for name in rule.scalars]
-        counts = Counts.zero(len(self._params.leaves), self._params.models, starts)
+        given = {name: settings.get(role.argument) for name, role in ROLES.items()}
+        self._allocate(self._stage(self._unscaled).states, {n: tree for n, tree in given.items() if tree is not None})
+        counts = Counts.zero(len(paths), self._params.models, self._scalar_starts())
         self._put(**self._rows_for(counts))
-        if loss_scale is not None:
-            self._attach(loss_scale, self._params)
+        if self.loss_scale is not None:
+            self._attach(self.loss_scale, self._params)
         self._hyper.users = self._users
 
     @property
@@ -323,39 +157,44 @@ class Optimizer:
         """Set attributes of the object itself, all at once; plain assignment is for hyperparameters."""
         self.__dict__.update(attributes)
 
-    def _initial(self, letter: str) -> float:
-        """The value at which a state starts; for subclasses."""
-        return 0.0
+    def _starts(self) -> dict[str, float]:
+        """The numbers at which states begin, those of groups among them; states that are not here begin at 0."""
+        rule = self._options.rule
+        given = {h.starts: vars(self)[name] for name, h in self._hyper.table.items() if h.starts}
+        return {name: float(rule.defaults[name]) for name in rule.scalars} | given
 
-    def _initial_scalar(self, name: str) -> float:
-        """The value at which a state of a group starts; for subclasses."""
-        return float(self._source.defaults[name])
+    def _scalar_starts(self) -> list[float]:
+        """The numbers at which the states of a group begin, in the order of the rule."""
+        starts = self._starts()
+        return [starts[name] for name in self._options.rule.scalars]
 
     def _allocate(self, letters: Sequence[str], external: Mapping[str, Any]) -> None:
         """The columns beside parameters and gradients, and what finds the gradients."""
         parameters = self._params
-        columns = Columns(parameters, letters, self._initial, external, self._shadow, self._alloc)
+        options = self._options
+        columns = Columns(parameters, options.roles(letters, self._starts()), external, options.alloc)
         written = [*parameters.leaves, *columns.written]
         place, dtype = parameters.place, parameters.dtype
         make = Gradients if self._on_host else DeviceGradients
         given = [(checks.called(p), leaf, True) for p, leaf in zip(parameters.paths, parameters.leaves, strict=True)]
         for name in external:
             leaves = zip(parameters.paths, columns.arrays[name], strict=True)
-            given += [(checks.called(p, CALLED[name]), leaf, name not in columns.inputs) for p, leaf in leaves]
+            role = columns.roles[name]
+            given += [(checks.called(p, role.argument), leaf, role.written) for p, leaf in leaves]
         gradients = make(
             parameters.paths,
             parameters.shapes,
             dtype,
             written,
             place,
-            self._alloc,
-            self._grad_bits,
+            self._options.alloc,
+            self._options.grad_dtype,
             given,
-            quick=self._backend == "numba",
+            quick=self._options.backend == "numba",
         )
         addressed = [
-            Column.of(arrays, place, 2 if name == "shadow" else dtype.itemsize)
-            for name, arrays in (("", parameters.leaves), *columns.arrays.items())
+            Column.of(parameters.leaves, place, dtype.itemsize),
+            *(Column.of(arrays, place, columns.itemsize(name)) for name, arrays in columns.arrays.items()),
         ]
         self._put(_columns=columns, _gradients=gradients, _addressed=addressed)
 
@@ -375,44 +214,9 @@ class Optimizer:
         """
         uniforms = self._hyper.uniforms()
         self._check_settings(uniforms)
-        if not self._source.takes_lr and "weight_decay" not in self._source.hyperparameters:
-            for u in uniforms:
-                if u["decoupled_weight_decay"] and somewhere(u["weight_decay"]):
-                    raise ValueError(
-                        f"decoupled weight decay is in proportion to lr, which rule {self._source.name!r} does not "
-                        "have. Use decoupled_weight_decay=False, or let the rule name weight_decay itself."
-                    )
-        switches = self._source.switches | _BEFORE.switches
-        norm_clipped, value_clipped = (
-            any(isinstance(u[name], Schedule) or np.any(np.isfinite(u[name])) for u in uniforms)
-            for name in ("clip_norm", "clip_value")
-        )
-        decays = [u["ema_decay"] for u in uniforms if "ema_decay" in u]
-        static: dict[str, Any] = {
-            "scope": self._scope,
-            "unscaled": unscaled,
-            "tested": self._tests,
-            "norm_clipped": norm_clipped,
-            "value_clipped": value_clipped,
-            "per_element": self._per_element,
-            "averaged": "ema_decay" in uniforms[0],
-            "may_pause": any(isinstance(d, Schedule) or np.any(d == 1.0) for d in decays),
-            "statistics": self._statistics,
-            **({} if self._source.takes_lr else {"lr": 0.0}),
-        }
-        on = set()
-        for name in uniforms[0]:
-            values = [u[name] for u in uniforms]
-            if name == "frozen":
-                continue
-            if isinstance(values[0], bool) and all(v is values[0] for v in values):
-                static[name] = values[0]
-            elif name in switches and not any(map(somewhere, values)):
-                static[name] = 0.0
-            elif name in switches and all(map(everywhere, values)):
-                on.add(name)
+        static, on = self._options.static_flags(uniforms, unscaled)
         try:
-            staged = self._source.stage(static, before=_BEFORE, after=_AFTER, on=frozenset(on))
+            staged = self._options.rule.stage(static, before=BEFORE, after=AFTER, on=on)
         except RuleError as error:  # when the rule was made, its flags had one value at a time
             flags = [n for n, v in uniforms[0].items() if isinstance(v, bool) and n != "frozen" and n not in static]
             raise ValueError(f"{', '.join(flags)} must be the same in all groups: {error}") from error
@@ -421,14 +225,14 @@ class Optimizer:
 
     def _check_common(self, staged: Staged, uniforms: list[dict[str, Any]]) -> None:
         """Check that what is one for all parameters follows from settings that are the same in all groups."""
-        labels = {n: f"{k}[{i}]" for k, several in self._spelling.items() for i, n in enumerate(several)}
+        labels = part_labels(self._hyper.table)
         for name in staged.common:
             first = uniforms[0][name]
             for other in (u[name] for u in uniforms):
                 if other is not first and not np.array_equal(other, first):
                     one = ", ".join(n for n, scope in zip(staged.scalars, staged.shared, strict=True) if scope == "all")
                     raise ValueError(
-                        f"{labels.get(name, name)} must be the same in all groups, got {checks.shown(first)} and "
+                        f"{labels[name][0]} must be the same in all groups, got {checks.shown(first)} and "
                         f"{checks.shown(other)}: it enters {one} of rule {staged.name!r}, which is one for all "
                         "parameters."
                     )
@@ -490,7 +294,7 @@ class Optimizer:
             partition: how leaves are told apart from now on, see `Rows`; None: as it is.
         """
         hyper = self._hyper
-        hyper.listener = self._push_settings if self._capturable else None
+        hyper.listener = self._push_settings if self._options.capturable else None
         unscaled = self._unscaled if unscaled is None else unscaled
         staged = self._staged
         if staged is None or unscaled != self._unscaled or not hyper.changed.isdisjoint(self._structural):
@@ -519,7 +323,7 @@ class Optimizer:
         self._fill_table(uniforms, staged, rows, table, scheduled)
         h = np.zeros((len(rows), staged.slots), self._params.dtype)
         if isinstance(rows, DeviceRows):
-            models, capturable = self._params.models, self._capturable
+            models, capturable = self._params.models, self._options.capturable
             rows.install(self._params.place, staged, table, h, models, self.loss_scale, capturable)
             formulas = () if rows.decided_by_host else formulas
         more = {"_formulas": formulas, "_finds_rate": "rate" in staged.scalars, "_unscaled": unscaled}
@@ -540,9 +344,9 @@ class Optimizer:
                 "Choose at the start whether a state is there: build a new optimizer."
             )
 
-    def _examine(self, label: str, name: str, value: Any) -> None:
+    def _examine(self, label: str, hyper: Hyper[Any], value: Any) -> None:
         """Refuse schedules that were set but do not fit: in what they demand, or in their value for the next step."""
-        if name in self._structural:
+        if hyper.name in self._structural:
             self._check_states(self._stage(self._unscaled))
         rows = self._rows
         if isinstance(rows, DeviceRows) and not rows.host_knows:
@@ -552,7 +356,7 @@ class Optimizer:
             if isinstance(part, Schedule):
                 one, _ = evaluator(part, self._params.population)
                 found = one(float(step), part._carried_out().numbers)
-                ensure(f"{label}[{k}]" if isinstance(value, tuple) else label, name, part, found, step)
+                ensure(f"{label}[{k}]" if isinstance(value, tuple) else label, hyper, part, found, step)
 
     def _fill_table(
         self, uniforms: list[dict[str, Any]], staged: Staged, rows: Rows, table: np.ndarray, scheduled: Scheduled
@@ -571,7 +375,7 @@ class Optimizer:
     def _follow(self, uniforms: list[dict[str, Any]], staged: Staged, rows: Rows) -> Scheduled:
         """The hyperparameters that follow a schedule, for these rows."""
         population = self._params.population
-        return Scheduled(uniforms, self._spelling, rows, staged.uniforms, self._observed, population)
+        return Scheduled(uniforms, self._hyper.table, rows, staged.uniforms, self._observed, population)
 
     def _rates_found(self) -> Mapping[str, Any]:
         """The learning rate of each group, where the rule finds it itself: its state `rate`."""
@@ -606,7 +410,7 @@ class Optimizer:
         self._hyper.changed.add("lr")  # after an interrupt the next step takes over what has been observed
         self._scheduled.observe(number, self.steps)
         self._refresh()
-        if self._capturable:
+        if self._options.capturable:
             self._rows.push()
 
     def _scale_of(self, grad_scale: Any) -> Any:
@@ -675,7 +479,7 @@ class Optimizer:
         averaged = np.array(seen, bool)[:, None] & ~updated & bool(self._staged.average)
         make: Any = Plan
         if not self._on_host:
-            make = functools.partial(DevicePlan, place=self._params.place, capturable=self._capturable)
+            make = functools.partial(DevicePlan, place=self._params.place, capturable=self._options.capturable)
         plan: Plan = make(
             [size // self._params.models for size in self._params.sizes],
             columns,
@@ -717,9 +521,9 @@ class Optimizer:
     def _kernel_for(self, kind: str, clear: bool) -> Any:
         """The kernel for gradients of a format that are cleared or not."""
         if (kind, clear) not in self._kernels:
-            storage = Storage(self._params.dtype.name, kind, self._shadow, clear)
+            storage = Storage(self._params.dtype.name, kind, self._options.shadow, clear)
             if self._on_host:
-                self._kernels[kind, clear] = _kernel(self._staged, storage, self._backend)
+                self._kernels[kind, clear] = _kernel(self._staged, storage, self._options.backend)
             else:
                 self._kernels[kind, clear] = _device_kernels(
                     self._staged, storage, self._params.place.device, self._formulas
@@ -859,7 +663,7 @@ class Optimizer:
             self._enter_scheduled(number)
         if unscaled:
             self._enter_scale(scale)
-        clear = self._clears and grads is None
+        clear = self._options.zero_grads and grads is None
         kernel = self._kernels.get((plan.kind, clear)) or self._kernel_for(plan.kind, clear)
         done = self._after_own(plan, clear, only) if grads is None else None
         return plan, kernel, kept, number, done, scale, stream
@@ -875,15 +679,15 @@ class Optimizer:
     ) -> StepInfo:
         """Make a step that has been prepared."""
         rows: Any = self._rows
-        lrs: Any = self._current_rates if self._capturable else self._lrs
-        if self._follows and (type(rows) is Rows or (rows.host_knows and not self._capturable)):
+        lrs: Any = self._current_rates if self._options.capturable else self._lrs
+        if self._follows and (type(rows) is Rows or (rows.host_knows and not self._options.capturable)):
             lrs = Rates(lrs, rows.counters.item(-1, CLOCK) if number is None else max(0, number))
         if number is not None:
             plan.count_part(rows, number)
         rescales = self.loss_scale is not None and self._on_host
         if done is not None or rescales:
             self._put(_unsettled=(plan, plan.next_generation, done or (), rescales))
-        plan.run(kernel, self._threads or _threads.get_num_threads(), stream)
+        plan.run(kernel, self._options.threads or _threads.get_num_threads(), stream)
         del kept
         if self._unsettled is not None:
             self._settle()
@@ -966,8 +770,8 @@ class Optimizer:
         """What adds gradients to `opt.grads`, or puts them there."""
         own = self._params.tree(self._gradients.allocate_own())
         if first not in self._adding:
-            settings = {"threads": self._threads, "backend": self._backend, "grad_dtype": self._grad_bits}
-            settings["capturable"] = self._capturable
+            names = ("threads", "backend", "grad_dtype", "capturable")
+            settings = {name: getattr(self._options, name) for name in names}
             self._adding[first] = Optimizer(own, _ACCUMULATION, first=first, **settings)
         adding: Optimizer = self._adding[first]
         return adding
@@ -976,31 +780,37 @@ class Optimizer:
     def warmup(self) -> float:
         """Compile what the next step needs, or load it from the cache; the seconds that took."""
         self._refresh()
-        kernel = self._kernel_for(self._params.dtype.name, self._clears)
+        kernel = self._kernel_for(self._params.dtype.name, self._options.zero_grads)
         if isinstance(kernel, StepKernels):
             kernel.prepare(self._rows.decided_by_host)
-        quick = arrays.prepare() if self._on_host and self._backend == "numba" else 0.0
+        quick = arrays.prepare() if self._on_host and self._options.backend == "numba" else 0.0
         return float(kernel.compile_s) + quick
 
     # Hyperparameters
 
-    def __getattr__(self, name: str) -> Any:
-        """A hyperparameter of the optimizer itself; groups may override it."""
-        hyper = self.__dict__.get("_hyper")
-        if hyper is not None and name in hyper.names:
-            return getattr(hyper.defaults, name)
-        if name in _ON_REQUEST:  # from the property of that name
-            raise AttributeError(f"there is no {name}; build the optimizer with it, such as {_ON_REQUEST[name]}.")
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+    if not TYPE_CHECKING:  # which would take every name for one
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set a hyperparameter of the optimizer itself; the next step uses it."""
-        if name not in self._hyper.names:
-            raise AttributeError(
-                f"{type(self).__name__} has no hyperparameter {name!r} to set; "
-                f"there are {', '.join(self._hyper.names)}."
-            )
-        setattr(self.groups.defaults, name, value)
+        def __getattr__(self, name: str) -> Any:
+            """A hyperparameter of the optimizer itself; groups may override it."""
+            hyper = self.__dict__.get("_hyper")
+            if hyper is not None and name in hyper.names:
+                return getattr(hyper.defaults, name)
+            option = OPTIONS.get(name)
+            if option is not None and option.column is not None:  # from the property of that name
+                raise AttributeError(f"there is no {name}; build the optimizer with it, such as {option.on_request}.")
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            """Set a hyperparameter of the optimizer itself; the next step uses it."""
+            if name.startswith("_"):
+                object.__setattr__(self, name, value)
+                return
+            if name not in self._hyper.names:
+                raise AttributeError(
+                    f"{type(self).__name__} has no hyperparameter {name!r} to set; "
+                    f"there are {', '.join(self._hyper.names)}."
+                )
+            setattr(self.groups.defaults, name, value)
 
     def _push_settings(self) -> None:
         """Let graphs that have been captured see a hyperparameter that was set."""
@@ -1086,9 +896,7 @@ class Optimizer:
         Raises:
             AttributeError: if the optimizer was built without `ema=`.
         """
-        if "ema" not in self._columns.arrays:
-            raise AttributeError
-        return self._columns.tree("ema")
+        return self._column(EMA)
 
     @property
     def shadow(self) -> Any:
@@ -1099,9 +907,7 @@ class Optimizer:
         Raises:
             AttributeError: if the optimizer was built without `shadow=`.
         """
-        if self._shadow is None:
-            raise AttributeError
-        return self._columns.shadow()
+        return self._column(SHADOW)
 
     @property
     def lr_scale(self) -> Any:
@@ -1110,9 +916,13 @@ class Optimizer:
         Raises:
             AttributeError: if the optimizer was built without `lr_scale=`.
         """
-        if not self._per_element:
+        return self._column(LR_SCALE)
+
+    def _column(self, role: Role) -> Any:
+        """A column of the step's own in the parameters' structure."""
+        if role.name not in self._columns.roles:
             raise AttributeError
-        return self._columns.tree("lr_scale")
+        return self._columns.tree(role.name)
 
     # Saving
 
@@ -1233,15 +1043,15 @@ class Optimizer:
 
         new: Optimizer = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
-        capturable = self._capturable and place is not HOST
-        backend = self._backend if self._on_host and place is HOST else "numba"
-        new._put(_users={}, _capturable=capturable, _backend=backend)
-        dtypes = {} if self._shadow is None else {"shadow": FORMATS[self._shadow].storage}
+        capturable = self._options.capturable and place is not HOST
+        backend = self._options.backend if self._on_host and place is HOST else "numba"
+        alloc = self._options.alloc if place is HOST else None
+        new._put(_users={}, _options=replace(self._options, capturable=capturable, backend=backend, alloc=alloc))
+        roles = self._columns.roles
         external = {
-            CALLED[n]: moved(self._columns.arrays[n], given, dtypes.get(n, ours.dtype))
+            roles[n].argument: moved(self._columns.arrays[n], given, roles[n].dtype(ours.dtype))
             for n, given in self._columns.external.items()
         }
-        new._put(_alloc=None if place is not HOST else self._alloc)
         if self.loss_scale is not None and place is ours.place:
             new._put(loss_scale=self.loss_scale.copy())
             new._attach(new.loss_scale, ours)
@@ -1281,15 +1091,16 @@ class Optimizer:
             )
         hyper = self._hyper.with_values(self._hyper.everything(), new._params.paths)
         new._put(_hyper=hyper, _partition=None, _accumulated=None, _adding={}, _observed=self._observed.copy())
-        if new._capturable and new._on_host:
+        if new._options.capturable and new._on_host:
             raise ValueError("this optimizer is capturable, but the new parameters are on the CPU. Build a new one.")
-        external = {"ema": ema_out, "lr_scale": lr_scale, "shadow": shadow_out}
+        external = {EMA.name: ema_out, LR_SCALE.name: lr_scale, SHADOW.name: shadow_out}
         for name in self._columns.external:
             if external[name] is None:
-                raise ValueError(f"this optimizer was given {CALLED[name]}; pass it for the new parameters as well.")
+                argument = ROLES[name].argument
+                raise ValueError(f"this optimizer was given {argument}; pass it for the new parameters as well.")
         new._allocate(self._columns.letters, {name: external[name] for name in self._columns.external})
-        starts = [self._initial_scalar(name) for name in self._source.scalars]
-        old, counts = self._rows.counts(), Counts.zero(len(new._params.leaves), new._params.models, starts)
+        old = self._rows.counts()
+        counts = Counts.zero(len(new._params.leaves), new._params.models, self._scalar_starts())
         counts.scalars, counts.steps = counts.scalars.copy(), old.steps
         places = {path: k for k, path in enumerate(self._params.paths)}
         fresh = []
@@ -1318,6 +1129,10 @@ class Optimizer:
         hyper.users = self._users
         self.__dict__.update(new.__dict__)
         return tuple(fresh)
+
+
+Optimizer.__doc__ = documented(Optimizer.__doc__ or "")
+Optimizer.__init__.__signature__ = signature()  # type: ignore[attr-defined]
 
 
 def warmup(*rules: type[Optimizer] | Rule, dtypes: Sequence[str] = ("float32",), **settings: Any) -> dict[str, float]:

@@ -255,7 +255,7 @@ CASES += [
         {"d0": 1e-3},
         oracles.prodigy,
         ("initial_params", "exp_avg", "exp_avg_sq", "weighted_grad"),
-        [*_LR, ({"d0": 0.0}, "d0 must be above 0 and finite, got 0.0."), ({"eps": -1.0}, "eps must be non-negative")],
+        [*_LR, ({"d0": 0.0}, "d0 must be positive and finite, got 0.0."), ({"eps": -1.0}, "eps must be non-negative")],
     ),
     Case(
         "prodigy-coupled",

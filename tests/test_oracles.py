@@ -134,24 +134,24 @@ def test_float32_within_the_bound_of_its_terms(case: Case, rng):
     for _ in range(3):
         opt.step((rng.standard_normal(n) * 10.0 ** rng.integers(-3, 2)).astype(np.float32))
     g = rng.standard_normal(n).astype(np.float32)
-    states = opt._source.states
+    states = opt._options.rule.states
     kept = opt._columns._flat
     exact = {s: Bounded(kept[s].astype(np.float64)) if s in kept else Bounded(0.0) for s in states}
     values = opt._hyper.uniforms()[0]
-    owned = {"weight_decay": 0.0} if "weight_decay" in opt._source.hyperparameters else {}
+    owned = {"weight_decay": 0.0} if "weight_decay" in opt._options.rule.hyperparameters else {}
     flags = dict.fromkeys(("unscaled", "tested", "norm_clipped", "value_clipped", "per_element"), False)
     given = {k: values[k] for k in ("lr", "clip_norm", "clip_value", "maximize", "weight_decay")}
     given.update(decoupled_weight_decay=values["decoupled_weight_decay"], grad_scale=1.0, scope="all", **flags)
     p, g_in, *_ = bounded(rules.before)(
         Bounded(params.astype(np.float64)), Bounded(g.astype(np.float64)), None, **{**given, **owned}
     )
-    arguments = {k: values[k] for k in opt._source.hyperparameters}
-    arguments.update(zip(opt._source.scalars, opt._rows.scalars[0].tolist(), strict=True))
-    if "t" in opt._source.function.__code__.co_varnames:
+    arguments = {k: values[k] for k in opt._options.rule.hyperparameters}
+    arguments.update(zip(opt._options.rule.scalars, opt._rows.scalars[0].tolist(), strict=True))
+    if "t" in opt._options.rule.function.__code__.co_varnames:
         arguments["t"] = 4
-    if "base_lr" in opt._source.function.__code__.co_varnames:
+    if "base_lr" in opt._options.rule.function.__code__.co_varnames:
         arguments["base_lr"] = values["lr"]
-    results = bounded(opt._source.function)(p, g_in, *exact.values(), **arguments)
+    results = bounded(opt._options.rule.function)(p, g_in, *exact.values(), **arguments)
     opt.step(g)
     got = {"p": params, **kept}
     for name, result in zip(("p", *states), results[: 1 + len(states)], strict=True):
