@@ -20,14 +20,14 @@ from .arrays.buffers import FlatBuffer, place_called
 from .arrays.columns import EMA, LR_SCALE, ROLES, SHADOW, Columns, Parameters, Role
 from .arrays.places import HOST, Place
 from .arrays.trees import is_container
-from .exclusive import enter, exclusive, take_over
+from .exclusive import Users, enter, exclusive, take_over
 from .gpu.driver import stream_handle
 from .gpu.gradients import DeviceGradients
 from .gpu.kernels import StepKernels
 from .gpu.plans import DevicePlan
 from .gpu.rows import DeviceRows
 from .groups import Groups, matching
-from .hyperparameters import Hyper, part_labels
+from .hyperparameters import Hyper, Number, part_labels
 from .kernels import arrays, rules
 from .kernels.atomic import commit
 from .kernels.cpu import Kernel
@@ -117,15 +117,46 @@ class Optimizer:
     _states: ClassVar[Mapping[str, str]] = {}  # the rule's letter -> the name in the API
     _defaults: ClassVar[StepOptions] = {}  # of options that have another default in this class
 
-    lr: float | np.ndarray
-    weight_decay: float | np.ndarray
-    decoupled_weight_decay: bool
-    maximize: bool
-    clip_norm: float | np.ndarray | None
-    clip_value: float | np.ndarray | None
-    ema_decay: float | np.ndarray
-    frozen: bool | np.ndarray
+    # For type checkers; the table of options says what they are.
+    lr: Hyper[Number]
+    weight_decay: Hyper[Number]
+    decoupled_weight_decay: Hyper[bool]
+    maximize: Hyper[bool]
+    clip_norm: Hyper[Number | None]
+    clip_value: Hyper[Number | None]
+    ema_decay: Hyper[Number]
+    frozen: Hyper[bool | np.ndarray]
     loss_scale: LossScale | None
+
+    _options: Options
+    _params: Any  # Parameters, in a place of either kind
+    _columns: Columns
+    _gradients: Any  # Gradients or DeviceGradients, which take other types of arrays
+    _addressed: list[Column]
+    _hyper: Groups
+    _structural: set[str]
+    _rows: Any  # Rows, or DeviceRows
+    _staged: Any  # Staged; None before the first step
+    _partition: np.ndarray | None
+    _table: np.ndarray
+    _h: np.ndarray
+    _scheduled: Scheduled
+    _follows: bool
+    _lrs: Mapping[str, Any]
+    _formulas: tuple[Formula, ...]
+    _finds_rate: bool
+    _observed: Remembered
+    _plans: dict[Any, Plan]
+    _recent: dict[Any, Plan]
+    _kernels: dict[tuple[str, bool], Any]
+    _masks: dict[tuple[str, ...], tuple[bool, ...]]
+    _users: Users
+    _unsettled: Any  # what remains to be done for the last step, see `_settle`, or None
+    _unscaled: bool
+    _grad_scale: Any
+    _accumulated: tuple[bool, ...] | None
+    _adding: dict[bool, Optimizer]
+    _epoch: int
 
     def __init__(self, params: Any, rule: Rule | None = None, **settings: Any) -> None:
         settings = {**self._defaults, **settings}
@@ -701,7 +732,7 @@ class Optimizer:
         done: list[tuple[Any, Any, Any]] = [(self.__dict__, "_unsettled", None)]
         if plan.has_made(generation):
             done += writes
-            if rescales:
+            if rescales and self.loss_scale is not None:
                 done += self.loss_scale.after(plan.info(self._rows, {}, 1.0).skipped)
         commit(done)
 
@@ -1053,8 +1084,9 @@ class Optimizer:
             for n, given in self._columns.external.items()
         }
         if self.loss_scale is not None and place is ours.place:
-            new._put(loss_scale=self.loss_scale.copy())
-            new._attach(new.loss_scale, ours)
+            scale = self.loss_scale.copy()
+            new._put(loss_scale=scale)
+            new._attach(scale, ours)
         new.rebuild(moved(ours.leaves, ours.source), **external)
         new._hyper.examine = None  # this one's own is made when it is needed
         return new

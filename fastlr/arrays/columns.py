@@ -183,7 +183,7 @@ class Columns:
         for name, role in self.roles.items():
             if role.starts_as == PARAMETERS and (role.format != COMPUTE or name not in given):
                 self._copy(role, parameters.leaves)
-            elif role.starts_as and name not in given:
+            elif isinstance(role.starts_as, float) and role.starts_as and name not in given:
                 parameters.place.fill(self._flat[name], role.starts_as)
 
     def _companions(self, role: Role, tree: Any) -> list[Any]:
