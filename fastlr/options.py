@@ -25,7 +25,20 @@ from .kernels.tiles import Storage
 from .loss_scale import LossScale
 from .schedules.base import Schedule
 
-__all__ = ["AFTER", "BACKENDS", "BEFORE", "OPTIONS", "OWN", "Option", "Options", "StepOptions"]
+__all__ = [
+    "AFTER",
+    "BACKENDS",
+    "BEFORE",
+    "EXAMPLES",
+    "OPTIONS",
+    "OWN",
+    "Option",
+    "Options",
+    "StepOptions",
+    "documented",
+    "signature",
+    "with_trees",
+]
 
 BACKENDS: dict[str, Callable[[Staged, Storage], Kernel]] = {"numba": cpu.build, "numpy": reference.build}
 BEFORE, AFTER = Before(rules.before), After(rules.after)
@@ -334,21 +347,22 @@ OWN: dict[str, Hyper[Any]] = {
     **{option.hyper.name: option.hyper for option in OPTIONS.values() if option.hyper is not None},
     "frozen": Hyper("frozen", "flag", scheduled=False, default=False),
 }
+# Each option that costs something, with a value with which it does something, for tests and the benchmark.
+EXAMPLES = {name: option.example for name, option in OPTIONS.items() if option.example is not None}
 _FLAGS = {name for option in OPTIONS.values() for name in option.flags}
 # Names of the step's own that a rule cannot give to a hyperparameter; the others it owns if it names them.
 _TAKEN = {*BEFORE.hyperparameters, *BEFORE.states, *AFTER.hyperparameters, *AFTER.states, "statistics", "frozen"}
 _TAKEN -= {"lr", "weight_decay", "decoupled_weight_decay", "maximize"}
 
 
-def switched_on(names: Iterable[str], tree: Callable[[float], Any]) -> dict[str, Any]:
-    """Options with values with which each does something, for tests and the benchmark.
+def with_trees(settings: Mapping[str, Any], tree: Callable[[float], Any]) -> dict[str, Any]:
+    """Settings in which numbers stand for arrays that go along with the parameters, with these arrays.
 
     Args:
-        names: of options that have an example.
-        tree: makes arrays that go along with the parameters, of one number.
+        settings: such as `EXAMPLES`.
+        tree: makes arrays of one number.
     """
-    rows = (OPTIONS[name] for name in names)
-    return {row.name: tree(row.example) if row.takes_tree else row.example for row in rows}
+    return {n: tree(value) if n in OPTIONS and OPTIONS[n].takes_tree else value for n, value in settings.items()}
 
 
 def signature() -> inspect.Signature:
