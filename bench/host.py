@@ -36,6 +36,7 @@ def measure() -> dict[str, float]:
     import ctypes
 
     import fastlr
+    from fastlr.options import EXAMPLES
 
     ctypes.CDLL("libcuda.so.1").stub_parameters(3)
 
@@ -50,7 +51,7 @@ def measure() -> dict[str, float]:
     made = next(iter(plan._launches.values()))
     out["one launch"] = median_us(lambda: plan._device.launch(made.update, made.update_blocks, 0))
     out["plain step, 1 launch"] = median_us(lambda: opt.step(grads))
-    settings = {"clip_norm": 1.0, "skip_nonfinite": True, "ema": 0.999, "shadow": "bfloat16"}
+    settings = {name: EXAMPLES[name] for name in ("clip_norm", "skip_nonfinite", "ema", "shadow")}
     whole = fastlr.AdamW(tree(10), **settings)
     whole.step(grads)
     out["full step, 3 launches"] = median_us(lambda: whole.step(grads))

@@ -14,7 +14,8 @@ import pytest
 from cases import CASES, PLAIN, Case
 
 import fastlr
-from fastlr.bench.steps import FULL, OPTIONS
+from fastlr.bench.steps import FULL
+from fastlr.options import EXAMPLES, with_trees
 
 
 @pytest.mark.parametrize("n", [1_000, 100_000, 4_000_000])
@@ -31,15 +32,13 @@ def test_step(benchmark, case: Case, dtype, n):
 
 
 @pytest.mark.parametrize("n", [1_000, 100_000, 4_000_000])
-@pytest.mark.parametrize("option", ["none", *OPTIONS, "all"])
+@pytest.mark.parametrize("option", ["none", *EXAMPLES, "all"])
 def test_options(benchmark, option, n):
     """AdamW with each option by itself, and the whole step."""
     benchmark.group = f"options n={n}"
-    settings = {"none": {}, "all": FULL.settings}.get(option) or OPTIONS.get(option, ({}, 0))[0]
+    settings = FULL.settings if option == "all" else {n: x for n, x in EXAMPLES.items() if n == option}
     params = fastlr.flatten([np.random.default_rng(0).standard_normal(n).astype(np.float32)])
-    if settings.get("lr_scale"):
-        settings = {"lr_scale": params.like(np.ones(n, np.float32))}
-    opt = fastlr.AdamW(params, **settings)
+    opt = fastlr.AdamW(params, **with_trees(settings, lambda x: params.like(np.full(n, x, np.float32))))
     opt.grads.data[:] = 0.1
     opt.step()
     benchmark(opt.step)

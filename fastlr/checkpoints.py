@@ -373,7 +373,7 @@ def _hyperparameters(
 def writes(current: OptimizerState, saved: Saved) -> list[tuple[Any, Any, Any]]:
     """What to write to take over a state on the host, see `atomic.commit`; the counters are in new rows."""
     arrays = _apart(saved.arrays)
-    arrays += zip(current.columns.arrays.get("shadow", ()), current.columns.encoded(saved.params), strict=True)
+    arrays += current.columns.shadow_of(saved.params)
     attributes: list[tuple[Any, Any, Any]] = []
     if saved.loss_scale is not None and current.loss_scale is not None:
         attributes = current.loss_scale.writes(*saved.loss_scale)

@@ -10,6 +10,7 @@ import numbers
 import reprlib
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, TypeVar
 
@@ -23,31 +24,46 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 DTYPES = ("float32", "float64")
 
-# What a state dict holds beside the states of the rule, and names of columns that are none of the rule's.
-RESERVED = ("params", "step", "clock", "skipped", "fastlr", "ema", "shadow", "lr_scale")
+# What a state dict holds beside the states of the rule.
+RESERVED = ("params", "step", "clock", "skipped", "fastlr")
 
-# Hyperparameters that may be None: off.
-OPTIONAL = ("clip_norm", "clip_value")
 
-# Hyperparameters by their name in the API: (lowest, highest, whether the highest is allowed). Others must be finite.
-_RANGES: dict[str, tuple[float, float, bool]] = {
-    "lr": (0.0, math.inf, False),
-    "betas": (0.0, 1.0, False),
-    "eps": (0.0, math.inf, False),
-    "weight_decay": (0.0, math.inf, False),
-    "momentum": (0.0, math.inf, False),
-    "alpha": (0.0, 1.0, True),
-    "rho": (0.0, 1.0, True),
-    "lr_decay": (0.0, math.inf, False),
-    "initial_accumulator_value": (0.0, math.inf, False),
-    "momentum_decay": (0.0, math.inf, False),
-    "trust_coefficient": (0.0, math.inf, False),
-    "relative_distance": (0.0, math.inf, False),
-    "beta": (0.0, 1.0, False),
-    "ema": (0.0, 1.0, True),
-    "ema_decay": (0.0, 1.0, True),
-}
-_POSITIVE = ("clip_norm", "clip_value", "grad_scale")
+@dataclass(frozen=True)
+class Interval:
+    """Where a number is allowed: everything finite between two ends.
+
+    Attributes:
+        low, high: the ends.
+        included: those of the ends that are allowed themselves.
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    included: tuple[float, ...] = ()
+
+    @property
+    def words(self) -> str:
+        """What a number in it must be, for messages."""
+        if math.isinf(self.low):
+            return "must be finite"
+        if math.isinf(self.high):
+            return f"must be {'non-negative' if self.included else 'positive'} and finite"
+        begin, end = "[" if self.low in self.included else "(", "]" if self.high in self.included else ")"
+        return f"must be in {begin}{self.low:g}, {self.high:g}{end}"
+
+    def holds(self, value: Any) -> Any:
+        """Whether a number is in it, or for an array, which of its elements are."""
+        inside = (value > self.low) & (value < self.high)
+        for end in self.included:
+            inside = inside | (value == end)
+        return inside
+
+
+FINITE = Interval()
+POSITIVE = Interval(0.0)
+NON_NEGATIVE = Interval(0.0, math.inf, (0.0,))
+FRACTION = Interval(0.0, 1.0, (0.0, 1.0))
+RATE = Interval(0.0, 1.0, (0.0,))  # the decay of an average, which at 1 would never move
 
 
 class _Short(reprlib.Repr):
@@ -73,26 +89,6 @@ _SHORT = _Short()
 def shown(value: Any) -> str:
     """A value for a message: its code, without the middle if that is long."""
     return _SHORT.repr(value)
-
-
-def limits(name: str) -> tuple[float, float, tuple[float, ...]]:
-    """Between which two numbers a hyperparameter of this name in the API must be, and which of the two it may be."""
-    if name in _POSITIVE:
-        return 0.0, math.inf, ()
-    low, high, closed = _RANGES.get(name, (-math.inf, math.inf, False))
-    return low, high, tuple(x for x in ((low, high) if closed else (low,)) if math.isfinite(x))
-
-
-def expected(name: str) -> str:
-    """What a number of this name must be, in words."""
-    if name in _POSITIVE:
-        return "must be positive and finite"
-    low, high, closed = _RANGES.get(name, (-math.inf, math.inf, False))
-    if (low, high) == (-math.inf, math.inf):
-        return "must be finite"
-    if high == math.inf:
-        return "must be non-negative and finite"
-    return f"must be in [{low:g}, {high:g}{']' if closed else ')'}"
 
 
 MOST = 2**63 - 1  # the largest whole number that is taken
@@ -157,52 +153,26 @@ def reals(name: str, value: Any) -> np.ndarray:
     return numeric(name, value).astype(np.float64)
 
 
-def _number(name: str, label: str, value: Any, population: int | None) -> float | np.ndarray:
-    low, high, closed = _RANGES.get(name, (-math.inf, math.inf, False))
-    array = reals(label, value)
+def bounded(name: str, value: Any, interval: Interval, population: int | None) -> float | np.ndarray:
+    """A number in an interval, or for a population an array `(population,)` of them, which is read-only then.
+
+    Raises:
+        TypeError: if it is no number.
+        ValueError: if it is outside the interval or of the wrong shape.
+    """
+    array = reals(name, value)
     if array.ndim and (population is None or array.shape != (population,)):
         wanted = "one number" if population is None else f"one number or an array of shape ({population},)"
         hint = "" if population is not None else " (only a population takes arrays: see fastlr.flatten)"
-        raise ValueError(f"{label} must be {wanted}, got shape {array.shape}{hint}.")
-    good = np.isfinite(array) & (array >= low) & ((array <= high) if closed else (array < high))
-    if name in _POSITIVE:
-        good = np.isfinite(array) & (array > 0)
+        raise ValueError(f"{name} must be {wanted}, got shape {array.shape}{hint}.")
+    good = interval.holds(array)
     if not good.all():
         bad = array if array.ndim == 0 else array[~good][0]
-        raise ValueError(f"{label} {expected(name)}, got {float(bad)!r}.")
+        raise ValueError(f"{name} {interval.words}, got {float(bad)!r}.")
     if array.ndim == 0:
         return float(array)
     array.flags.writeable = False
     return array
-
-
-def hyperparameter(name: str, value: Any, like: Any, population: int | None, where: str = "") -> Any:
-    """A hyperparameter in its normal form: bool, float, read-only array (population,) or a tuple of those.
-
-    Args:
-        name: its name in the API.
-        value: what the user gave.
-        like: a value of the right kind: a bool for flags, a tuple for pairs.
-        population: number of models, or None.
-        where: what to put before the name in messages, such as a group.
-
-    Raises:
-        TypeError: if it is of the wrong kind.
-        ValueError: if it is outside its range or of the wrong shape.
-    """
-    label = f"{where}{name}"
-    if name in OPTIONAL and value is None:
-        return None
-    if name == "frozen":
-        several = population is not None and not isinstance(value, bool | np.bool_)
-        return mask(label, value, population) if several else hyperparameter("", value, False, None, label)
-    if isinstance(like, bool):
-        return flag(label, value)
-    if isinstance(like, tuple):
-        if not isinstance(value, tuple | list) or len(value) != len(like):
-            raise ValueError(f"{label} must be {len(like)} numbers, got {shown(value)}.")
-        return tuple(_number(name, f"{label}[{k}]", v, population) for k, v in enumerate(value))
-    return _number(name, label, value, population)
 
 
 def flag(name: str, value: Any) -> bool:
@@ -252,7 +222,7 @@ def scale(name: str, value: Any, population: int | None) -> float | np.ndarray:
         TypeError: if it is no number.
         ValueError: if it is 0, negative, infinite or NaN, or of another shape.
     """
-    return _number("grad_scale", name, value, population)
+    return bounded(name, value, POSITIVE, population)
 
 
 def number(name: str, value: Any, low: float, high: float) -> float:
@@ -483,16 +453,21 @@ def gradient(
     return array, kind
 
 
-def state_names(names: Iterable[str]) -> None:
+def state_names(names: Iterable[str], columns: Iterable[str]) -> None:
     """Check the names of a rule's states against the other names in a state dict.
+
+    Args:
+        names: of the states.
+        columns: what a step keeps of each element beside the states.
 
     Raises:
         ValueError: if one is taken; saving such a state would overwrite something else.
     """
+    reserved = (*RESERVED, *columns)
     for name in names:
-        if name in RESERVED:
+        if name in reserved:
             raise ValueError(
-                f"a state called {name!r} cannot be saved beside {', '.join(RESERVED)}. Rename it in the rule."
+                f"a state called {name!r} cannot be saved beside {', '.join(reserved)}. Rename it in the rule."
             )
 
 

@@ -13,9 +13,10 @@ import numpy as np
 
 from . import checks
 from .exclusive import Users, enter
-from .schedules.base import Function, Schedule
+from .hyperparameters import Hyper, follows
+from .schedules.base import Schedule
 
-__all__ = ["Group", "Groups", "everywhere", "hyperparameter", "plain", "somewhere"]
+__all__ = ["Group", "Groups", "everywhere", "plain", "somewhere"]
 
 
 def everywhere(value: Any) -> bool:
@@ -26,11 +27,6 @@ def everywhere(value: Any) -> bool:
 def somewhere(value: Any) -> bool:
     """Whether a hyperparameter is on, not 0, in some model; one that follows a schedule is."""
     return isinstance(value, Schedule) or bool(np.any(value))
-
-
-def _follows(value: Any) -> bool:
-    """Whether a hyperparameter, or a part of it, follows a schedule."""
-    return any(isinstance(one, Schedule) for one in (value if isinstance(value, tuple) else [value]))
 
 
 def matching(name: str, pattern: str, paths: Sequence[str]) -> list[str]:
@@ -50,37 +46,6 @@ def matching(name: str, pattern: str, paths: Sequence[str]) -> list[str]:
             f"{name}: the pattern {checks.shown(pattern)} matches no parameter. There are {shown}{more}.{hint}"
         )
     return matched
-
-
-def hyperparameter(name: str, value: Any, like: Any, population: int | None, where: str = "") -> Any:
-    """A hyperparameter in its normal form, as `checks.hyperparameter`, or a schedule for it; of a pair also for a part.
-
-    A function of the step stands for a `schedules.Function`.
-    """
-
-    def scheduled(one: Any) -> bool:
-        return isinstance(one, Schedule) or (callable(one) and not isinstance(one, type))
-
-    def made(one: Any, part: str = "") -> Schedule:
-        schedule = one if isinstance(one, Schedule) else Function(one)
-        models = schedule._carried_out().models
-        if models not in (None, population):
-            wanted = "one for all: only a population takes several, see fastlr.flatten"
-            if population is not None:
-                wanted = f"one, or one for each of the {population} models"
-            raise ValueError(f"{where}{name}{part} follows a schedule of {models} numbers, expected {wanted}.")
-        return schedule
-
-    if isinstance(like, bool) or name == "frozen":
-        return checks.hyperparameter(name, value, like, population, where)
-    if scheduled(value) and not isinstance(like, tuple):
-        return made(value)
-    if isinstance(like, tuple) and isinstance(value, tuple | list) and any(map(scheduled, value)):
-        plain = [0.0 if scheduled(one) else one for one in value]
-        checked = checks.hyperparameter(name, plain, like, population, where)
-        parts = enumerate(zip(value, checked, strict=True))
-        return tuple(made(one, f"[{k}]") if scheduled(one) else c for k, (one, c) in parts)
-    return checks.hyperparameter(name, value, like, population, where)
 
 
 def plain(value: Any) -> Any:
@@ -180,15 +145,16 @@ class Groups(Mapping[str, Group]):
         overrides: pattern to hyperparameters.
         paths: the leaves.
         population: number of models, or None.
-        spelling: hyperparameters of the API that are several in the rule, such as betas: (beta1, beta2).
+        table: every hyperparameter by its name, more of them than exist here perhaps.
 
     Attributes:
+        table: as given.
         names: the hyperparameters that exist.
         version: grows whenever one is set.
         listener: called after one was set.
         users: those of the optimizer, who keep others out.
         examine: a weak reference to what refuses values that do not fit the optimizer, as
-            `examine(label, name, value, several)`: whether groups have values of their own for it; None: do not ask.
+            `examine(label, hyperparameter, value, several)`; see `Stepper.examine`.
         successor: those that took the place of these in the optimizer, or None.
         configuration: for each leaf, the index of its configuration: leaves that match the same patterns share one.
 
@@ -203,16 +169,16 @@ class Groups(Mapping[str, Group]):
         overrides: Mapping[str, Mapping[str, Any]] | None,
         paths: Sequence[str],
         population: int | None,
-        spelling: Mapping[str, tuple[str, ...]],
+        table: Mapping[str, Hyper[Any]],
     ) -> None:
         self._population = population
-        self._spelling = spelling
+        self.table = table
         self.version = 0
         self._set_in: dict[str, int] = {}  # the version in which each was set last
         self.users: Users = {}
         self.successor: Groups | None = None
         self.listener: Callable[[], None] | None = None
-        self.examine: Callable[[], Callable[[str, str, Any, bool | None], None] | None] | None = None
+        self.examine: Callable[[], Callable[[str, Hyper[Any], Any, bool | None], None] | None] | None = None
         self.names = (*values, "frozen")
         self.defaults = Group(self, "", paths)
         self.defaults._values.update(values, frozen=False)
@@ -288,17 +254,16 @@ class Groups(Mapping[str, Group]):
         """As `set`, for a caller who keeps others out: a user's number can do anything while it is read."""
         where = f"groups[{group.pattern!r}]: " if group.pattern else ""
         checks.hyperparameters(f"{where}hyperparameter", [name], self.names)
-        like = self.defaults._values[name]
-        checked = "ema" if name == "ema_decay" else name
-        made = hyperparameter(checked, value, like, self._population, where)
+        hyper = self.table[name]
+        made = hyper.normal(f"{where}{name}", value, self._population)
         before = dict(group._values)
         several = any(name in other._values for other in self._groups.values())
         try:
             self.touch(name)  # first: an interrupt in between must not leave a value that nobody takes over
             group._values[name] = made
             examine = self.examine() if self.examine is not None else None
-            if examine is not None and (alone or _follows(made)):
-                examine(f"{where}{name}", checked, made, several if alone else None)
+            if examine is not None and (alone or follows(made)):
+                examine(f"{where}{name}", hyper, made, several if alone else None)
             if self.listener is not None:
                 self.listener()
         except BaseException:
@@ -337,13 +302,9 @@ class Groups(Mapping[str, Group]):
         out = []
         for configuration in self._configurations:
             values = self._resolved(configuration)
-            out.append({n: v for k, value in values.items() for n, v in self._spelled(k, value)})
+            rows = {n: v for k, value in values.items() for n, v in self.table[k].by_part(value)}
+            out.append({n: math.inf if v is None else v for n, v in rows.items()})
         return out
-
-    def _spelled(self, name: str, value: Any) -> list[tuple[str, Any]]:
-        if name in self._spelling:
-            return list(zip(self._spelling[name], value, strict=True))
-        return [(name, math.inf if value is None else value)]
 
     @property
     def lr(self) -> Mapping[str, Any]:
@@ -387,7 +348,7 @@ class Groups(Mapping[str, Group]):
         """
         own = {name: value for name, value in self.defaults._values.items() if name != "frozen"}
         overrides = {pattern: override for pattern, override in values.items() if pattern}
-        new = Groups(own, overrides, paths, self._population, self._spelling)
+        new = Groups(own, overrides, paths, self._population, self.table)
         for name, value in values[""].items():
             new.set(new.defaults, name, value)
         new.users, new.examine = self.users, self.examine

@@ -3,80 +3,37 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import os
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from threading import get_ident
-from typing import Any, ClassVar, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from . import checkpoints, checks
 from .arrays.buffers import FlatBuffer
-from .arrays.columns import Parameters
-from .arrays.places import HOST, Alloc
+from .arrays.columns import EMA, LR_SCALE, ROLES, SHADOW, Parameters, Role
+from .arrays.places import HOST
 from .arrays.trees import is_container
 from .exclusive import Exclusive, Users, enter, exclusive, take_over
-from .groups import Groups, hyperparameter
+from .groups import Groups
+from .hyperparameters import Hyper, Number
 from .kernels import rules
 from .kernels.atomic import commit
-from .kernels.formats import FORMATS
-from .kernels.primitives import SCOPES
 from .kernels.staging import Rule, Staged
 from .loss_scale import LossScale
-from .options import Options
+from .options import OPTIONS, Options, StepOptions, documented, signature
 from .state import OptimizerState
 from .step.accumulation import Accumulation
-from .step.host import KERNELS
 from .step.info import StepInfo
-from .step.program import AFTER, BEFORE, Program
+from .step.program import Program
 from .step.stepper import Stepper
 
 __all__ = ["Optimizer", "StepOptions", "warmup"]
 
-# Names of the step's own that a rule cannot give to a hyperparameter; the others it owns if it names them.
-_TAKEN = {*BEFORE.hyperparameters, *BEFORE.states, *AFTER.hyperparameters, *AFTER.states, "statistics", "frozen"}
-_TAKEN -= {"lr", "weight_decay", "decoupled_weight_decay", "maximize"}
-# What exists only if the optimizer was built with it.
-_ON_REQUEST = {"ema": "ema=0.999", "shadow": 'shadow="bfloat16"', "lr_scale": "lr_scale=tree"}
 _ACCUMULATION = Rule(rules.accumulation)
-
-
-def _kinds(optimizer: type) -> dict[str, Any]:
-    """A value of the right kind for each hyperparameter of a class: its default, a number where there is none."""
-    kinds: dict[str, Any] = {}
-    for cls in reversed(optimizer.__mro__):
-        if "__init__" in vars(cls) and cls is not object:
-            kinds.update({n: p.default for n, p in inspect.signature(vars(cls)["__init__"]).parameters.items()})
-    return {n: default if isinstance(default, bool | tuple) else 0.0 for n, default in kinds.items()}
-
-
-class StepOptions(TypedDict, total=False):
-    """What every optimizer takes; see `Optimizer`."""
-
-    weight_decay: Any
-    decoupled_weight_decay: bool
-    maximize: bool
-    clip_norm: Any
-    scope: str
-    clip_value: Any
-    skip_nonfinite: bool
-    loss_scale: LossScale | None
-    ema: Any
-    ema_out: Any
-    shadow: str | None
-    shadow_out: Any
-    zero_grads: bool
-    lr_scale: Any
-    statistics: bool
-    grad_dtype: str | None
-    groups: Mapping[str, Mapping[str, Any]] | None
-    threads: int | None
-    alloc: Alloc | None
-    capturable: bool
-    backend: str
 
 
 class Optimizer(Exclusive):
@@ -100,45 +57,7 @@ class Optimizer(Exclusive):
         lr: learning rate, >= 0; not for a rule that takes none, which has no `opt.lr`, and None as `info.lr`. As every
             numeric hyperparameter a schedule (`fastlr.schedules`, or a function of the
             step) or, if the parameters are a population, an array `(population,)`.
-        weight_decay: >= 0. Default: that of a rule that names it itself, else 0.
-        decoupled_weight_decay: False: L2, `g + weight_decay * p` goes into the rule. True: the rule starts from
-            `p - lr * weight_decay * p`.
-        maximize: ascend instead of descend: `g = -g` before the decay.
-        clip_norm: > 0. The gradient is multiplied by `min(clip_norm / (norm + 1e-6), 1)`, as PyTorch's
-            `clip_grad_norm_` does. Default None: not clipped.
-        scope: what the norm for `clip_norm` is taken of: "all" (default; in a population of each model), "group" (the
-            leaves that match the same patterns) or "leaf".
-        clip_value: > 0. Each element of the gradient is limited to this magnitude, after `clip_norm`. Default None.
-        skip_nonfinite: a step whose gradient has NaN or Inf anywhere changes nothing: parameters, states, averages,
-            copies and counters stay bit for bit; in a population only for that model. `info.skipped` says so.
-        loss_scale: a `LossScale`, whose scale the gradients are divided by; implies `skip_nonfinite`. For parameters on
-            a GPU its state is there, see `LossScale.on_device`.
-        ema: keep a moving average of the parameters, `e = e + (1 - ema) * (p - e)` after each step, in `opt.ema`; in
-            [0, 1], at 1 it stays as it is. It starts as a copy of the parameters, and follows all of them, those too
-            that are frozen or have no gradient; with `only=` those of the part. A step that is skipped leaves it alone.
-            Its decay is the hyperparameter `ema_decay` from then on.
-        ema_out: arrays of your own in the parameters' structure to keep the average in (a target network). They go on
-            from what stands in them.
-        shadow: "bfloat16" or "float16": keep a copy of the parameters in that format in `opt.shadow`.
-        shadow_out: arrays of your own in the parameters' structure to keep that copy in (the weights of the forward
-            pass, of which the parameters are the masters): of that format, or of uint16 for its bits.
-        zero_grads: `step()` sets `opt.grads` to zero in the same pass. Gradients handed to `step` are never written.
-        lr_scale: a factor on the learning rate for each element, >= 0 and finite, in the parameters' structure and
-            read where it is; an element whose factor is 0 stays as it is, its decay included.
-        statistics: take all norms in `info["layer.w"]`. Default False: none but those that the step needs anyway.
-        grad_dtype: what gradients of dtype uint16 hold: "bfloat16" or "float16". Arrays of float16, of ml_dtypes'
-            bfloat16 and PyTorch tensors of either are understood as they are.
-        groups: pattern to hyperparameters, such as `{"*.bias": {"weight_decay": 0.0}, "embed": {"frozen": True}}`.
-            A path is that leaf; anything else is an `fnmatch` pattern on paths, case-sensitive. All that match apply in
-            order, the later wins.
-        threads: how many threads a step may use, >= 1; default `fastlr.get_num_threads()`. More than 256 count as 256,
-            and no more are used than there are tiles of up to 16,384 elements.
-        alloc: `alloc(nbytes)` returns the memory for every buffer the optimizer makes: writable, and none of it in use
-            for something else, such as another buffer.
-        capturable: for parameters on a GPU: keep everything that changes from step to step there, so that a step can
-            be captured into a CUDA graph and replayed. `info` and `opt.steps` then tell of the step made last, and
-            setting a hyperparameter takes effect at the next replay.
-        backend: "numba", or "numpy" for the reference: slow, compiles nothing, same bits.
+        {options}
         hyperparameters: those of the rule.
 
     Raises:
@@ -161,139 +80,40 @@ class Optimizer(Exclusive):
 
     _rule: ClassVar[Rule]
     _states: ClassVar[Mapping[str, str]] = {}  # the rule's letter -> the name in the API
-    _spelling: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     _related: ClassVar[tuple[str, ...]] = ()  # the hyperparameters that `_check_settings` looks at
+    _defaults: ClassVar[StepOptions] = {}  # of options that have another default in this class
 
-    lr: float | np.ndarray
-    weight_decay: float | np.ndarray
-    decoupled_weight_decay: bool
-    maximize: bool
-    clip_norm: float | np.ndarray | None
-    clip_value: float | np.ndarray | None
-    frozen: bool | np.ndarray
+    # For type checkers; the table of options says what they are.
+    lr: Hyper[Number]
+    weight_decay: Hyper[Number]
+    decoupled_weight_decay: Hyper[bool]
+    maximize: Hyper[bool]
+    clip_norm: Hyper[Number | None]
+    clip_value: Hyper[Number | None]
+    ema_decay: Hyper[Number]
+    frozen: Hyper[bool | np.ndarray]
 
-    def __init__(
-        self,
-        params: Any,
-        rule: Rule | None = None,
-        *,
-        lr: Any = None,
-        weight_decay: Any = None,
-        decoupled_weight_decay: bool = False,
-        maximize: bool = False,
-        clip_norm: Any = None,
-        scope: str = "all",
-        clip_value: Any = None,
-        skip_nonfinite: bool = False,
-        loss_scale: LossScale | None = None,
-        ema: Any = None,
-        ema_out: Any = None,
-        shadow: str | None = None,
-        shadow_out: Any = None,
-        zero_grads: bool = False,
-        lr_scale: Any = None,
-        statistics: bool = False,
-        grad_dtype: str | None = None,
-        groups: Mapping[str, Mapping[str, Any]] | None = None,
-        threads: int | None = None,
-        alloc: Alloc | None = None,
-        capturable: bool = False,
-        backend: str = "numba",
-        **hyperparameters: Any,
-    ) -> None:
-        rule = rule if rule is not None else getattr(self, "_rule", None)
-        if not isinstance(rule, Rule):
-            raise TypeError(f"rule must be made by fastlr.rule, got {checks.shown(rule)}.")
-        checks.state_names([*(self._states.get(s, s) for s in rule.states), *rule.scalars])
-        checks.rule_names(rule.hyperparameters, _TAKEN)
-        rule.check_constants()
-        if lr is not None and not rule.takes_lr:
-            raise TypeError(
-                f"rule {rule.name!r} has no lr: no keyword-only argument of that name. Build the optimizer without lr, "
-                "or let the rule take it and use it."
-            )
-        if lr_scale is not None and not rule.takes_lr:
-            raise ValueError(f"lr_scale is a factor on lr, which rule {rule.name!r} does not have.")
-        if threads is not None:
-            threads = checks.count("threads", threads)
-        if alloc is not None and not callable(alloc):
-            raise TypeError(f"alloc must be a function of the number of bytes, got {checks.shown(alloc)}.")
-        checks.choices("backend", [backend], KERNELS)
-        checks.choices("scope", [scope], SCOPES)
-        for name, kind in (("shadow", shadow), ("grad_dtype", grad_dtype)):
-            if kind is not None:
-                checks.choices(name, [kind], FORMATS)
-        if loss_scale is not None and not isinstance(loss_scale, LossScale):
-            raise TypeError(f"loss_scale must be a fastlr.LossScale, got {checks.shown(loss_scale)}.")
-        switches = {"skip_nonfinite": skip_nonfinite, "zero_grads": zero_grads, "statistics": statistics}
-        switches["capturable"] = capturable
-        for name, given in switches.items():
-            checks.hyperparameter(name, given, False, None)
+    _stepper: Stepper
+
+    def __init__(self, params: Any, rule: Rule | None = None, **settings: Any) -> None:
+        settings = {**self._defaults, **settings}
+        options = Options.of(rule if rule is not None else getattr(self, "_rule", None), settings, self._states)
         parameters = Parameters(params)
-        if parameters.place is HOST and capturable:
-            raise ValueError("capturable=True is for parameters on a GPU; these are on the CPU.")
-        if parameters.place is not HOST and backend != "numba":
-            raise ValueError(
-                f"backend={backend!r} steps on the CPU, but the parameters are on {parameters.place.label}."
-            )
-
-        spelled = {n: k for k, names in self._spelling.items() for n in names}
-        known: dict[str, Any] = {spelled.get(n, n): rule.defaults.get(n) for n in rule.hyperparameters}
-        own_decay = rule.defaults.get("weight_decay", 0.0)
-        if rule.takes_lr:
-            known["lr"] = lr
-        known.update(weight_decay=own_decay if weight_decay is None else weight_decay)
-        known.update(decoupled_weight_decay=decoupled_weight_decay, maximize=maximize)
-        checks.hyperparameters("hyperparameter", hyperparameters, [*known, "clip_norm", "clip_value"])
-        known.update(hyperparameters)
-        optional = {*hyperparameters, *BEFORE.hyperparameters} - {"lr"}
-        missing = [n for n, v in known.items() if v is None and n not in optional]
-        if missing:
-            raise TypeError(f"rule {rule.name!r} needs a value for {', '.join(missing)}.")
-        known.update(clip_norm=clip_norm, clip_value=clip_value)
-        kinds = {**rule.defaults, **_kinds(type(self))}
-        values = {n: hyperparameter(n, v, kinds.get(n, v), parameters.population) for n, v in known.items()}
-        if ema is not None:
-            values["ema_decay"] = hyperparameter("ema", ema, 0.0, parameters.population)
-        elif ema_out is not None:
-            raise ValueError("ema_out is where the average is kept; give its decay as well, such as ema=0.999.")
-        if shadow_out is not None and shadow is None:
-            raise ValueError(
-                'shadow_out is where the copy is kept; give its format as well, such as shadow="bfloat16".'
-            )
-        hyper = Groups(values, groups, parameters.paths, parameters.population, self._spelling)
-        flags = {n for n, v in values.items() if isinstance(v, bool)}
-        tested = {spelled.get(n, n) for n in rule.switches | BEFORE.switches}
-        options = Options(
-            rule=rule,
-            optimizer=type(self).__name__,
-            names=self._states,
-            starts=self._starts(),
-            check=self._check_settings,
-            spelling=self._spelling,
-            structural=frozenset({*flags, *tested, *self._related, *checks.OPTIONAL, "ema_decay"}),
-            scope=scope,
-            skip_nonfinite=skip_nonfinite,
-            loss_scaled=loss_scale is not None,
-            shadow=shadow,
-            zero_grads=zero_grads,
-            statistics=statistics,
-            grad_dtype=grad_dtype,
-            threads=threads,
-            alloc=alloc,
-            capturable=capturable,
-            backend=backend,
-            per_element=lr_scale is not None,
-            is_users_rule=not hasattr(type(self), "_rule"),
-        )
-        own = {"ema": ema_out, "lr_scale": lr_scale, "shadow": shadow_out}
-        external = {name: tree for name, tree in own.items() if tree is not None}
-        program = Program.of(options, hyper, options.loss_scaled)
-        state = OptimizerState.start(options, parameters, hyper, program.staged.states, external, loss_scale)
+        options.check_place(parameters.place)
+        table = options.hyperparameters(type(self), settings)
+        values, fixed = options.values(table, settings, parameters.population)
+        self.__dict__.update(fixed)
+        options = options.of_class(type(self), table, fixed)
+        groups = Groups(values, settings.get("groups"), parameters.paths, parameters.population, table)
+        program = Program.of(options, groups, options.loss_scaled)
+        given = {name: settings.get(role.argument) for name, role in ROLES.items()}
+        external = {name: tree for name, tree in given.items() if tree is not None}
+        loss_scale = settings.get("loss_scale")
+        state = OptimizerState.start(options, parameters, groups, program.staged.states, external, loss_scale)
         self._users: Users = {}
         self._stepper = Stepper(state, program, _accumulation(state))
         self._own(state)
-        self._own_groups(hyper)
+        self._own_groups(groups)
 
     def _replacement(self, stepper: Stepper) -> list[tuple[Any, Any, Any]]:
         """What to write to go on with another stepper over the same parameters, see `atomic.commit`."""
@@ -315,10 +135,6 @@ class Optimizer(Exclusive):
         groups.users, groups.examine = self._users, None  # `groups` makes this optimizer's own
         if self._stepper.state.options.capturable:
             groups.listener = self._push_settings
-
-    def _starts(self) -> Mapping[str, float]:
-        """The values of states that do not start at zero; for subclasses."""
-        return {}
 
     @classmethod
     def _check_settings(cls, uniforms: Sequence[Mapping[str, Any]]) -> None:
@@ -456,35 +272,38 @@ class Optimizer(Exclusive):
 
     # Hyperparameters
 
-    def __getattr__(self, name: str) -> Any:
-        """A hyperparameter of the optimizer itself; groups may override it."""
-        stepper = self.__dict__.get("_stepper")
-        if stepper is not None and name in stepper.state.groups.names:
-            return getattr(stepper.state.groups.defaults, name)
-        if name in _ON_REQUEST:  # from the property of that name
-            raise AttributeError(f"there is no {name}; build the optimizer with it, such as {_ON_REQUEST[name]}.")
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+    if not TYPE_CHECKING:  # which would take every name for one
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set a hyperparameter of the optimizer itself; the next step uses it."""
-        if name.startswith("_"):
-            object.__setattr__(self, name, value)
-            return
-        names = self._stepper.state.groups.names
-        if name not in names:
-            raise AttributeError(
-                f"{type(self).__name__} has no hyperparameter {name!r} to set; there are {', '.join(names)}."
-            )
-        token = enter(self._users)  # noqa: F841  (before the groups are read: a call in between may exchange them)
-        try:
-            hyper = self.groups
-            hyper.enter_value(hyper.defaults, name, value)
-        finally:
-            self._users.clear()
+        def __getattr__(self, name: str) -> Any:
+            """A hyperparameter of the optimizer itself; groups may override it."""
+            stepper = self.__dict__.get("_stepper")
+            if stepper is not None and name in stepper.state.groups.names:
+                return getattr(stepper.state.groups.defaults, name)
+            option = OPTIONS.get(name)
+            if option is not None and option.column is not None:  # from the property of that name
+                raise AttributeError(f"there is no {name}; build the optimizer with it, such as {option.on_request}.")
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
-    def _examine(self, label: str, name: str, value: Any, several: bool | None) -> None:
+        def __setattr__(self, name: str, value: Any) -> None:
+            """Set a hyperparameter of the optimizer itself; the next step uses it."""
+            if name.startswith("_"):
+                object.__setattr__(self, name, value)
+                return
+            names = self._stepper.state.groups.names
+            if name not in names:
+                raise AttributeError(
+                    f"{type(self).__name__} has no hyperparameter {name!r} to set; there are {', '.join(names)}."
+                )
+            token = enter(self._users)  # noqa: F841  (before the groups are read: a call may exchange them)
+            try:
+                groups = self.groups
+                groups.enter_value(groups.defaults, name, value)
+            finally:
+                self._users.clear()
+
+    def _examine(self, label: str, hyper: Hyper[Any], value: Any, several: bool | None) -> None:
         """Refuse a value that was set but does not fit; see `Stepper.examine`."""
-        self._stepper.examine(label, name, value, several)
+        self._stepper.examine(label, hyper, value, several)
 
     def _push_settings(self) -> None:
         """Let graphs that have been captured see a hyperparameter that was set."""
@@ -575,10 +394,7 @@ class Optimizer(Exclusive):
         Raises:
             AttributeError: if the optimizer was built without `ema=`.
         """
-        columns = self._stepper.state.columns
-        if "ema" not in columns.arrays:
-            raise AttributeError
-        return columns.tree("ema")
+        return self._column(EMA)
 
     @property
     def shadow(self) -> Any:
@@ -589,10 +405,7 @@ class Optimizer(Exclusive):
         Raises:
             AttributeError: if the optimizer was built without `shadow=`.
         """
-        state = self._stepper.state
-        if state.options.shadow is None:
-            raise AttributeError
-        return state.columns.shadow()
+        return self._column(SHADOW)
 
     @property
     def lr_scale(self) -> Any:
@@ -601,10 +414,14 @@ class Optimizer(Exclusive):
         Raises:
             AttributeError: if the optimizer was built without `lr_scale=`.
         """
-        state = self._stepper.state
-        if not state.options.per_element:
+        return self._column(LR_SCALE)
+
+    def _column(self, role: Role) -> Any:
+        """A column of the step's own in the parameters' structure."""
+        columns = self._stepper.state.columns
+        if role.name not in columns.roles:
             raise AttributeError
-        return state.columns.tree("lr_scale")
+        return columns.tree(role.name)
 
     # Saving
 
@@ -765,7 +582,7 @@ class Optimizer(Exclusive):
             ValueError: if the parameters do not fit, or a group's pattern matches none of them; then nothing changes.
         """
         before = self._stepper.state
-        external = {"ema": ema_out, "lr_scale": lr_scale, "shadow": shadow_out}
+        external = {EMA.name: ema_out, LR_SCALE.name: lr_scale, SHADOW.name: shadow_out}
         after = before.rebuilt(params, external)
         self._stepper.warn_of_graphs()
         groups = before.groups
@@ -779,10 +596,15 @@ def _accumulation(state: OptimizerState) -> Accumulation:
     options = state.options
 
     def adder(memory: Any, first: bool) -> Stepper:
-        settings = {"threads": options.threads, "backend": options.backend, "grad_dtype": options.grad_dtype}
-        return Optimizer(memory, _ACCUMULATION, first=first, capturable=options.capturable, **settings)._stepper
+        names = ("threads", "backend", "grad_dtype", "capturable")
+        settings = {name: getattr(options, name) for name in names}
+        return Optimizer(memory, _ACCUMULATION, first=first, **settings)._stepper
 
     return Accumulation(state.parameters, state.gradients, adder)
+
+
+Optimizer.__doc__ = documented(Optimizer.__doc__ or "")
+Optimizer.__init__.__signature__ = signature()  # type: ignore[attr-defined]
 
 
 def warmup(*rules: type[Optimizer] | Rule, dtypes: Sequence[str] = ("float32",), **settings: Any) -> dict[str, float]:

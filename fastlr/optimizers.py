@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
-
-from . import checks
+from .checks import FRACTION, NON_NEGATIVE, POSITIVE, RATE
 from .groups import everywhere, somewhere
+from .hyperparameters import fixed, flag, number, pair
 from .kernels import rules
 from .kernels.staging import Rule
-from .optimizer import Optimizer, StepOptions
+from .optimizer import Optimizer
+from .options import StepOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -71,6 +71,9 @@ class SGD(Optimizer):
     _rule = Rule(rules.sgd)
     _states = {"b": "momentum_buffer"}
     _related = ("momentum", "dampening", "nesterov")
+    momentum = number(NON_NEGATIVE)
+    dampening = number()
+    nesterov = flag()
 
     def __init__(
         self,
@@ -124,6 +127,9 @@ class Adagrad(Optimizer):
 
     _rule = Rule(rules.adagrad)
     _states = {"s": "sum"}
+    lr_decay = number(NON_NEGATIVE)
+    initial_accumulator_value = fixed("s", NON_NEGATIVE)
+    eps = number(NON_NEGATIVE)
 
     def __init__(
         self,
@@ -135,13 +141,8 @@ class Adagrad(Optimizer):
         eps: Any = 1e-10,
         **options: Unpack[StepOptions],
     ) -> None:
-        name = "initial_accumulator_value"
-        start = checks.hyperparameter(name, initial_accumulator_value, 0.0, None)
-        self.__dict__[name] = start
-        super().__init__(params, lr=lr, lr_decay=lr_decay, eps=eps, **options)
-
-    def _starts(self) -> Mapping[str, float]:
-        return {"s": self.initial_accumulator_value}
+        own: dict[str, Any] = {"lr_decay": lr_decay, "initial_accumulator_value": initial_accumulator_value}
+        super().__init__(params, lr=lr, eps=eps, **own, **options)
 
 
 class Adadelta(Optimizer):
@@ -176,6 +177,8 @@ class Adadelta(Optimizer):
 
     _rule = Rule(rules.adadelta)
     _states = {"v": "square_avg", "u": "acc_delta"}
+    rho = number(FRACTION)
+    eps = number(NON_NEGATIVE)
 
     def __init__(
         self, params: Any, *, lr: Any = 1.0, rho: Any = 0.9, eps: Any = 1e-6, **options: Unpack[StepOptions]
@@ -219,6 +222,10 @@ class RMSprop(Optimizer):
 
     _rule = Rule(rules.rmsprop)
     _states = {"v": "square_avg", "m": "grad_avg", "b": "momentum_buffer"}
+    alpha = number(FRACTION)
+    eps = number(NON_NEGATIVE)
+    momentum = number(NON_NEGATIVE)
+    centered = flag()
 
     def __init__(
         self,
@@ -274,7 +281,9 @@ class Adam(Optimizer):
 
     _rule = Rule(rules.adam)
     _states = {"m": "exp_avg", "v": "exp_avg_sq", "v_max": "max_exp_avg_sq"}
-    _spelling = {"betas": ("beta1", "beta2")}
+    betas = pair("beta1", "beta2", RATE)
+    eps = number(NON_NEGATIVE)
+    amsgrad = flag()
 
     def __init__(
         self,
@@ -319,18 +328,7 @@ class AdamW(Adam):
         array([0.85, 0.85])
     """
 
-    def __init__(
-        self,
-        params: Any,
-        *,
-        lr: Any = 1e-3,
-        betas: tuple[Any, Any] = (0.9, 0.999),
-        eps: Any = 1e-8,
-        amsgrad: bool = False,
-        **options: Unpack[StepOptions],
-    ) -> None:
-        decoupled: StepOptions = {"weight_decay": 1e-2, "decoupled_weight_decay": True}
-        super().__init__(params, lr=lr, betas=betas, eps=eps, amsgrad=amsgrad, **(decoupled | options))
+    _defaults: ClassVar[StepOptions] = {"weight_decay": 1e-2, "decoupled_weight_decay": True}
 
 
 class NAdam(Optimizer):
@@ -371,7 +369,9 @@ class NAdam(Optimizer):
 
     _rule = Rule(rules.nadam)
     _states = {"m": "exp_avg", "v": "exp_avg_sq"}
-    _spelling = {"betas": ("beta1", "beta2")}
+    betas = pair("beta1", "beta2", RATE)
+    eps = number(NON_NEGATIVE)
+    momentum_decay = number(NON_NEGATIVE)
 
     def __init__(
         self,
@@ -424,7 +424,9 @@ class LAMB(Optimizer):
 
     _rule = Rule(rules.lamb)
     _states = {"m": "exp_avg", "v": "exp_avg_sq"}
-    _spelling = {"betas": ("beta1", "beta2")}
+    betas = pair("beta1", "beta2", RATE)
+    eps = number(NON_NEGATIVE)
+    layer_adaptation = flag()
 
     def __init__(
         self,
@@ -474,6 +476,9 @@ class LARS(Optimizer):
 
     _rule = Rule(rules.lars)
     _states = {"b": "momentum_buffer"}
+    momentum = number(NON_NEGATIVE)
+    trust_coefficient = number(NON_NEGATIVE)
+    layer_adaptation = flag()
 
     def __init__(
         self,
@@ -524,6 +529,9 @@ class DoG(Optimizer):
 
     _rule = Rule(rules.dog)
     _states = {"x0": "initial_params"}
+    relative_distance = number(NON_NEGATIVE)
+    eps = number(NON_NEGATIVE)
+    layerwise = flag()
 
     def __init__(
         self,
@@ -582,7 +590,10 @@ class Prodigy(Optimizer):
 
     _rule = Rule(rules.prodigy)
     _states = {"x0": "initial_params", "m": "exp_avg", "v": "exp_avg_sq", "s": "weighted_grad"}
-    _spelling = {"betas": ("beta1", "beta2")}
+    betas = pair("beta1", "beta2", RATE)
+    eps = number(NON_NEGATIVE)
+    d0 = fixed("d", POSITIVE)
+    _defaults: ClassVar[StepOptions] = {"decoupled_weight_decay": True}
 
     def __init__(
         self,
@@ -594,12 +605,7 @@ class Prodigy(Optimizer):
         d0: float = 1e-6,
         **options: Unpack[StepOptions],
     ) -> None:
-        self.__dict__["d0"] = checks.number("d0", d0, 0.0, np.inf)
-        options.setdefault("decoupled_weight_decay", True)
-        super().__init__(params, lr=lr, betas=betas, eps=eps, **options)
-
-    def _starts(self) -> Mapping[str, float]:
-        return {"d": float(self.d0)}
+        super().__init__(params, lr=lr, betas=betas, eps=eps, d0=d0, **options)
 
 
 class ScheduleFreeSGD(Optimizer):
@@ -635,6 +641,7 @@ class ScheduleFreeSGD(Optimizer):
 
     _rule = Rule(rules.schedule_free_sgd)
     _states = {"x": "averaged"}
+    beta = number(RATE)
 
     def __init__(self, params: Any, *, lr: Any = 1.0, beta: Any = 0.9, **options: Unpack[StepOptions]) -> None:
         super().__init__(params, lr=lr, beta=beta, **options)
@@ -683,7 +690,8 @@ class ScheduleFreeAdamW(Optimizer):
 
     _rule = Rule(rules.schedule_free_adamw)
     _states = {"x": "averaged", "v": "exp_avg_sq"}
-    _spelling = {"betas": ("beta1", "beta2")}
+    betas = pair("beta1", "beta2", RATE)
+    eps = number(NON_NEGATIVE)
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,12 +10,11 @@ import numpy as np
 
 from . import checks
 from .arrays.buffers import FlatBuffer, place_called
-from .arrays.columns import CALLED, Columns, Parameters
+from .arrays.columns import ROLES, Columns, Parameters
 from .arrays.places import HOST
 from .gpu.arrays import DevicePlace
 from .gpu.backend import GpuBackend
 from .groups import Groups
-from .kernels.formats import FORMATS
 from .loss_scale import LossScale
 from .options import Options
 from .step.backend import Backend
@@ -75,7 +74,7 @@ class OptimizerState:
             loss_scale: the optimizer's own, or None.
         """
         columns, gradients, backend = _memory(options, parameters, states, external)
-        starts = [options.starts_at(name) for name in options.rule.scalars]
+        starts = [options.starts[name] for name in options.rule.scalars]
         counts = Counts.zero(len(parameters.leaves), parameters.models, starts)
         rows = make_rows(backend, groups, counts, (), None)
         return cls(options, parameters, columns, gradients, backend, groups, rows, Remembered(), loss_scale)
@@ -83,10 +82,10 @@ class OptimizerState:
     @property
     def addresses(self) -> list[Column]:
         """The columns of a plan: of the parameters, then of what is beside them."""
-        place, itemsize = self.parameters.place, self.parameters.dtype.itemsize
+        place, columns = self.parameters.place, self.columns
         return [
-            Column.of(arrays, place, 2 if name == "shadow" else itemsize)
-            for name, arrays in (("", self.parameters.leaves), *self.columns.arrays.items())
+            Column.of(self.parameters.leaves, place, self.parameters.dtype.itemsize),
+            *(Column.of(arrays, place, columns.itemsize(name)) for name, arrays in columns.arrays.items()),
         ]
 
     def rebuilt(self, params: Any, external: Mapping[str, Any]) -> OptimizerState:
@@ -111,7 +110,8 @@ class OptimizerState:
             raise ValueError("this optimizer is capturable, but the new parameters are on the CPU. Build a new one.")
         for name in self.columns.external:
             if external[name] is None:
-                raise ValueError(f"this optimizer was given {CALLED[name]}; pass it for the new parameters as well.")
+                argument = self.columns.roles[name].argument
+                raise ValueError(f"this optimizer was given {argument}; pass it for the new parameters as well.")
         arrays = {name: external[name] for name in self.columns.external}
         new = OptimizerState.start(self.options, after, groups, self.columns.letters, arrays, None)
         counts, kept = new.rows.counts(), self.rows.counts()
@@ -157,10 +157,9 @@ class OptimizerState:
             return buffer if isinstance(given, FlatBuffer) else buffer.unflatten()
 
         options, on_host = self.options, place is HOST
-        formats = {} if options.shadow is None else {"shadow": FORMATS[options.shadow].storage}
-        external: dict[str, Any] = dict.fromkeys(CALLED)
+        external: dict[str, Any] = dict.fromkeys(ROLES)
         for name, given in self.columns.external.items():
-            external[name] = copied(self.columns.arrays[name], given, formats.get(name, ours.dtype))
+            external[name] = copied(self.columns.arrays[name], given, self.columns.roles[name].dtype(ours.dtype))
         options = replace(
             options,
             capturable=options.capturable and not on_host,
@@ -195,14 +194,13 @@ def _memory(
     options: Options, parameters: Parameters, states: Sequence[str], external: Mapping[str, Any]
 ) -> tuple[Columns, Gradients, Backend]:
     """The columns beside parameters and gradients, what finds the gradients, and where it all is."""
-    initial: Callable[[str], float] = options.starts_at
-    columns = Columns(parameters, states, initial, external, options.shadow, options.alloc)
+    columns = Columns(parameters, options.roles(states, options.starts), external, options.alloc)
     given: list[Given] = [
         (checks.called(path), leaf, True) for path, leaf in zip(parameters.paths, parameters.leaves, strict=True)
     ]
     for name in external:
-        leaves = zip(parameters.paths, columns.arrays[name], strict=True)
-        given += [(checks.called(path, CALLED[name]), leaf, name not in columns.inputs) for path, leaf in leaves]
+        leaves, role = zip(parameters.paths, columns.arrays[name], strict=True), columns.roles[name]
+        given += [(checks.called(path, role.argument), leaf, role.written) for path, leaf in leaves]
     place = parameters.place
     backend: Backend
     if isinstance(place, DevicePlace):

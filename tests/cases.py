@@ -10,6 +10,7 @@ import numpy as np
 import oracles
 
 import fastlr
+from fastlr.options import EXAMPLES
 
 
 @dataclass(frozen=True)
@@ -255,7 +256,7 @@ CASES += [
         {"d0": 1e-3},
         oracles.prodigy,
         ("initial_params", "exp_avg", "exp_avg_sq", "weighted_grad"),
-        [*_LR, ({"d0": 0.0}, "d0 must be above 0 and finite, got 0.0."), ({"eps": -1.0}, "eps must be non-negative")],
+        [*_LR, ({"d0": 0.0}, "d0 must be positive and finite, got 0.0."), ({"eps": -1.0}, "eps must be non-negative")],
     ),
     Case(
         "prodigy-coupled",
@@ -281,6 +282,8 @@ CASES += [
         [*_LR, ({"betas": (0.9, 1.0)}, "betas[1] must be in [0, 1), got 1.0.")],
     ),
 ]
+# Every option of the step at once, at values that show within a few steps of gradients around 1.
+ALL_ON = {**EXAMPLES, "clip_norm": 0.5, "clip_value": 0.01, "ema": 0.9}
 # One setting for each optimizer, for tests of what does not depend on the rule.
 PLAIN = [next(case for case in CASES if case.make is make) for make in dict.fromkeys(case.make for case in CASES)]
 # Those in which no element's update depends on another's.

@@ -15,7 +15,8 @@ import pytest
 
 import fastlr
 from fastlr import bench, cli
-from fastlr.bench import candidates, measuring, report, steps
+from fastlr.bench import candidates, measuring, report
+from fastlr.options import EXAMPLES
 
 KEYS = {"impl", "rule", "device", "dtype", "n", "leaves", "threads", "mode", "p10_s", "p50_s", "p90_s"}
 KEYS |= {"ns_per_param", "gb_per_s", "compile_s", "commit", "date", "cpu", "versions"}
@@ -75,7 +76,7 @@ def test_whole_steps(kind, leaves):
     expected = {
         "full": {"fastlr", "torch_calls", "optax", "roofline"},
         "target": {"fastlr", "torch_calls"},
-        "options": {"fastlr", *(f"+ {name}" for name in steps.OPTIONS)},
+        "options": {"fastlr", *(f"+ {name}" for name in EXAMPLES)},
     }[kind]
     missing = {n for n, module in (("torch_calls", "torch"), ("optax", "optax")) if find_spec(module) is None}
     assert found == expected - missing - ({"roofline"} if leaves > 1 else set())

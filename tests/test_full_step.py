@@ -8,7 +8,7 @@ import tracemalloc
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import PLAIN, Case
+from cases import ALL_ON, PLAIN, Case
 
 import fastlr
 from fastlr.kernels.formats import FORMATS
@@ -155,13 +155,7 @@ def test_each_option_compiled(option, rng):
 
 def everything(n_leaves_tree, **more):
     return {
-        "clip_norm": 0.5,
-        "clip_value": 0.01,
-        "skip_nonfinite": True,
-        "ema": 0.9,
-        "shadow": "bfloat16",
-        "zero_grads": True,
-        "statistics": True,
+        **ALL_ON,
         "lr_scale": {
             k: np.abs(np.cos(np.arange(v.size, dtype=v.dtype))).reshape(v.shape) for k, v in n_leaves_tree.items()
         },

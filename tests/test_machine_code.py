@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 import pytest
-from cases import CASES, Case
+from cases import ALL_ON, CASES, Case
 from numba import types
 
 import fastlr
@@ -66,11 +66,7 @@ def test_float32(case: Case):
 
 FULL = {
     "weight_decay": 0.1,
-    "clip_norm": 1.0,
-    "clip_value": 0.5,
-    "skip_nonfinite": True,
-    "ema": 0.9,
-    "zero_grads": True,
+    **{name: value for name, value in ALL_ON.items() if name not in ("shadow", "statistics")},
     "lr_scale": np.ones(1, np.float32),
 }
 

@@ -94,7 +94,9 @@ PLACES = {
     "betas": lambda x: adam(betas=(0.0, x)).betas[1],
     "a group": lambda x: adam(groups={"*": {"lr": x}}).groups["*"].lr,
     "ema": lambda x: adam(ema=x).ema_decay,
-    "initial_accumulator_value": lambda x: fastlr.Adagrad(np.ones(1), initial_accumulator_value=x)._initial("s"),
+    "initial_accumulator_value": lambda x: (
+        fastlr.Adagrad(np.ones(1), initial_accumulator_value=x).initial_accumulator_value
+    ),
     "one of a population's": lambda x: population(lr=[x, 0.5]).lr[0],
     "Constant": lambda x: schedules.Constant(x).value,
     "Piecewise": lambda x: schedules.Piecewise([1], [x, 0.0]).values[0],
@@ -111,7 +113,7 @@ POSITIVE = {
 }
 METRIC = {"observe": lambda x: adam(lr=schedules.Plateau(0.5)).observe(x) or float(x)}
 COUNTS = {
-    "threads": lambda x: adam(threads=x)._threads,
+    "threads": lambda x: adam(threads=x)._options.threads,
     "population": lambda x: fastlr.flatten({"w": np.ones(1)}, population=x).population,
     "steps": lambda x: schedules.Cosine(0.5, x).steps,
     "interval": lambda x: fastlr.LossScale(interval=x).interval,

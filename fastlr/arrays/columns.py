@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,42 @@ from .buffers import FlatBuffer
 from .places import Alloc, Memory
 from .trees import Structure, is_container, leaves_with_paths
 
-__all__ = ["CALLED", "Columns", "Parameters"]
+__all__ = ["COMPUTE", "EMA", "LR_SCALE", "PARAMETERS", "ROLES", "SHADOW", "Columns", "Parameters", "Role"]
 
-# What the caller calls the arrays that may be his own.
-CALLED = {"ema": "ema_out", "lr_scale": "lr_scale", "shadow": "shadow_out"}
+COMPUTE = "compute"  # the format in which a step computes: that of the parameters
+PARAMETERS = "parameters"  # what a column starts as: a copy of them
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a column is to a step: an array that goes along with the parameters, element by element.
+
+    Attributes:
+        name: in the step and in a state dict: the rule's letter for a state.
+        argument: the option in which the caller gives arrays of his own; "" where there is none.
+        written: whether a step writes it, or only reads it.
+        saved: whether it is part of the state; another follows from the parameters, or is the caller's to keep.
+        format: of its numbers: `COMPUTE`, or "bfloat16" or "float16".
+        starts_as: the number that it is filled with, or `PARAMETERS`.
+    """
+
+    name: str
+    argument: str = ""
+    written: bool = True
+    saved: bool = True
+    format: str = COMPUTE
+    starts_as: float | str = 0.0
+
+    def dtype(self, compute: np.dtype) -> np.dtype:
+        """How it is stored, beside parameters of a dtype."""
+        return compute if self.format == COMPUTE else np.dtype(FORMATS[self.format].storage)
+
+
+EMA = Role("ema", "ema_out", starts_as=PARAMETERS)
+LR_SCALE = Role("lr_scale", "lr_scale", written=False, saved=False)
+SHADOW = Role("shadow", "shadow_out", saved=False, starts_as=PARAMETERS)
+# The columns of the step's own, in the order in which they follow the states of the rule.
+ROLES = {role.name: role for role in (EMA, LR_SCALE, SHADOW)}
 
 
 class Parameters:
@@ -120,16 +152,15 @@ class Columns:
 
     Args:
         parameters: what they go along with.
-        letters: the states, averages among them, in the order of the rule.
-        initial: the value at which a state starts.
-        external: the caller's arrays for "ema", "lr_scale" and "shadow", where there are some.
-        shadow: the format of a copy of the parameters, or None.
+        roles: of the columns, in the order of a plan's.
+        external: the caller's own arrays, by the name of their role.
         alloc: where memory comes from.
 
     Attributes:
-        letters: the states.
-        inputs: what is only read, after the states.
-        arrays: the array of each leaf, by name, in the order of a plan's columns.
+        roles: by name, in order.
+        letters: the states, averages among them.
+        inputs: what is only read.
+        arrays: the array of each leaf, by name, in order.
         external: the caller's arrays, as given.
 
     Raises:
@@ -138,88 +169,105 @@ class Columns:
     """
 
     def __init__(
-        self,
-        parameters: Parameters,
-        letters: Sequence[str],
-        initial: Callable[[str], float],
-        external: Mapping[str, Any],
-        shadow: str | None,
-        alloc: Alloc | None,
+        self, parameters: Parameters, roles: Sequence[Role], external: Mapping[str, Any], alloc: Alloc | None
     ) -> None:
-        self._parameters, self._format, self._place = parameters, shadow, parameters.place
-        place = parameters.place
-        self.letters = tuple(letters)
+        self._parameters, self._place = parameters, parameters.place
+        self.roles = {role.name: role for role in roles}
+        self.letters = tuple(role.name for role in roles if role.saved)
+        self.inputs = tuple(role.name for role in roles if not role.written)
         self.external = dict(external)
-        self.inputs = tuple(name for name in ("lr_scale",) if name in external)
-        kinds = {} if shadow is None else {"shadow": (shadow, FORMATS[shadow].storage)}
-        given = {
-            n: parameters.companions(CALLED[n], tree, n != "lr_scale", kinds.get(n)) for n, tree in external.items()
-        }
+        given = {name: self._companions(self.roles[name], tree) for name, tree in external.items()}
         self._check(given)
-        if "shadow" in given and place is places.HOST:
-            given["shadow"] = [leaf.view(FORMATS[shadow or ""].storage) for leaf in given["shadow"]]
-        self._flat: dict[str, Any] = {}
-        used = [*parameters.memory, *(place.memory(CALLED[n], leaf) for n in given for leaf in given[n])]
-        for k, letter in enumerate([n for n in letters if n not in given]):
-            self._flat[letter] = place.allocate(parameters.size, parameters.dtype, 2 + k, alloc, used)
-        if shadow is not None and "shadow" not in given:
-            storage = FORMATS[shadow].storage
-            self._flat["shadow"] = place.allocate(parameters.size, storage, 2 + len(letters), alloc, used)
-        names = [*letters, *self.inputs, *(["shadow"] if shadow else [])]
-        self.arrays = {n: given[n] if n in given else parameters.cut(self._flat[n]) for n in names}
-        for letter in letters:
-            if letter == "ema" and letter not in given:  # the average begins as a copy
-                for own, leaf in zip(self.arrays[letter], parameters.leaves, strict=True):
-                    place.copy(own, leaf)
-            elif letter != "ema" and initial(letter):
-                place.fill(self._flat[letter], initial(letter))
-        self.encode_shadow()
+        self._flat = self._allocated([role for role in roles if role.name not in given], given, alloc)
+        self.arrays = {n: given[n] if n in given else parameters.cut(self._flat[n]) for n in self.roles}
+        for name, role in self.roles.items():
+            if role.starts_as == PARAMETERS and (role.format != COMPUTE or name not in given):
+                self._copy(role, parameters.leaves)
+            elif isinstance(role.starts_as, float) and role.starts_as and name not in given:
+                parameters.place.fill(self._flat[name], role.starts_as)
+
+    def _companions(self, role: Role, tree: Any) -> list[Any]:
+        """The caller's arrays for a column, one for each leaf."""
+        storage = role.dtype(self._parameters.dtype)
+        kinds = None if role.format == COMPUTE else (role.format, storage.name)
+        leaves = self._parameters.companions(role.argument, tree, role.written, kinds)
+        return leaves if kinds is None or self._place is not places.HOST else [leaf.view(storage) for leaf in leaves]
+
+    def _allocated(
+        self, roles: Sequence[Role], given: Mapping[str, Sequence[Any]], alloc: Alloc | None
+    ) -> dict[str, Any]:
+        parameters, place = self._parameters, self._place
+        theirs = [place.memory(self.roles[n].argument, leaf) for n, leaves in given.items() for leaf in leaves]
+        used = [*parameters.memory, *theirs]
+        return {
+            role.name: place.allocate(parameters.size, role.dtype(parameters.dtype), 2 + k, alloc, used)
+            for k, role in enumerate(roles)
+        }
+
+    def itemsize(self, name: str) -> int:
+        """Bytes of one element of a column."""
+        return self.roles[name].dtype(self._parameters.dtype).itemsize
 
     def _check(self, given: Mapping[str, list[Any]]) -> None:
         """What the caller's arrays must be beyond their shape and dtype."""
-        memory = self._place.memory
-        written = [memory(CALLED[n], a) for n in ("ema", "shadow") for a in given.get(n, ())]
-        spans = sorted((m.address, m.address + m.nbytes) for m in written if m.nbytes)
-        if any(end > begin for (_, end), (begin, _) in itertools.pairwise(spans)):
-            raise ValueError("ema_out and shadow_out share memory. Pass memory of its own for each.")
-        for scale in given.get("lr_scale", ()):
+        spans = sorted(
+            (m.address, m.address + m.nbytes, self.roles[name].argument)
+            for name, leaves in given.items()
+            for m in (self._place.memory(self.roles[name].argument, leaf) for leaf in leaves)
+            if m.nbytes
+        )
+        ends: dict[str, int] = {}
+        for begin, end, argument in spans:
+            other = next((name for name, last in ends.items() if last > begin and name != argument), None)
+            if other is not None:
+                pair = " and ".join(sorted((other, argument)))
+                raise ValueError(f"{pair} share memory. Pass memory of its own for each.")
+            ends[argument] = max(end, ends.get(argument, 0))
+        for scale in given.get(LR_SCALE.name, ()):
             numbers = self._place.to_host(scale)
             if not (np.isfinite(numbers) & (numbers >= 0)).all():
-                raise ValueError("lr_scale must be non-negative and finite everywhere.")
-            begin, end = memory("lr_scale", scale).address, memory("lr_scale", scale).address + numbers.nbytes
-            if any(a < end and begin < b for a, b in spans):
-                raise ValueError("lr_scale shares memory with ema_out or shadow_out. Pass memory of its own for each.")
+                raise ValueError(f"{LR_SCALE.argument} must be non-negative and finite everywhere.")
 
     @property
     def written(self) -> list[Any]:
         """The arrays that a step writes."""
-        return [array for name, arrays in self.arrays.items() if name not in self.inputs for array in arrays]
+        return [array for name, arrays in self.arrays.items() if self.roles[name].written for array in arrays]
 
     def tree(self, name: str) -> Any:
-        """A column in the parameters' structure: a view, or the caller's own arrays as they were given."""
-        return self.external[name] if name in self.external else self._parameters.tree(self._flat[name])
+        """A column in the parameters' structure: a view, or the caller's own arrays as they were given.
 
-    def shadow(self) -> Any:
-        """The copy in low precision as numbers, or as bits where nobody knows bfloat16."""
-        assert self._format is not None
-        if "shadow" in self.external:
-            return self.external["shadow"]
-        return self._parameters.tree(self._place.as_format(self._flat["shadow"], self._format))
+        Numbers in another format than the parameters' are bits where NumPy does not know it.
+        """
+        if name in self.external:
+            return self.external[name]
+        flat, role = self._flat[name], self.roles[name]
+        return self._parameters.tree(flat if role.format == COMPUTE else self._place.as_format(flat, role.format))
 
     def encode_shadow(self) -> None:
         """Bring the copy in low precision up to date with the parameters."""
-        for shadow, bits in zip(self.arrays.get("shadow", ()), self.encoded(self._parameters.leaves), strict=True):
-            self._place.copy(shadow, bits)
+        if SHADOW.name in self.roles:
+            self._copy(self.roles[SHADOW.name], self._parameters.leaves)
 
-    def encoded(self, leaves: Sequence[Any]) -> list[np.ndarray]:
-        """Parameters in low precision, as bits; none if nobody asks for them.
+    def shadow_of(self, leaves: Sequence[Any]) -> list[tuple[Any, np.ndarray]]:
+        """For other parameters, the arrays of the copy in low precision and what belongs there; none without a copy.
 
         Args:
             leaves: the parameters, here or on the host.
         """
-        if self._format is None:
+        if SHADOW.name not in self.roles:
             return []
-        _, encode = FORMATS[self._format].make(np.where)
+        return list(zip(self.arrays[SHADOW.name], self._encoded(self.roles[SHADOW.name], leaves), strict=True))
+
+    def _copy(self, role: Role, leaves: Sequence[Any]) -> None:
+        """Fill a column with parameters."""
+        for own, leaf in zip(self.arrays[role.name], self._encoded(role, leaves), strict=True):
+            self._place.copy(own, leaf)
+
+    def _encoded(self, role: Role, leaves: Sequence[Any]) -> Sequence[Any]:
+        """Parameters as a column stores them."""
+        if role.format == COMPUTE:
+            return leaves
+        _, encode = FORMATS[role.format].make(np.where)
         narrow = to_float32(np.where) if self._parameters.dtype == np.float64 else np.asarray
         with np.errstate(all="ignore"):
             return [

@@ -18,9 +18,10 @@ import numpy as np
 import fastlr
 
 from ..arrays.places import HOST
+from ..options import EXAMPLES, OPTIONS, with_trees
 from .candidates import Candidate, Problem
 
-LR, DECAY, LIMIT, EMA = 1e-3, 1e-2, 1.0, 0.999
+LR, DECAY, LIMIT, EMA = 1e-3, 1e-2, EXAMPLES["clip_norm"], EXAMPLES["ema"]
 
 
 @dataclass(frozen=True)
@@ -41,37 +42,17 @@ class Step:
 _PLAIN = {"lr": LR, "weight_decay": DECAY}
 FULL = Step(
     fastlr.AdamW,
-    {
-        **_PLAIN,
-        "clip_norm": LIMIT,
-        "skip_nonfinite": True,
-        "ema": EMA,
-        "shadow": "bfloat16",
-        "zero_grads": True,
-    },
+    _PLAIN | {name: EXAMPLES[name] for name in ("clip_norm", "skip_nonfinite", "ema", "shadow", "zero_grads")},
     46,
 )
 TARGET = Step(fastlr.Adam, {"lr": LR, "clip_norm": LIMIT, "ema": EMA}, 40)
-# Each option by itself, and the bytes that it adds per parameter.
-OPTIONS: dict[str, tuple[dict[str, Any], int]] = {
-    "clip_norm": ({"clip_norm": LIMIT}, 4),
-    "skip_nonfinite": ({"skip_nonfinite": True}, 4),
-    "clip_value": ({"clip_value": LIMIT}, 0),
-    "ema": ({"ema": EMA}, 8),
-    "shadow": ({"shadow": "bfloat16"}, 2),
-    "zero_grads": ({"zero_grads": True}, 4),
-    "lr_scale": ({"lr_scale": True}, 4),
-    "statistics": ({"statistics": True}, 0),
-}
 
 
 def fastlr_step(step: Step, problem: Problem, backend: str = "numba") -> Candidate:
     """The whole step in one call."""
-    settings = {**step.settings, "threads": problem.threads, "backend": backend}
     params = fastlr.flatten(problem.parts(problem.array(0)))
-    if settings.get("lr_scale"):
-        settings["lr_scale"] = params.like(np.ones_like(params.data))
-    opt = step.make(params, **settings)
+    settings = with_trees(step.settings, lambda x: params.like(np.full_like(params.data, x)))
+    opt = step.make(params, **settings, threads=problem.threads, backend=backend)
     first = problem.array(1)
     opt.grads.data[:] = first
     if problem.n > 100_000 or not settings.get("zero_grads"):
@@ -219,8 +200,8 @@ def entries(kind: str, problem: Problem) -> dict[str, Entry]:
 
     if kind == "options":
         out = {"fastlr": own(Step(fastlr.AdamW, _PLAIN))}
-        for name, (more, added) in OPTIONS.items():
-            out[f"+ {name}"] = own(Step(fastlr.AdamW, {**_PLAIN, **more}, 28 + added))
+        for name, example in EXAMPLES.items():
+            out[f"+ {name}"] = own(Step(fastlr.AdamW, {**_PLAIN, name: example}, 28 + OPTIONS[name].moved))
         return out
     step = FULL if kind == "full" else TARGET
     out = {"fastlr": own(step), "torch_calls": Entry(partial(torch_steps, step), step.moved, step)}

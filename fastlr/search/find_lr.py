@@ -182,7 +182,7 @@ class Trial:
 
     def __init__(self, opt: Optimizer) -> None:
         if "lr" not in opt.groups.names:
-            raise ValueError(f"{type(opt).__name__} of rule {opt._source.name!r} has no lr to look for.")
+            raise ValueError(f"{type(opt).__name__} of rule {opt._options.rule.name!r} has no lr to look for.")
         self._opt, self._ratios, self._before = opt, _ratios(opt), opt.snapshot()
         self._hyper = {g: dict(g._values) for g in (opt.groups.defaults, *opt.groups.values())}
         self._own = opt._gradients.own

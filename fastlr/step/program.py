@@ -9,14 +9,11 @@ from typing import Any
 import numpy as np
 
 from .. import checks
-from ..groups import Groups, everywhere, somewhere
-from ..kernels import rules
-from ..kernels.staging import After, Before, RuleError, Staged
-from ..options import Options
+from ..groups import Groups
+from ..kernels.staging import RuleError, Staged
+from ..options import AFTER, BEFORE, Options
 
-__all__ = ["AFTER", "BEFORE", "Program", "UnequalError"]
-
-BEFORE, AFTER = Before(rules.before), After(rules.after)
+__all__ = ["Program", "UnequalError"]
 
 
 class UnequalError(ValueError):
@@ -47,23 +44,10 @@ class Program:
         Raises:
             ValueError: if settings do not go together.
         """
-        uniforms, rule = groups.uniforms(), options.rule
-        options.check_settings(uniforms)
-        switches = rule.switches | BEFORE.switches
-        static = options.static_flags(uniforms, unscaled)
-        on = set()
-        for name in uniforms[0]:
-            values = [u[name] for u in uniforms]
-            if name == "frozen":
-                continue
-            if isinstance(values[0], bool) and all(v is values[0] for v in values):
-                static[name] = values[0]
-            elif name in switches and not any(map(somewhere, values)):
-                static[name] = 0.0
-            elif name in switches and all(map(everywhere, values)):
-                on.add(name)
+        uniforms = groups.uniforms()
+        static, on = options.static_flags(uniforms, unscaled)
         try:
-            staged = rule.stage(static, before=BEFORE, after=AFTER, on=frozenset(on))
+            staged = options.rule.stage(static, before=BEFORE, after=AFTER, on=on)
         except RuleError as error:  # when the rule was made, its flags had one value at a time
             flags = [n for n, v in uniforms[0].items() if isinstance(v, bool) and n != "frozen" and n not in static]
             raise UnequalError(f"{', '.join(flags)} must be the same in all groups: {error}") from error
@@ -88,7 +72,7 @@ class Program:
                 if other is not first and not np.array_equal(other, first):
                     shared = [n for n, scope in zip(staged.scalars, staged.shared, strict=True) if scope == "all"]
                     raise UnequalError(
-                        f"{options.label(name)} must be the same in all groups, got {checks.shown(first)} and "
+                        f"{options.labels[name]} must be the same in all groups, got {checks.shown(first)} and "
                         f"{checks.shown(other)}: it enters {', '.join(shared)} of rule {staged.name!r}, which is one "
                         "for all parameters."
                     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import checks
+from ..hyperparameters import Hyper, part_labels
 from ..schedules.base import Observed, Plateau, Schedule, Text, inline
 from .rows import Rows
 
@@ -60,12 +61,12 @@ def evaluator(schedule: Schedule, population: int | None) -> tuple[Callable[...,
     return made.one, False
 
 
-def ensure(label: str, checked: str, schedule: Schedule, value: Any, step: int) -> None:
+def ensure(label: str, hyper: Hyper[Any], schedule: Schedule, value: Any, step: int) -> None:
     """Check what a schedule gives.
 
     Args:
         label: the hyperparameter, as the user calls it.
-        checked: whose range holds.
+        hyper: whose range holds.
         schedule: that was asked.
         value: what it gave: a number, or one for each model.
         step: for which step.
@@ -73,19 +74,19 @@ def ensure(label: str, checked: str, schedule: Schedule, value: Any, step: int) 
     Raises:
         ValueError: if it is out of range.
     """
-    low, high, closed = checks.limits(checked)
     for one in np.ravel(value).tolist():
-        if not (low < one < high or one in closed):
-            wanted = checks.expected(checked)
-            raise ValueError(f"{label} {wanted}, but {checks.shown(schedule)} gives {one!r} at step {step}.")
+        if not hyper.interval.holds(one):
+            raise ValueError(
+                f"{label} {hyper.interval.words}, but {checks.shown(schedule)} gives {one!r} at step {step}."
+            )
 
 
-def examine(label: str, checked: str, value: Any, step: int, population: int | None = None) -> None:
+def examine(label: str, hyper: Hyper[Any], value: Any, step: int, population: int | None = None) -> None:
     """Check that a hyperparameter that follows a schedule, or a part of it that does, has a value for a step.
 
     Args:
         label: the hyperparameter, as the user calls it.
-        checked: whose range holds.
+        hyper: whose range holds.
         value: the hyperparameter; what is no schedule is passed over.
         step: for which step.
         population: number of models, or None.
@@ -97,7 +98,7 @@ def examine(label: str, checked: str, value: Any, step: int, population: int | N
         if isinstance(part, Schedule):
             one, _ = evaluator(part, population)
             found = one(float(step), part._carried_out().numbers)
-            ensure(f"{label}[{k}]" if isinstance(value, tuple) else label, checked, part, found, step)
+            ensure(f"{label}[{k}]" if isinstance(value, tuple) else label, hyper, part, found, step)
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ class _Entry:
     """One hyperparameter of one configuration."""
 
     label: str  # as the user calls it
-    checked: str  # whose range holds
+    hyper: Hyper[Any]
     uniform: str
     schedule: Schedule
     value: Callable[..., Any]
@@ -149,7 +150,6 @@ class _Entry:
     rows: np.ndarray
     models: np.ndarray  # of the rows
     column: int
-    limits: tuple[float, float, tuple[float, ...]]  # lowest, highest, and which of them are allowed
 
 
 class Scheduled:
@@ -157,7 +157,7 @@ class Scheduled:
 
     Args:
         uniforms: for each configuration, the values under the rule's names.
-        spelling: hyperparameters of the API that are several in the rule.
+        table: every hyperparameter by its name in the API.
         rows: of the leaves.
         names: the uniforms that `decide` takes, in order.
         observed: what plateaus remember; grows.
@@ -167,14 +167,14 @@ class Scheduled:
     def __init__(
         self,
         uniforms: Sequence[Mapping[str, Any]],
-        spelling: Mapping[str, tuple[str, ...]],
+        table: Mapping[str, Hyper[Any]],
         rows: Rows,
         names: Sequence[str],
         observed: Remembered,
         population: int | None,
     ) -> None:
         self._rows = len(rows)
-        labels = {n: (f"{k}[{i}]", k) for k, several in spelling.items() for i, n in enumerate(several)}
+        labels = part_labels(table)
         self._observed, self._population = observed, population
         self.entries: list[_Entry] = []
         for c, values in enumerate(uniforms):
@@ -184,10 +184,10 @@ class Scheduled:
                 text = Text(inline)
                 value._emit(text, "n")
                 which = np.flatnonzero(rows.configuration == c)
-                label, checked = labels.get(uniform, (uniform, uniform))
+                label, hyper = labels[uniform]
                 entry = _Entry(
                     label,
-                    checked,
+                    hyper,
                     uniform,
                     value,
                     *evaluator(value, population),
@@ -196,7 +196,6 @@ class Scheduled:
                     which,
                     rows.model[which],
                     list(names).index(uniform),
-                    checks.limits(checked),
                 )
                 self.entries.append(entry)
         self._rates = {id(e.schedule): e for e in reversed(self.entries) if e.uniform == "lr"}
@@ -210,7 +209,9 @@ class Scheduled:
         self._single = None
         if len(self.entries) == 1 and len(self.entries[0].rows) == 1 and not self.entries[0].per_model:
             (e,) = self.entries
-            self._single = e.value, e.numbers, (int(e.rows[0]), e.column), *e.limits
+            interval = e.hyper.interval
+            place = int(e.rows[0]), e.column
+            self._single = e.value, e.numbers, place, interval.low, interval.high, interval.included
 
     @staticmethod
     def _numbers(entry: _Entry, observed: Remembered) -> tuple[Any, ...]:
@@ -242,7 +243,7 @@ class Scheduled:
     @staticmethod
     def _value(entry: _Entry, step: int) -> Any:
         value = entry.value(float(step), entry.numbers)
-        ensure(entry.label, entry.checked, entry.schedule, value, step)
+        ensure(entry.label, entry.hyper, entry.schedule, value, step)
         return value
 
     def follows(self, rates: Mapping[str, Any]) -> bool:

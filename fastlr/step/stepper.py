@@ -21,6 +21,7 @@ from .. import checks
 from ..arrays.buffers import FlatBuffer
 from ..arrays.trees import is_container
 from ..groups import matching
+from ..hyperparameters import Hyper
 from ..kernels.atomic import commit
 from ..kernels.formats import FORMATS
 from ..kernels.layout import CLOCK
@@ -233,12 +234,12 @@ class Stepper:
                 stacklevel=5,
             )
 
-    def examine(self, label: str, name: str, value: Any, several: bool | None) -> None:
+    def examine(self, label: str, hyper: Hyper[Any], value: Any, several: bool | None) -> None:
         """Refuse a value that was set but does not fit the others, or a schedule whose value for the next step is bad.
 
         Args:
             label: what the user calls it.
-            name: whose range holds.
+            hyper: the hyperparameter.
             value: what was set.
             several: whether other groups have values of their own for it. One that has to be the same in all of them
                 can only be set in one after another, so the next step sees whether it is. None: others are going to
@@ -247,7 +248,11 @@ class Stepper:
         Raises:
             ValueError: if it does not fit.
         """
-        if several is not None and name != "frozen" and (name != "lr" or "lr" in self.program.staged.common):
+        if (
+            several is not None
+            and hyper.name != "frozen"
+            and (hyper.name != "lr" or "lr" in self.program.staged.common)
+        ):
             try:
                 program = Program.of(self._options, self.state.groups, self.program.unscaled)
                 program.check_states(self.state.columns.letters, self._options)
@@ -255,7 +260,7 @@ class Stepper:
                 if not several:
                     raise
         if self.rows.host_knows:  # else the host does not know which step is next, and would have to wait for the GPU
-            examine(label, name, value, self._step(), self.state.parameters.population)
+            examine(label, hyper, value, self._step(), self.state.parameters.population)
 
     def observe(self, metric: float) -> None:
         """Let plateaus among the settings take account of a metric.
@@ -279,8 +284,8 @@ class Stepper:
         """The settings that follow schedules."""
         state = self.state
         names, population = self.program.staged.uniforms, state.parameters.population
-        uniforms, spelling = state.groups.uniforms(), self._options.spelling
-        return Scheduled(uniforms, spelling, self.rows, names, state.observed, population)
+        uniforms, table = state.groups.uniforms(), state.groups.table
+        return Scheduled(uniforms, table, self.rows, names, state.observed, population)
 
     def _take_settings(self, scheduled: Scheduled, version: int) -> None:
         """Enter the settings as they are."""

@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..arrays.columns import COMPUTE, EMA
 from ..kernels import exchange
 from ..kernels.formats import FORMATS
 from ..kernels.layout import T
 from ..optimizer import Optimizer as Native
+from ..options import OPTIONS
 from ..schedules.base import Schedule
 from ..step.gradients import Located
 from ..step.info import StepInfo
@@ -167,11 +169,11 @@ class Engine:
     def views(self, name: str) -> list[torch.Tensor]:
         """A column of the native optimizer as one tensor for each parameter, with its shape and strides."""
         columns = self.native._columns
-        if name == "ema" and self.ema_out is not None:
+        if name == EMA.name and self.ema_out is not None:
             return [average.tensor for average in self.ema_out]
         flat = self._flats.setdefault(name, self._as_tensor(columns._flat[name]))
-        if name == "shadow":
-            flat = flat.view(getattr(torch, self.native._shadow))
+        if columns.roles[name].format != COMPUTE:
+            flat = flat.view(getattr(torch, columns.roles[name].format))
         return [tensors.like(p, flat, start) for p, start in zip(self.params, self._starts, strict=True)]
 
     # State: the entries of `torch.optim.Optimizer.state`
@@ -179,7 +181,7 @@ class Engine:
     @staticmethod
     def state_names(native: Native) -> tuple[str, ...]:
         """The names of a native optimizer's states, without those of its own options."""
-        return tuple(native._states.get(x, x) for x in native._columns.letters if x != "ema")
+        return tuple(native._states.get(x, x) for x in native._columns.letters if x != EMA.name)
 
     def adopt(self, saved: Mapping[Any, Any], shown: Shown | None, steps: int) -> None:
         """Go on from a state; nothing that a user could see is written yet, see `writes`.
@@ -192,10 +194,9 @@ class Engine:
         Raises:
             ValueError: if what stands there cannot be the state of a parameter, or is a part of one.
         """
-        native, rule = self.native, self.native._source
+        native, rule = self.native, self.native._options.rule
         columns = {native._states.get(x, x): self.views(x) for x in native._columns.letters}
-        starts = [native._initial_scalar(name) for name in rule.scalars]
-        counts = Counts.zero(len(self.params), 1, starts)
+        counts = Counts.zero(len(self.params), 1, native._scalar_starts())
         counts.scalars = counts.scalars.copy()
         known = {} if shown is None else shown.updates
         for k, leaf in enumerate(self.leaves):
@@ -216,7 +217,7 @@ class Engine:
                     continue
                 given, value = value, states.tensor(leaf.called, name, value, leaf.param).detach()
                 own = shown is not None and shown.addresses.get(id(given)) == _address(value)
-                if name != "ema" or self.ema_out is None:
+                if name != EMA.name or self.ema_out is None:
                     views[k].copy_(value)
                 elif not own:  # an average goes on from what stands in the tensor of the user's
                     self.writes.append((views[k].detach(), value))
@@ -233,8 +234,8 @@ class Engine:
             *(average.memory for average in self.ema_out or ()),
             *(self._flats.setdefault(name, self._as_tensor(flat)) for name, flat in native._columns._flat.items()),
         ]
-        if self.ema_out is not None and "ema" in columns:  # the tensors themselves are the user's to keep
-            columns["ema"] = [average.memory for average in self.ema_out]
+        if self.ema_out is not None and EMA.name in columns:  # the tensors themselves are the user's to keep
+            columns[EMA.name] = [average.memory for average in self.ema_out]
         one = torch.zeros(())
         self.entries = [
             {
@@ -249,8 +250,8 @@ class Engine:
 
     def _watch(self) -> None:
         """Remember where parameters, states and averages are."""
-        external = set() if self.ema_out is None else {"ema"}
-        counted = {"step", *self.native._source.scalars, *external}
+        external = set() if self.ema_out is None else {EMA.name}
+        counted = {"step", *self.native._options.rule.scalars, *external}
         states = [t for entries in self.entries for name, t in entries.items() if name not in counted]
         self._things: Any = [*self.params, *states[:: -(-len(states) // _MOST_WATCHED) or 1]]
         self._averages = len(self._things)
@@ -317,7 +318,7 @@ class Engine:
     @property
     def host_counts(self) -> bool:
         """Whether the host knows the number of steps without waiting for a GPU."""
-        return bool(self.native._on_host or (self.native._rows.host_knows and not self.native._capturable))
+        return bool(self.native._on_host or (self.native._rows.host_knows and not self.native._options.capturable))
 
     def present(self, schedule: Schedule, step: int) -> float | None:
         """What a schedule that hyperparameters follow gives for a step; None if none of the parameters follows it."""
@@ -514,7 +515,8 @@ def _objects(things: Iterable[Any], count: int = -1) -> np.ndarray:
 
 def as_arguments(hyper: dict[str, Any]) -> dict[str, Any]:
     """Hyperparameters by the names that the constructor of a native optimizer has for them."""
-    return {"ema" if name == "ema_decay" else name: value for name, value in hyper.items()}
+    arguments = {o.hyper.name: name for name, o in OPTIONS.items() if o.hyper is not None}
+    return {arguments.get(name, name): value for name, value in hyper.items()}
 
 
 def holds_tensors(value: Any) -> bool:

@@ -13,6 +13,7 @@ import torch
 
 from .. import checks
 from ..arrays.buffers import FlatBuffer, flatten
+from ..arrays.columns import EMA, SHADOW
 from ..arrays.places import HOST, Alloc
 from ..kernels.staging import Rule
 from ..optimizer import Optimizer as Native
@@ -87,7 +88,7 @@ class HostOptimizer(Optimizer):
             raise TypeError(
                 f"rule must be an optimizer such as fastlr.AdamW or made by fastlr.rule, got {checks.shown(rule)}."
             )
-        if settings.pop("shadow", None) is not None:
+        if settings.pop(SHADOW.name, None) is not None:
             raise TypeError("shadow is not for HostOptimizer: the parameters themselves are the low-precision copy.")
         if ema_out is not None:
             raise TypeError("ema_out is not for HostOptimizer: the average is of the masters, and in opt.ema.")
@@ -148,7 +149,7 @@ class HostEngine(Engine):
             self._chunks = self._cut(chunk or max(self._LEAST_CHUNK, sum(self._sizes) // self._MOST_CHUNKS))
             self.parts = len(self._chunks)
             self._seen = [tuple(k in part for k in range(len(leaves))) for part in self._chunks]
-            self._shadows = self.views("shadow") if self._weights in tensors.HALVES else []
+            self._shadows = self.views(SHADOW.name) if self._weights in tensors.HALVES else []
 
     def _cut(self, chunk: int) -> list[range]:
         """Neighbouring parameters that travel together."""
@@ -177,10 +178,10 @@ class HostEngine(Engine):
     def _more(self, paths: Sequence[str]) -> dict[str, Any]:
         if self._weights not in tensors.HALVES:
             return {}
-        shadow = {"shadow": tensors.HALVES[self._weights]}
+        shadow = {SHADOW.name: tensors.HALVES[self._weights]}
         if self._staged:
             return shadow
-        return {**shadow, "shadow_out": dict(zip(paths, map(self._as_array, self.params), strict=True))}
+        return {**shadow, SHADOW.argument: dict(zip(paths, map(self._as_array, self.params), strict=True))}
 
     def _initial(self, k: int, saved: Mapping[str, Any], shown: Shown | None) -> None:
         master = saved.get("master")
@@ -255,7 +256,7 @@ class HostEngine(Engine):
         parts, rows, number = [], self.native._rows, self.native.steps
         for chunk, seen in zip(self._chunks, self._seen, strict=True):
             active = seen if all(there) else tuple(map(operator.and_, there, seen))
-            if any(active) or "ema" in self.native._columns.letters:
+            if any(active) or EMA.name in self.native._columns.letters:
                 located = Located(self._staged_at, tensors.name_of(kind), active, seen, number)
                 prepared = self.native._prepare(located, None if scale == 1.0 else scale)
                 parts.append((prepared, [k for k in chunk if there[k]], self._fetch(chunk)))

@@ -17,12 +17,13 @@ import numpy as np
 import torch
 
 from .. import checks, groups
-from ..exclusive import Exclusive, Users, exclusive, take_over
+from ..arrays.columns import EMA, SHADOW
+from ..exclusive import Users, exclusive, take_over
 from ..kernels import exchange
 from ..kernels.atomic import commit
 from ..kernels.staging import Rule, Staged
 from ..optimizer import Optimizer as Native
-from ..optimizer import StepOptions
+from ..options import OPTIONS, OWN
 from ..schedules.base import Schedule
 from ..step import scheduled
 from ..step.info import Layout, StepInfo
@@ -40,10 +41,10 @@ _IMPLEMENTATIONS = {"foreach": None, "capturable": False, "differentiable": Fals
 # In place of 0, what clipping makes of an infinite norm: gradients are divided, and as float32 this leaves 0 or NaN.
 _LEAST = 1e-100
 # Options whose part PyTorch or this module plays.
-_ELSEWHERE = {"loss_scale", "ema_out", "shadow_out", "zero_grads", "lr_scale", "grad_dtype", "groups", "backend"}
+_ELSEWHERE = {name for name, option in OPTIONS.items() if not option.torch}
 # What a saved group holds beside what a group does.
 _SAVED_ALONG = ("params", SCHEDULES, "skipped_steps", "clock", "observed", "averaging")
-_OFFERED = [name for name in StepOptions.__annotations__ if name not in _ELSEWHERE | {"capturable"}]
+_OFFERED = [name for name in OPTIONS if name not in _ELSEWHERE | {"capturable"}]
 
 
 @dataclass
@@ -292,7 +293,7 @@ class Optimizer(Exclusive, torch.optim.Optimizer):  # type: ignore[misc]
         given = list(given)
         self._check_ema_out(given, self._leaves())
         fresh = [tensors.Theirs(average) for average in given]
-        state = {p: {n: v for n, v in e.items() if n != "ema"} for p, e in self.state.items() if isinstance(e, dict)}
+        state = {p: {n: v for n, v in e.items() if n != EMA.name} for p, e in self.state.items() if isinstance(e, dict)}
         made = None if self._engines is None else self._make_engines(self.param_groups, state, self._shown(), fresh)
         commit([(self.__dict__, "_ema_out", fresh)])
         if made is not None:
@@ -669,7 +670,7 @@ class Optimizer(Exclusive, torch.optim.Optimizer):  # type: ignore[misc]
             return tensors.number("clip_norm", value)
         step = self._steps_made()
         found = self._number(value, step)
-        scheduled.ensure("clip_norm", "clip_norm", value, found, step)
+        scheduled.ensure("clip_norm", OWN["clip_norm"], value, found, step)
         return found
 
     def _present(self, group: Mapping[str, Any], name: str) -> Any:
@@ -704,15 +705,16 @@ class Optimizer(Exclusive, torch.optim.Optimizer):  # type: ignore[misc]
     def ema(self) -> Any:
         """The moving average of each parameter: a list, or a dict if the parameters were given with names."""
         if "ema_decay" not in self._names:
-            raise AttributeError("there is no ema; build the optimizer with it, such as ema=0.999.")
-        return self._by_parameter("ema")
+            raise AttributeError(f"there is no ema; build the optimizer with it, such as {OPTIONS['ema'].on_request}.")
+        return self._by_parameter(EMA.name)
 
     @property
     def shadow(self) -> Any:
         """The low-precision copy of each parameter, as of the last step; as `ema`."""
         if self._settings.get("shadow") is None:
-            raise AttributeError('there is no shadow; build the optimizer with it, such as shadow="bfloat16".')
-        return self._by_parameter("shadow")
+            how = OPTIONS["shadow"].on_request
+            raise AttributeError(f"there is no shadow; build the optimizer with it, such as {how}.")
+        return self._by_parameter(SHADOW.name)
 
     @property
     def skipped_steps(self) -> int:
@@ -996,7 +998,7 @@ class Optimizer(Exclusive, torch.optim.Optimizer):  # type: ignore[misc]
     @property
     def _own_names(self) -> list[str]:
         """The numbers among the rule's own hyperparameters, which every state of this optimizer has."""
-        others = (*StepOptions.__annotations__, "ema_decay")
+        others = {*OPTIONS, *OWN} - {"lr"}
         return [n for n in self._names if n not in others and not isinstance(self.param_groups[0][n], bool)]
 
     @exclusive
