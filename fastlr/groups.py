@@ -278,9 +278,9 @@ class Groups(Mapping[str, Group]):
         self._set_in[name] = self.version + 1
         self.version += 1
 
-    def changed_since(self, version: int) -> set[str]:
+    def changed_since(self, version: int) -> frozenset[str]:
         """The hyperparameters that were set after a version."""
-        return {name for name, when in self._set_in.items() if when > version}
+        return frozenset(name for name, when in self._set_in.items() if when > version)
 
     def schedules(self) -> Iterator[tuple[str, Schedule]]:
         """The schedules among the values that were set, each with what it is for."""

@@ -21,15 +21,15 @@ __all__ = ["Backend"]
 
 
 class Backend(Protocol):
-    """Where the parameters of an optimizer are, and what carries out its steps there.
+    """Where the parameters of an optimizer are, and what carries out its steps there."""
 
-    Attributes:
-        place: where they are.
-        on_device: whether that is a GPU, which keeps counters and the loss scale itself.
-    """
+    @property
+    def place(self) -> Place:
+        """Where they are."""
 
-    place: Place
-    on_device: bool
+    @property
+    def on_device(self) -> bool:
+        """Whether that is a GPU, which keeps counters and the loss scale itself."""
 
     def gradients(self, parameters: Parameters, columns: Columns, given: Sequence[Given]) -> Gradients:
         """What finds gradients for parameters.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import operator
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -366,7 +366,7 @@ class Stepper:
             if all(map(operator.is_, located.arrays, things)):  # they may be so again in the next step
                 plan.expect(self.state.gradients, list(located.arrays), flat)
                 stepper._recent[flat, part] = plan
-            kept = things, located
+            kept = [things, located]
         number = None if only is None else plan.number(stepper.rows)
         if self._follows and (only is not None or stepper is not self):
             stepper._enter_scheduled(number)
@@ -464,11 +464,12 @@ class Stepper:
     def run(self, prepared: Prepared) -> StepInfo:
         """Make a step that has been prepared."""
         _, plan, kernel, kept, number, writes, scale, stream = prepared
-        rows, rates = self.rows, self._rates
+        rows = self.rows
+        rates: Mapping[str, Any] | Callable[[], Mapping[str, Any]] = self._rates
         if self._options.capturable:
-            rates = self.current_rates  # type: ignore[assignment]
+            rates = self.current_rates
         elif self._follows and rows.host_knows:
-            rates = Rates(rates, self._step() if number is None else max(0, number))
+            rates = Rates(self._rates, self._step() if number is None else max(0, number))
         if number is not None:
             plan.count_part(rows, number)
         if writes is not None or self._divides_by_loss_scale:

@@ -18,7 +18,7 @@ import torch
 
 from .. import checks, groups
 from ..arrays.columns import EMA, SHADOW
-from ..exclusive import Users, exclusive, take_over
+from ..exclusive import Exclusive, Users, exclusive, take_over
 from ..kernels import exchange
 from ..kernels.atomic import commit
 from ..kernels.staging import Rule, Staged
