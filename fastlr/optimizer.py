@@ -42,7 +42,7 @@ from .step.gradients import Gradients, Located
 from .step.info import Layout, StepInfo
 from .step.plans import Column, Plan
 from .step.rows import Counts, Rows
-from .step.scheduled import Formula, Rates, Remembered, Scheduled, ensure, evaluator
+from .step.scheduled import Formula, Rates, Remembered, Scheduled, examine
 
 __all__ = ["Optimizer", "StepOptions", "warmup"]
 
@@ -548,11 +548,7 @@ class Optimizer:
         if isinstance(rows, DeviceRows) and not rows.host_knows:
             return  # the host does not know which step is next, and would have to wait for the GPU
         step = rows.counters.item(-1, CLOCK)
-        for k, part in enumerate(value if isinstance(value, tuple) else [value]):
-            if isinstance(part, Schedule):
-                one, _ = evaluator(part, self._params.population)
-                found = one(float(step), part._carried_out().numbers)
-                ensure(f"{label}[{k}]" if isinstance(value, tuple) else label, name, part, found, step)
+        examine(label, name, value, step, self._params.population)
 
     def _fill_table(
         self, uniforms: list[dict[str, Any]], staged: Staged, rows: Rows, table: np.ndarray, scheduled: Scheduled

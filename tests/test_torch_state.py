@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import fastlr
-from fastlr.schedules.base import Cosine, Function, Linear, Plateau
+from fastlr.schedules.base import Constant, Cosine, Function, Linear, Plateau
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
@@ -169,6 +169,8 @@ def test_a_changed_state_that_cannot_be_used_is_refused():
     for name, value, message in (
         ("exp_avg", torch.ones(2), "'exp_avg' of parameter '0' has shape (2,) in the state, the parameter (3, 2)."),
         ("exp_avg", 1.0, "'exp_avg' of parameter '0' must be a tensor, got a float."),
+        ("exp_avg", [1, 2], "'exp_avg' of parameter '0' must be a tensor, got a list."),
+        ("step", [1, 2], "'step' of parameter '0' must be a number, got a list."),
         ("exp_avg", torch.ones(3, 2, dtype=torch.int64), "'exp_avg' of parameter '0' is int64"),
         ("step", torch.tensor(-1.0), "'step' of parameter '0' must be a whole number from 0 on, got -1."),
         ("step", 10**400, "'step' of parameter '0' must be finite, got inf."),
@@ -181,12 +183,75 @@ def test_a_changed_state_that_cannot_be_used_is_refused():
         assert message in str(raised.value)
         assert all(map(torch.equal, params, before))
         opt.state[params[0]][name] = kept
+    opt.state[params[0]]["step"] = [1, 2]
+    with pytest.raises(ValueError, match="'step' of a parameter must be a number, got a list"):
+        opt.state_dict()
+    opt.state[params[0]]["step"] = kept
     opt.state[params[1]] = 5
     with pytest.raises(ValueError, match="the state of parameter '1' must be a dict, got a int"):
         opt.step()
     del opt.state[params[1]]
     opt.step()
     assert [int(opt.state[p]["step"]) for p in params] == [2, 1, 2]
+
+
+@pytest.mark.usefixtures("finding")
+@pytest.mark.parametrize("name", ["Adam", "NAdam", "Adagrad", "ScheduleFreeAdamW"])
+def test_a_part_of_a_state_that_is_missing_is_refused(name):
+    """PyTorch raises KeyError; what is missing whole starts anew, there as here."""
+    params = parameters()
+    opt = getattr(fastlr.torch, name)(params, lr=0.1)
+    set_gradients(params, seed=0)
+    opt.step()
+    entries = opt.state[params[0]]
+    entries["slow"] = 1.0  # of somebody else
+    for missing in [entry for entry in entries if entry != "slow"]:
+        before, kept = [p.detach().clone() for p in params], entries.pop(missing)
+        with pytest.raises(ValueError, match=rf"parameter '0' has no '{missing}' in the state any more, only .*\(p\)"):
+            opt.step()
+        assert all(map(torch.equal, params, before))
+        entries[missing] = None
+        with pytest.raises(ValueError, match=rf"parameter '0' has no '{missing}' in the state any more"):
+            opt.step()
+        entries[missing] = kept
+    opt.step()
+    assert [int(opt.state[p]["step"]) for p in params] == [2, 2, 2]
+    for entry in [*entries]:
+        if entry != "slow":
+            del entries[entry]
+    opt.step()
+    assert [int(opt.state[p]["step"]) for p in params] == [1, 3, 3] and entries["slow"] == 1.0
+
+
+@pytest.mark.parametrize("how", ["deleted", "None", "replaced"])
+def test_momentum_that_is_missing_starts_anew(how):
+    """As in PyTorch, whose SGD keeps no count."""
+    runs = []
+    for module in (fastlr.torch, torch.optim):
+        params = parameters()
+        opt = module.SGD(params, lr=0.1, momentum=0.9)
+        for k in range(6):
+            set_gradients(params, seed=k)
+            if k == 3 and how == "deleted":
+                del opt.state[params[0]]["momentum_buffer"]
+            elif k == 3 and how == "None":
+                opt.state[params[0]]["momentum_buffer"] = None
+            elif k == 3:
+                opt.state[params[0]] = {"momentum_buffer": torch.ones_like(params[0])}
+            opt.step()
+        runs.append(params)
+    assert_close(*runs)
+
+
+def test_a_group_that_needs_more_state_starts_with_it():
+    a, b = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
+    opt = fastlr.torch.SGD([a], lr=1.0)
+    a.grad = b.grad = torch.ones(2)
+    opt.step()
+    opt.add_param_group({"params": [b], "momentum": 0.5})
+    opt.step()
+    opt.step()
+    assert (a[0].item(), b[0].item()) == (-3.0, -2.5)
 
 
 # What others keep there
@@ -272,6 +337,40 @@ def test_hooks_of_states():
     opt.register_load_state_dict_post_hook(after)
     opt.load_state_dict(state)
     assert opt.param_groups[0]["lr"] == opt.state["rate"] == 0.002
+
+
+def test_hooks_use_the_optimizer():
+    """They are called before a state is saved or loaded and after it, not meanwhile."""
+    runs = []
+    for module in (fastlr.torch, torch.optim):
+        params, seen = parameters(), []
+        opt = module.Adam(params, lr=0.1)
+        other = copy.deepcopy(opt.state_dict())
+
+        def look(opt, *_, seen=seen):
+            if None not in seen:  # it is called by its own call as well
+                seen.append(None)
+                seen[-1] = len(opt.state_dict()["state"])
+
+        def go_on(opt, *_, params=params):
+            set_gradients(params, seed=2)
+            opt.step()
+
+        set_gradients(params, seed=0)
+        opt.step()
+        state = copy.deepcopy(opt.state_dict())
+        opt.register_state_dict_pre_hook(look)
+        opt.register_state_dict_post_hook(look)
+        opt.register_load_state_dict_pre_hook(go_on)
+        opt.register_load_state_dict_post_hook(look)
+        opt.state_dict()
+        opt.load_state_dict(other)
+        opt.step()
+        with pytest.raises(ValueError):
+            opt.load_state_dict({**state, "param_groups": []})
+        runs.append((params, seen))
+    assert runs[0][1] == runs[1][1] == [3, 3, 0]
+    assert_close(runs[0][0], runs[1][0])
 
 
 class Lookahead:
@@ -941,3 +1040,83 @@ def test_the_state_of_an_adam_does_not_change_how_an_adamw_decays():
         opt.load_state_dict(theirs.state_dict())
     assert opt.param_groups[0]["decoupled_weight_decay"] is True
     fastlr.torch.AdamW([p], decoupled_weight_decay=False).load_state_dict(theirs.state_dict())
+
+
+def test_a_group_that_is_added_is_only_read():
+    params, target = parameters()[:1], parameters(seed=1)[:1]
+    opt = fastlr.torch.Adam(params, ema=0.5, ema_out=target)
+    late, average = (torch.nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2))
+    bad = {"params": late, "ema_out": [average], "lr": -1.0}
+    given = dict(bad)
+    with pytest.raises(ValueError, match="lr must be"):
+        opt.add_param_group(bad)
+    assert bad == given and len(opt.param_groups) == 1 and len(opt.ema_out) == 1
+    good = {"params": late, "ema_out": [average]}
+    given = dict(good)
+    opt.add_param_group(good)
+    assert good == given and opt.ema_out[1] is average
+
+
+BAD_SCHEDULES = {
+    "clip_value": (lambda n, g: 1.0, TypeError, "missing 1 required positional argument: 'g'"),
+    "clip_norm": (lambda n: {}[n], KeyError, "1"),
+    "betas": (
+        (0.9, Constant(2.0)),
+        ValueError,
+        r"betas\[1\] must be in \[0, 1\), but Constant\(2.0\) gives 2.0 at step",
+    ),
+    "lr": (lambda n: 0.1 - n, ValueError, "lr must be non-negative and finite, but .* gives -0.9 at step 1"),
+    "ema_decay": (Constant(2.0), ValueError, "must be in .0, 1., but Constant"),
+}
+
+
+@pytest.mark.parametrize("how", ["load", "add", "set"])
+@pytest.mark.parametrize("name", BAD_SCHEDULES)
+def test_a_schedule_that_does_not_fit_is_refused(name, how):
+    """When it comes, or when it is taken over; nothing has changed, and the optimizer goes on with what it had."""
+    value, error, message = BAD_SCHEDULES[name]
+    runs = []
+    for bad in (False, True):
+        params, late = [*parameters(), *parameters(torch.float32)], torch.nn.Parameter(torch.ones(2))
+        opt = fastlr.torch.Adam(params, lr=0.1, ema=0.5)
+        for k in range(3):
+            set_gradients(params, seed=k)
+            if bad and k == 1:
+                before, state = [p.detach().clone() for p in params], copy.deepcopy(opt.state_dict())
+                if how == "load":
+                    wrong = copy.deepcopy(state)
+                    wrong["param_groups"][0][name] = value
+                    with pytest.raises(ValueError, match=f"'{name}' of group 0 in the state is not right: .*{message}"):
+                        opt.load_state_dict(wrong)
+                elif how == "add":
+                    with pytest.raises(error, match=message):
+                        opt.add_param_group({"params": [late], name: value})
+                else:
+                    group = opt.param_groups[0]
+                    kept = dict(group)
+                    group.update({"lr": 0.5, "eps": 1.0, name: value})
+                    with pytest.raises(error, match=message):
+                        opt.step()
+                    group.update(kept)
+                assert all(map(torch.equal, params, before)) and repr(opt.state_dict()) == repr(state)
+            opt.step()
+        runs.append(params)
+    assert_close(*runs, 0.0)
+
+
+@pytest.mark.parametrize("kind", ["one dtype", "two dtypes", "chunks"])
+def test_an_interrupted_step_that_was_made_is_counted(kind, monkeypatch):
+    params, opt = KINDS[kind]()
+    run = fastlr.Optimizer._run
+
+    def interrupted(self, *args):
+        run(self, *args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fastlr.Optimizer._run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            opt.step()
+    counts = [int(opt.state[p]["step"]) for p in params]
+    opt.step()
+    assert counts[0] == 3 and [int(opt.state[p]["step"]) for p in params] == [n + 1 for n in counts]

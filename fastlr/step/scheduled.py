@@ -80,6 +80,26 @@ def ensure(label: str, checked: str, schedule: Schedule, value: Any, step: int) 
             raise ValueError(f"{label} {wanted}, but {checks.shown(schedule)} gives {one!r} at step {step}.")
 
 
+def examine(label: str, checked: str, value: Any, step: int, population: int | None = None) -> None:
+    """Check that a hyperparameter that follows a schedule, or a part of it that does, has a value for a step.
+
+    Args:
+        label: the hyperparameter, as the user calls it.
+        checked: whose range holds.
+        value: the hyperparameter; what is no schedule is passed over.
+        step: for which step.
+        population: number of models, or None.
+
+    Raises:
+        ValueError: if a schedule gives what is out of range; what a function of the user's raises is passed on.
+    """
+    for k, part in enumerate(value if isinstance(value, tuple) else [value]):
+        if isinstance(part, Schedule):
+            one, _ = evaluator(part, population)
+            found = one(float(step), part._carried_out().numbers)
+            ensure(f"{label}[{k}]" if isinstance(value, tuple) else label, checked, part, found, step)
+
+
 @dataclass(frozen=True)
 class Formula:
     """A scheduled hyperparameter as a kernel evaluates it.

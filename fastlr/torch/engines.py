@@ -51,10 +51,13 @@ class Shown:
     Attributes:
         addresses: of each tensor, by its `id`.
         updates: of each tensor that shows a count which nobody has changed, the count, by its `id`.
+        names: of the entries of each parameter, by its `id`, without averages and masters: these begin anew from the
+            parameter where they are missing.
     """
 
     addresses: dict[int, int]
     updates: dict[int, int]
+    names: dict[int, tuple[str, ...]]
 
 
 class Engine:
@@ -187,7 +190,7 @@ class Engine:
             steps: steps made so far, whether or not these parameters took part.
 
         Raises:
-            ValueError: if what stands there cannot be the state of a parameter.
+            ValueError: if what stands there cannot be the state of a parameter, or is a part of one.
         """
         native, rule = self.native, self.native._source
         columns = {native._states.get(x, x): self.views(x) for x in native._columns.letters}
@@ -197,6 +200,8 @@ class Engine:
         known = {} if shown is None else shown.updates
         for k, leaf in enumerate(self.leaves):
             entries = states.entries_of(leaf.called, saved.get(leaf.param))
+            if shown is not None:
+                states.check_whole(leaf.called, entries, shown.names.get(id(leaf.param), ()))
             t = entries.get("step", any(entries.get(n) is not None for n in columns))
             t = int(t) if isinstance(t, bool) else known.get(id(t)) or states.count(leaf.called, "step", t)
             counts.t[k], counts.clock[k] = t, steps
@@ -263,7 +268,8 @@ class Engine:
         t = self.native._rows.counts().t[:, 0].tolist()
         same = np.frombuffer(self._last[0], np.float32) == self._shown[0]
         updates = {id(e["step"]): n for e, n, kept in zip(self.entries, t, same, strict=True) if kept}
-        return Shown(addresses, updates)
+        own = [name for name in self.entries[0] if name not in ("ema", "master")] if self.entries else []
+        return Shown(addresses, updates, dict.fromkeys(map(id, self.params), tuple(own)))
 
     @property
     def is_shown(self) -> bool:

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..schedules.base import Function, Plateau, Schedule
+from ..step import scheduled
 from ..step.scheduled import plateaus_of
 
-__all__ = ["SCHEDULES", "Followed", "at", "follows", "plateaus", "resolved", "settle", "show"]
+__all__ = ["SCHEDULES", "Followed", "at", "examine", "follows", "plateaus", "resolved", "settle", "show"]
 
 SCHEDULES = "schedules"  # the key in a group
 
@@ -51,6 +52,20 @@ def at(value: Any, number: Callable[[Schedule], float]) -> Any:
         return float(number(value))
     except Exception:  # of a function of the user's; the step that needs the number tells of it
         return math.nan
+
+
+def examine(name: str, value: Any, step: int) -> None:
+    """Refuse schedules that do not fit, as a native optimizer does when one is set: by their value for the next step.
+
+    Args:
+        name: of the hyperparameter.
+        value: the hyperparameter, with schedules where it follows some.
+        step: steps made.
+
+    Raises:
+        ValueError: if a schedule gives what is out of range; what a function of the user's raises is passed on.
+    """
+    scheduled.examine(name, "ema" if name == "ema_decay" else name, value, step)
 
 
 def _same(a: Any, b: Any) -> bool:

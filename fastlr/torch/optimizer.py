@@ -126,6 +126,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
     """
 
     _engine: Callable[..., Engine] = Engine
+    _is_built = False  # until then schedules may be functions of what is not there yet
     _unsettled: ClassVar[None] = None  # see `exclusive`: here nothing is left to be done after an interrupt
     _theirs: ClassVar[str | None] = None  # the counterpart in torch.optim
     _halves: ClassVar[bool] = False  # whether parameters may be bfloat16 and float16
@@ -178,6 +179,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         self._start(clock=0, skipped=0, observed=Remembered())
         starts = {n: getattr(probe, n) for n in vars(probe).keys() & inspect.signature(make).parameters.keys()}
         super().__init__(params, {**implementations, **starts, **self._normal(settings, probe)})
+        self._is_built = True
         if ema_out is not None:
             self.ema_out = ema_out
 
@@ -223,9 +225,12 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
 
         Raises:
             TypeError: if a parameter or a hyperparameter is of the wrong kind.
-            ValueError: if one is out of range, or a parameter is in a group already.
+            ValueError: if one is out of range, a schedule in the next step, or a parameter is in a group already.
         """
-        more = list(param_group.pop("ema_out", ())) if isinstance(param_group, dict) else []
+        more: list[Any] = []
+        if isinstance(param_group, dict):
+            param_group = dict(param_group)  # the caller's own stays as it is
+            more = list(param_group.pop("ema_out", ()))
         trial = object.__new__(torch.optim.Optimizer)  # PyTorch's own part, on a list of its own
         trial.defaults, trial.param_groups = self.defaults, list(self.param_groups)
         torch.optim.Optimizer.add_param_group(trial, param_group)
@@ -234,6 +239,10 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
             tensors.check_parameter(leaf.called, leaf.param, self._halves)
         g = len(every) - 1
         values = following.resolved(g, group, self._names, self._values_of(group))
+        if self._is_built and any(map(follows, values)):
+            step = self._steps_made()
+            for name, value in zip(self._names, values, strict=True):
+                following.examine(name, value, step)
         values = tuple(self._normal(dict(zip(self._names, values, strict=True)), self._probe(values)).values())
         if group["capturable"] and not all(p.is_cuda for p in group["params"]):
             raise ValueError("capturable=True is for parameters on a GPU; these are on the CPU.")
@@ -355,6 +364,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         return Shown(
             {k: v for one in every for k, v in one.addresses.items()},
             {k: v for one in every for k, v in one.updates.items()},
+            {k: v for one in every for k, v in one.names.items()},
         )
 
     def _build(self) -> list[Engine]:
@@ -581,8 +591,10 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         if len(engines) == 1 and not self._outside and engines[0].has_gradients:  # the usual case, fast
             (engine,) = engines
             (part,) = engine.prepare(scale)
-            self.info = engine.run(part)
-            engine.done()
+            try:
+                self.info = engine.run(part)
+            finally:  # a step that was interrupted may have been made
+                engine.done()
             self._show_numbers()
             return
         parts: list[tuple[Engine, Any]] = []
@@ -599,6 +611,11 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         changed = self._changed()
         if changed:
             hyper = {g: dict(zip(self._names, taken.values, strict=True)) for g, taken in changed.items()}
+            if self._outside:  # then no engine knows this one
+                for values in hyper.values():
+                    following.examine("clip_norm", values["clip_norm"], self._steps_made())
+            for g in changed:  # if one of several is refused and all are put back, all are taken over again
+                self._hyper[g] = None
             for engine in engines:
                 engine.take_settings(hyper)
             self._bring_in_order(changed)
@@ -791,15 +808,29 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
 
     # Saving and copying
 
-    @exclusive
     def state_dict(self) -> dict[str, Any]:
         """The state in the form of `torch.optim`, which the counterpart there loads.
 
         A hyperparameter that follows a fastlr schedule is there with its number for the next step, where PyTorch looks
-        for it, and the schedule beside it. The tensors are those of the optimizer, not copies, as in PyTorch.
+        for it, and the schedule beside it. The tensors are those of the optimizer, not copies, as in PyTorch. Hooks
+        are called before and after, and may use the optimizer.
         """
+        for hook in tuple(self._optimizer_state_dict_pre_hooks.values()):
+            hook(self)
+        out = self._whole_state()
+        for hook in tuple(self._optimizer_state_dict_post_hooks.values()):
+            changed = hook(self, out)
+            out = out if changed is None else changed
+        return out
+
+    @exclusive
+    def _whole_state(self) -> dict[str, Any]:
+        """What `state_dict` returns, without hooks."""
         self._save_counts()
-        out: dict[str, Any] = super().state_dict()
+        plain = object.__new__(torch.optim.Optimizer)  # PyTorch's own part, without hooks
+        plain.state, plain.param_groups = self.state, self.param_groups
+        plain._optimizer_state_dict_pre_hooks = plain._optimizer_state_dict_post_hooks = {}
+        out: dict[str, Any] = torch.optim.Optimizer.state_dict(plain)
         if not _starts_with_state(self._theirs):  # a first update is still to come, as if there were no state
             known = {name for engine in self._engines or () for one in engine.entries[:1] for name in one}
             kept = {k: _without_new(v, known) for k, v in out["state"].items()}
@@ -828,34 +859,35 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         out["param_groups"][0].update({name: value for name, value in along.items() if value})
         return out
 
-    @exclusive
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over a state, of this optimizer or of its counterpart in `torch.optim`.
 
         Hyperparameters come from the state, as in PyTorch; those that PyTorch does not know stay as they are, and so
-        does a fastlr schedule that a state from PyTorch knows nothing about.
+        does a fastlr schedule that a state from PyTorch knows nothing about. Hooks are called before and after, and
+        may use the optimizer.
 
         Raises:
             ValueError: if it is of other parameters or of another optimizer; then nothing is changed.
         """
-
-        def hold(_: Any, final: dict[str, Any]) -> dict[str, Any]:  # the last hook: what all others have made of it
-            with _as_value_errors():
-                self._loaded = self._read(final)
-            ids = itertools.count()
-            return {
-                "state": {},
-                "param_groups": [{"params": [next(ids) for _ in g["params"]]} for g in self.param_groups],
-            }
-
         if not isinstance(state_dict, Mapping):
             raise ValueError(f"the state of an optimizer is a dict, got a {type(state_dict).__name__}.")
-        handle = self.register_load_state_dict_pre_hook(hold)
+        final: Any = dict(state_dict)
+        for hook in tuple(self._optimizer_load_state_dict_pre_hooks.values()):
+            changed = hook(self, final)
+            final = final if changed is None else changed
+        self._take_state(final)
+        for hook in tuple(self._optimizer_load_state_dict_post_hooks.values()):
+            hook(self)
+
+    @exclusive
+    def _take_state(self, saved: Any) -> None:
+        """Take over a state as the hooks have left it, whole or not at all."""
         try:
-            super().load_state_dict(dict(state_dict))
+            with _as_value_errors():
+                self._loaded = loaded = self._read(saved)
+            self.__setstate__({name: loaded[name] for name in ("state", "param_groups")})
         finally:
             self._loaded = None
-            handle.remove()
 
     def _read(self, saved: Any) -> dict[str, Any]:
         """Check a state whole, and make what is to be set to go on from it.
@@ -879,8 +911,8 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
                     raise ValueError(f"'params' of group {g} in the state has {k!r} twice, for different parameters.")
         own: defaultdict[Any, Any] = defaultdict(dict)
         expected: set[str] = set()
-        for g, (one, group) in enumerate(zip(param_groups, new, strict=True)):
-            values = self._taken_from(g, group).values
+        hyper = [self._taken_from(g, group).values for g, group in enumerate(new)]
+        for g, (one, values) in enumerate(zip(param_groups, hyper, strict=True)):
             names = Engine.state_names(self._probe(values))
             expected.update(names)
             for k, leaf in zip(one["params"], self._leaves_of(new, g), strict=True):
@@ -895,6 +927,9 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
             own[k] = value
         own = defaultdict(dict, {k: v for k, v in own.items() if not isinstance(k, torch.Tensor) or v})
         clock = max(clock, _most_updates(own))
+        for g, values in enumerate(hyper):
+            for name, value in zip(self._names, values, strict=True):
+                states.checked(f"{name!r} of group {g} in the state", following.examine, name, value, clock)
         more = {"state": own, "param_groups": new, "_skipped": skipped, "_clock": clock, "_observed": observed}
         halves = any("master" in entries for entries in own.values() if isinstance(entries, dict))
         averaging = bool(along.get("averaging")) and self._average is not None and not halves
@@ -992,7 +1027,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         for plateau, known in state.get("_observed", ()):
             observed.put(plateau, known)
         self._start(state.get("_clock", 0), state.get("_skipped", 0), observed)
-        self._training = training
+        self._training, self._is_built = training, True
 
 
 @contextlib.contextmanager
@@ -1040,7 +1075,7 @@ def _is_new(called: str, entries: Mapping[str, Any]) -> bool:
 
 def _without_new(entries: Any, known: set[str]) -> Any:
     """What to save of the state of a parameter: if it has not been updated yet, only what others keep there."""
-    if not isinstance(entries, dict) or "step" not in entries or float(entries["step"]) != 0:
+    if not isinstance(entries, dict) or "step" not in entries or states.number("a parameter", "step", entries["step"]):
         return entries
     return {name: value for name, value in entries.items() if name not in known}
 

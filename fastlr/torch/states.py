@@ -12,8 +12,10 @@ import torch
 
 from . import tensors
 
-__all__ = ["check_containers", "count", "entries_of", "number", "tensor"]
+__all__ = ["check_containers", "check_whole", "count", "entries_of", "number", "tensor"]
 
+# What PyTorch keeps without a count, and starts anew where it is missing: of SGD and Muon, which keep nothing else.
+_UNCOUNTED = {"step", "momentum_buffer"}
 _MOST = 2**53  # up to which float64 knows every whole number
 
 
@@ -87,6 +89,28 @@ def entries_of(called: str, value: Any) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise ValueError(f"the state of {called} must be a dict, got a {type(value).__name__}.")
     return value
+
+
+def check_whole(called: str, entries: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Check that nothing is missing of the state of a parameter, unless all is, or no update has been made yet.
+
+    Args:
+        called: what messages call the parameter.
+        entries: what stands in the state for it.
+        names: what an optimizer has put there.
+
+    Raises:
+        ValueError: if a part is missing.
+    """
+    missing, left = ([name for name in names if (entries.get(name) is not None) is there] for there in (False, True))
+    if not missing or not left or set(names) <= _UNCOUNTED:
+        return
+    if "step" in left and number(called, "step", entries["step"]) == 0:
+        return
+    raise ValueError(
+        f"{called} has no {missing[0]!r} in the state any more, only {', '.join(left)}. Put it back, or let the "
+        "parameter start anew without any: opt.state.pop(p)."
+    )
 
 
 def check_containers(
