@@ -72,7 +72,7 @@ class Built:
 
     recipe: Recipe
     history: History
-    ema_out: list[tensors.Theirs] | None = None
+    ema_out: list[tensors.UserTensor] | None = None
     engines: Sequence[Engine] = ()
     params: list[list[torch.Tensor]] | None = None
     taken: list[Taken | None] = field(default_factory=list)
@@ -176,7 +176,7 @@ class Built:
     def present(self, group: Mapping[str, Any], name: str, step: int) -> Any:
         """A hyperparameter of a group in a step."""
         value = (group.get(SCHEDULES) or {}).get(name, group[name])
-        return following.at(tensors.number(name, value), lambda schedule: self.number(schedule, step))
+        return following.evaluated(tensors.number(name, value), lambda schedule: self.number(schedule, step))
 
     def take_settings(self, param_groups: Sequence[Group], state: State) -> None:
         """Have engines take over what has changed in the groups.
@@ -241,7 +241,7 @@ def build(
     state: State,
     *,
     shown: Shown | None,
-    ema_out: Sequence[tensors.Theirs] | None,
+    ema_out: Sequence[tensors.UserTensor] | None,
     history: History,
 ) -> Built:
     """Engines for groups and a state; nothing that a user could see is written yet.
@@ -289,10 +289,10 @@ def build(
     return Built(recipe, history, fresh, engines, params, [*taken], outside)
 
 
-def _averages(ema_out: Sequence[tensors.Theirs], leaves: Sequence[Leaf]) -> list[tensors.Theirs]:
+def _averages(ema_out: Sequence[tensors.UserTensor], leaves: Sequence[Leaf]) -> list[tensors.UserTensor]:
     """The tensors that hold averages as they are now."""
     check_ema_out([average.tensor for average in ema_out], leaves)
-    fresh = [tensors.Theirs(average.now(leaf.called)) for leaf, average in zip(leaves, ema_out, strict=True)]
+    fresh = [tensors.UserTensor(average.now(leaf.called)) for leaf, average in zip(leaves, ema_out, strict=True)]
     for new, old in zip(fresh, ema_out, strict=True):
         new.kept = old.kept or None
     return fresh

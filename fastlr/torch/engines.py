@@ -36,6 +36,7 @@ __all__ = [
     "holds_tensors",
     "hyper_names",
     "objects",
+    "state_letters",
     "state_names",
 ]
 
@@ -110,7 +111,7 @@ class Engine:
         hyper: Sequence[Mapping[str, Any]],
         names: Sequence[str],
         settings: Mapping[str, Any],
-        ema_out: Sequence[tensors.Theirs] | None,
+        ema_out: Sequence[tensors.UserTensor] | None,
     ) -> None:
         self.leaves, self.params = tuple(leaves), [leaf.param for leaf in leaves]
         self._names = tuple(names)
@@ -172,11 +173,6 @@ class Engine:
         return self.native._columns._flat
 
     @property
-    def state_letters(self) -> dict[str, str]:
-        """The name in the state of each column that belongs there, by its letter."""
-        return {letter: self.native._states.get(letter, letter) for letter in self.native._columns.letters}
-
-    @property
     def rows(self) -> Rows:
         """The table of counts as the kernels update it; replaced when leaves have to be told apart."""
         return self.native._rows
@@ -184,7 +180,7 @@ class Engine:
     @property
     def counts(self) -> Counts:
         """What has been counted for each parameter, read from the GPU where it is there."""
-        return self.native._rows.counts()
+        return self.rows.counts()
 
     def take_counts(self, counts: Counts) -> None:
         """Go on from other counts; the low-precision copy is that of the parameters as they are now."""
@@ -198,7 +194,7 @@ class Engine:
     @property
     def host_counts(self) -> bool:
         """Whether the host knows the number of steps without waiting for a GPU."""
-        return bool(self.native._on_host or (self.native._rows.host_knows and not self.native._capturable))
+        return bool(self.on_host or (self.rows.host_knows and not self.native._capturable))
 
     @property
     def observed(self) -> Remembered:
@@ -292,7 +288,7 @@ class Engine:
             ValueError: if an entry cannot be the state of a parameter, or some entries are missing.
         """
         scalar_names = self.rule.scalars
-        columns = {name: self.views(letter) for letter, name in self.state_letters.items()}
+        columns = {name: self.views(letter) for letter, name in state_letters(self.native).items()}
         counts = Counts.zero(len(self.params), 1, self.initial_scalars())
         counts.scalars = counts.scalars.copy()
         updates = {} if shown is None else shown.updates
@@ -549,9 +545,14 @@ def hyper_names(native: Native) -> list[str]:
     return [name for name in native._hyper.names if name != "frozen"]
 
 
+def state_letters(native: Native) -> dict[str, str]:
+    """The columns of a native optimizer that belong in the state: the letter of each, and its name there."""
+    return {letter: native._states.get(letter, letter) for letter in native._columns.letters}
+
+
 def state_names(native: Native) -> list[str]:
     """The names of a native optimizer's states, without those of its own options."""
-    return [native._states.get(letter, letter) for letter in native._columns.letters if letter != "ema"]
+    return [name for letter, name in state_letters(native).items() if letter != "ema"]
 
 
 def as_arguments(hyper: dict[str, Any]) -> dict[str, Any]:

@@ -265,7 +265,7 @@ class HostEngine(Engine):
         parts, rows, number = [], self.rows, self.native.steps
         for chunk, seen in zip(self._chunks, self._seen, strict=True):
             active = seen if all(there) else tuple(map(operator.and_, there, seen))
-            if any(active) or "ema" in self.state_letters:
+            if any(active) or "ema" in self.columns:
                 located = Located(self._staged_at, tensors.name_of(dtype), active, seen, number)
                 prepared = self.prepare_native(located, scale)
                 parts.append((prepared, [k for k in chunk if there[k]], self._fetch(chunk)))

@@ -151,7 +151,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         if ema_out is not None:
             self.ema_out = ema_out
 
-    def _start(self, history: History, ema_out: list[tensors.Theirs] | None) -> None:
+    def _start(self, history: History, ema_out: list[tensors.UserTensor] | None) -> None:
         """What an optimizer has before its engines are made: new, or a copy.
 
         Args:
@@ -195,7 +195,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         writes: list[averages.Write] = [(self.param_groups, slice(g, g), [group])]
         if built.ema_out is not None:
             check_ema_out([average.tensor for average in built.ema_out] + new_averages, all_leaves(groups))
-            ema_out = [*built.ema_out, *map(tensors.Theirs, new_averages)]
+            ema_out = [*built.ema_out, *map(tensors.UserTensor, new_averages)]
             writes.append((self.__dict__, "_built", replace(built, ema_out=ema_out)))
         group.update(recipe.named(values))
         following.settle(g, group, recipe.names, values)
@@ -219,7 +219,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         _check_ema(self._recipe.names)
         ema_out = list(ema_out)
         check_ema_out(ema_out, all_leaves(self.param_groups))
-        fresh = [tensors.Theirs(average) for average in ema_out]
+        fresh = [tensors.UserTensor(average) for average in ema_out]
         if self._built.params is None:
             self._built = replace(self._built, ema_out=fresh)
             return
@@ -249,7 +249,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         self._install(built)
         return built
 
-    def _rebuilt(self, state: State, ema_out: list[tensors.Theirs] | None) -> Built:
+    def _rebuilt(self, state: State, ema_out: list[tensors.UserTensor] | None) -> Built:
         """New engines, which are not in use yet.
 
         Args:
@@ -531,7 +531,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         state = dict(state)
         history, ema_out, training = (state.pop(name, None) for name in ("_history", "_ema_out", "_training"))
         super().__setstate__(state)
-        self._start(history or History(), None if ema_out is None else list(map(tensors.Theirs, ema_out)))
+        self._start(history or History(), None if ema_out is None else list(map(tensors.UserTensor, ema_out)))
         self._training, self._is_complete = training, True
 
 

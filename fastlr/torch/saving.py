@@ -60,7 +60,7 @@ def to_save(
         schedules = {n: v for n, v in recipe.named(values).items() if follows(v)}
         group.pop(SCHEDULES, None)
         for name, value in schedules.items():
-            group[name] = following.at(value, lambda schedule: built.number(schedule, steps))
+            group[name] = following.evaluated(value, lambda schedule: built.number(schedule, steps))
         if schedules:
             group[SCHEDULES] = {name: groups.plain(value) for name, value in schedules.items()}
         plateaus = scheduled.saved(following.plateaus({SCHEDULES: schedules}), observed)
@@ -82,7 +82,7 @@ class Loaded:
     Attributes:
         state: of the parameters.
         param_groups: the groups.
-        built: engines, unless a parameter has no memory yet.
+        built: the engines; none if a parameter has no memory yet.
         training: the weights of training, if the averages were in their place.
     """
 
@@ -121,10 +121,10 @@ def read(saved: Any, built: Built, param_groups: Sequence[Group], called: str) -
     averaging = bool(along.get("averaging")) and averages.state_letter(recipe.make) is not None and not halves
     training: Training | None = [(p, None) for group in new for p in group["params"]] if averaging else None
     if any(p.device.type == "meta" for group in new for p in group["params"]):
-        following_engines = Built(recipe, history, built.ema_out)
+        next_built = Built(recipe, history, built.ema_out)
     else:
-        following_engines = build(recipe, new, entries, shown=None, ema_out=built.ema_out, history=history)
-    return Loaded(entries, new, following_engines, training)
+        next_built = build(recipe, new, entries, shown=None, ema_out=built.ema_out, history=history)
+    return Loaded(entries, new, next_built, training)
 
 
 def _observed_from(saved_groups: Sequence[Group], new: Sequence[Group]) -> Remembered:
