@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..gpu.rows import DeviceRows
 from ..kernels import exchange
 from ..kernels.formats import FORMATS
 from ..kernels.layout import T
@@ -194,7 +195,8 @@ class Engine:
     @property
     def host_counts(self) -> bool:
         """Whether the host knows the number of steps without waiting for a GPU."""
-        return bool(self.on_host or (self.rows.host_knows and not self.native._capturable))
+        rows = self.rows
+        return not isinstance(rows, DeviceRows) or (rows.host_knows and not self.native._capturable)
 
     @property
     def observed(self) -> Remembered:
