@@ -1,4 +1,4 @@
-"""Tensors as memory, many in one call, by the C exchange API of DLPack.
+"""Tensors as memory, many in one call, through the C exchange API of DLPack.
 
 A library that offers it has a C function that describes a tensor, given the Python object: address, dtype, device,
 shape, strides (https://dmlc.github.io/dlpack, `DLPackExchangeAPI`, version 1). From Python the same takes a call for
@@ -16,7 +16,7 @@ from typing import Any
 import numba
 import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import config, types
 from numba.extending import intrinsic
 
 from .caching import KernelCache
@@ -80,8 +80,30 @@ def _next(typing_context: Any, function: Any, mapping: Any, at: Any, key: Any, v
 
 
 _clear_error = types.ExternalFunction("PyErr_Clear", types.void())
-_word, _tensor, _half_words = row("int64", 1), row("int64", 6), 0xFFFFFFFF
+_word, _tensor = row("int64", 1), row("int64", 6)
 _set = put("int64")
+_half_words, _low_bits = 0xFFFFFFFF, 0x7FFFFFFFFFFFFFFF
+
+if config.DISABLE_JIT:  # the same functions, run by the interpreter, with ctypes in the place of machine code
+
+    def _words(count: int) -> Any:
+        return lambda address: tuple((ctypes.c_int64 * count).from_address(address))
+
+    def _call(function: int, *arguments: int) -> int:
+        prototype = ctypes.PYFUNCTYPE(ctypes.c_int32, *[ctypes.c_void_p] * len(arguments))
+        try:
+            return int(prototype(function)(*arguments))
+        except Exception:  # ctypes raises the error that the library has set beside returning -1
+            return -1
+
+    def _store(address: int, value: int) -> None:
+        ctypes.c_int64.from_address(address).value = value
+
+    def _nothing() -> None:
+        """The error that ctypes has raised is cleared."""
+
+    _word, _tensor, _set = _words(1), _words(6), _store
+    _describe, _next, _clear_error = _call, _call, _nothing
 
 
 def _look(function, thing, box, out, k):
@@ -93,9 +115,9 @@ def _look(function, thing, box, out, k):
     layout = described & _half_words  # the number of dimensions
     for d in range(described & _half_words):
         size = _word(shape + 8 * d)[0]
-        layout = (layout ^ size) * _MIX
+        layout = (layout ^ size) * _MIX & _low_bits
         if size != 1:  # the stride of a single element means nothing
-            layout = (layout ^ _word(strides + 8 * d)[0]) * _MIX
+            layout = (layout ^ _word(strides + 8 * d)[0]) * _MIX & _low_bits
     out[k, ADDRESS], out[k, KIND], out[k, DEVICE] = data + offset, described >> 32, device
     out[k, LAYOUT] = layout
     return 1
@@ -163,6 +185,8 @@ def _compiled(name: str) -> Any:
         "compare": (_compare, [word, word, word, word, word, table, line, line, table]),
     }
     function, arguments = functions[name]
+    if not compiles():
+        return function
     run = numba.njit(error_model="numpy")(function)
     run._cache = KernelCache("exchange", name)
     run.compile(word(*arguments))
@@ -190,13 +214,13 @@ class Exchange:
         tensor: the class of its tensors.
 
     Raises:
-        LookupError: if the library does not offer this, or nothing is compiled.
+        LookupError: if the library does not offer this.
     """
 
     def __init__(self, tensor: type) -> None:
         capsule = getattr(tensor, "__dlpack_c_exchange_api__", None)
         function = None if capsule is None else _function(capsule)
-        if function is None or not compiles():
+        if function is None:
             raise LookupError(f"{tensor.__name__} has no C exchange API of DLPack 1.")
         self._at = function
         self._box, self._found = np.zeros(8, np.int64), np.zeros((1, FIELDS), np.int64)

@@ -135,7 +135,7 @@ def test_float32_within_the_bound_of_its_terms(case: Case, rng):
         opt.step((rng.standard_normal(n) * 10.0 ** rng.integers(-3, 2)).astype(np.float32))
     g = rng.standard_normal(n).astype(np.float32)
     states = opt._stepper.state.options.rule.states
-    kept = opt._stepper.state.columns._flat
+    kept = opt._stepper.state.columns.flat
     exact = {s: Bounded(kept[s].astype(np.float64)) if s in kept else Bounded(0.0) for s in states}
     values = opt._stepper.state.groups.uniforms()[0]
     owned = {"weight_decay": 0.0} if "weight_decay" in opt._stepper.state.options.rule.hyperparameters else {}

@@ -328,7 +328,6 @@ def test_a_parameter_that_is_not_written_keeps_its_version():
     assert params[0]._version == versions[0] and params[1]._version > versions[1]
 
 
-@pytest.mark.usefixtures("finding")
 def test_none_is_no_update_and_zeros_are_one():
     ours, theirs = parameters(), parameters()
     mine, reference = fastlr.torch.Adam(ours, lr=0.1), torch.optim.Adam(theirs, lr=0.1)
@@ -350,16 +349,6 @@ def test_none_is_no_update_and_zeros_are_one():
     assert_same(ours, before)
 
 
-@pytest.fixture(params=["exchange", "one by one"])
-def finding(request, monkeypatch):
-    """Both ways in which gradients are found: by DLPack's exchange API, and without it."""
-    if request.param == "one by one":
-        monkeypatch.setattr(engines, "_exchange", lambda: None)
-    elif engines._exchange() is None:
-        pytest.skip("this PyTorch does not offer DLPack's C exchange API")
-
-
-@pytest.mark.usefixtures("finding")
 def test_memory_that_moves_is_noticed():
     """Another storage, another object, other gradients, a group that grows: each step finds what is there."""
     ours, theirs = parameters(), parameters()
@@ -391,7 +380,6 @@ def test_memory_that_moves_is_noticed():
         assert_close(ours, theirs)
 
 
-@pytest.mark.usefixtures("finding")
 def test_a_gradient_that_moves_while_another_is_missing():
     """What was found out about gradients in a step that was not made of all of them is not taken for known."""
     ours, theirs = ([torch.nn.Parameter(torch.ones(3)) for _ in range(2)] for _ in range(2))
@@ -479,9 +467,9 @@ def test_tied_weights_are_updated_once():
         embedding.weight.grad = torch.ones_like(embedding.weight)
         one.step()
         assert torch.equal(embedding.weight.detach(), before - 1)
-        engines = one._engines
+        built = one._built
         one.step()
-        assert one._engines is engines  # not made anew for a parameter that is there twice
+        assert one._built is built  # not made anew for a parameter that is there twice
         embedding.weight.data += 1
     other = torch.nn.Parameter(embedding.weight.data)
     other.grad = torch.ones_like(other)
@@ -489,7 +477,6 @@ def test_tied_weights_are_updated_once():
         fastlr.torch.SGD([embedding.weight, other]).step()
 
 
-@pytest.mark.usefixtures("finding")
 def test_memory_in_another_order():
     """channels_last weights, transposed ones, gradients in whatever order: the right answer."""
     ours, theirs = [], []
@@ -512,7 +499,6 @@ def test_memory_in_another_order():
     assert_close([mine.state[p]["exp_avg"] for p in ours], [reference.state[p]["exp_avg"] for p in theirs])
 
 
-@pytest.mark.usefixtures("finding")
 def test_a_gradient_that_is_to_be_negated():
     """The imaginary part of a conjugate is a view of numbers whose sign PyTorch keeps aside."""
     p, q = (torch.nn.Parameter(torch.full(s, 2.0)) for s in ((), (2, 1)))
@@ -525,7 +511,6 @@ def test_a_gradient_that_is_to_be_negated():
     assert p.item() == 0.0 and q.detach().flatten().tolist() == [0.0, 0.0]
 
 
-@pytest.mark.usefixtures("finding")
 def test_a_gradient_that_is_the_parameter_itself():
     first, second = (torch.nn.Parameter(torch.tensor(x)) for x in ([1.0, -2.0], [0.0, 0.0]))
     opt = fastlr.torch.SGD([first, second], lr=0.5, momentum=0.9)
@@ -558,7 +543,6 @@ def test_parameters_that_cannot_be_updated(bad):
     assert len(opt.param_groups) == 1
 
 
-@pytest.mark.usefixtures("finding")
 def test_gradients_that_cannot_be_read():
     embedding, linear = torch.nn.Embedding(5, 3, sparse=True), torch.nn.Linear(3, 1)
     opt = fastlr.torch.Adam([*linear.parameters(), *embedding.parameters()])
@@ -596,7 +580,7 @@ def test_bad_settings_and_states():
         ({"lr": torch.tensor([1.0, 2.0])}, ValueError, "Tensor lr must be 1-element, got 2."),
         ({"betas": (0.9, 1.0)}, ValueError, "betas[1] must be in [0, 1), got 1.0."),
         ({"momentum": 0.9}, TypeError, "argument 'momentum' is not known here: use betas="),
-        ({"differentiable": True}, ValueError, "differentiable=True is not there"),
+        ({"differentiable": True}, ValueError, "differentiable=True is not supported"),
         ({"capturable": True}, ValueError, "capturable=True is for parameters on a GPU"),
         ({"ema_out": params}, ValueError, "give its decay as well"),
         ({"ema": 0.9, "ema_out": params[:2]}, ValueError, "ema_out has 2 tensors for 5 parameters. Pass one for each."),
@@ -900,7 +884,6 @@ def test_names_need_not_be_unique():
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.usefixtures("finding")
 def test_gradients_of_another_dtype(kind):
     """Where PyTorch allows it: `grad_dtype`; mixed ones are converted."""
     if not hasattr(torch.Tensor, "grad_dtype"):
@@ -1102,21 +1085,64 @@ def test_shapes_of_memory():
 
 def test_exchange_api():
     """What the library says of its tensors, in one call, is what it says one by one."""
-    if engines._exchange() is None:
-        pytest.skip("this PyTorch does not offer DLPack's C exchange API")
     kinds = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
     given = [torch.ones(3, 4, dtype=kind).t() for kind in kinds] + [torch.ones(4, 3), torch.ones(()), torch.ones(0)]
-    found = engines._exchange().describe(engines._objects(given))
+    found = engines.EXCHANGE.describe(engines.objects(given))
     assert found[:, exchange.ADDRESS].tolist() == [t.data_ptr() for t in given]
     assert found[:, exchange.KIND].tolist() == [exchange.kind_of(tensors.name_of(t.dtype)) for t in given]
     layouts = found[:, exchange.LAYOUT].tolist()
     assert len(set(layouts[:4])) == 1 and len(set(layouts)) == 4  # the same shape, in another order: another number
-    single = engines._exchange().describe(engines._objects([torch.ones(2, 3)[:1], torch.ones(1, 3)]))
+    single = engines.EXCHANGE.describe(engines.objects([torch.ones(2, 3)[:1], torch.ones(1, 3)]))
     assert single[0, exchange.LAYOUT] == single[1, exchange.LAYOUT]
     with pytest.raises(TypeError, match="has no memory"):
-        engines._exchange().describe(engines._objects([torch.ones(2), torch.eye(2).to_sparse()]))
+        engines.EXCHANGE.describe(engines.objects([torch.ones(2), torch.eye(2).to_sparse()]))
     with pytest.raises(LookupError, match="int has no C exchange API of DLPack 1"):
         exchange.Exchange(int)
+
+
+def test_tensors_are_found_where_nothing_is_compiled(in_subprocess):
+    """The interpreter takes the place of compiled code: moved memory, gradients that are missing, a state replaced."""
+    program = """
+import warnings
+warnings.filterwarnings("ignore", "NUMBA_DISABLE_JIT")
+import torch, fastlr.torch
+shapes = [(3, 2), (4,), ()]
+ours, theirs = ([torch.nn.Parameter(torch.ones(shape, dtype=torch.float64)) for shape in shapes] for _ in range(2))
+mine, reference = fastlr.torch.Adam(ours, lr=0.1), torch.optim.Adam(theirs, lr=0.1)
+for k in range(8):
+    for params, opt in ((ours, mine), (theirs, reference)):
+        for j, p in enumerate(params):
+            p.grad = torch.full_like(p, k - 2.0 * j) if k != 2 or j else None
+        if k == 3:
+            params[0].data = params[0].data.clone() + 1
+        if k == 5:
+            opt.state[params[1]]["exp_avg"] = torch.ones_like(params[1])
+        opt.step()
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+built = mine._built
+mine.step()
+assert mine._built is built
+try:
+    fastlr.torch.engines.EXCHANGE.describe(fastlr.torch.engines.objects([torch.eye(2).to_sparse()]))
+except TypeError as error:
+    assert "has no memory" in str(error)
+"""
+    assert in_subprocess(program, NUMBA_DISABLE_JIT="1") == ""
+
+
+def test_an_older_pytorch_is_refused(in_subprocess):
+    program = """
+import sys, types
+sys.modules["torch"] = types.SimpleNamespace(Tensor=object, __version__="2.9.1")
+try:
+    import fastlr.torch
+except ImportError as error:
+    print(error)
+"""
+    assert "fastlr.torch needs PyTorch 2.10 or later, this is 2.9.1: pip install --upgrade torch" in in_subprocess(
+        program
+    )
 
 
 # What follows a schedule

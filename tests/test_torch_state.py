@@ -17,21 +17,11 @@ import pytest
 
 import fastlr
 from fastlr.schedules import Constant, Cosine, Function, Linear, Plateau
+from fastlr.step.stepper import Stepper
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 import fastlr.torch  # noqa: E402
-from fastlr.torch import engines  # noqa: E402
-
-
-@pytest.fixture(params=["exchange", "one by one"])
-def finding(request, monkeypatch):
-    """Both ways in which states are looked at: by compiled code, and without it."""
-    if request.param == "one by one":
-        monkeypatch.setattr(engines, "_exchange", lambda: None)
-        monkeypatch.setattr(fastlr.torch.optimizer, "find_exchange", lambda: None)
-    elif engines._exchange() is None:
-        pytest.skip("this PyTorch does not offer DLPack's C exchange API")
 
 
 def parameters(dtype=torch.float64, seed=0):
@@ -83,7 +73,6 @@ def swapped(opt, p):
     opt.state[others[0]], opt.state[others[1]] = opt.state[others[1]], opt.state[others[0]]
 
 
-@pytest.mark.usefixtures("finding")
 @pytest.mark.parametrize("how", [*CHANGES, "swapped"])
 def test_a_state_that_is_changed_is_used(how):
     ours, theirs = ([*parameters(), *parameters(seed=1)] for _ in range(2))
@@ -195,7 +184,6 @@ def test_a_changed_state_that_cannot_be_used_is_refused():
     assert [int(opt.state[p]["step"]) for p in params] == [2, 1, 2]
 
 
-@pytest.mark.usefixtures("finding")
 @pytest.mark.parametrize("name", ["Adam", "NAdam", "Adagrad", "ScheduleFreeAdamW"])
 def test_a_part_of_a_state_that_is_missing_is_refused(name):
     """PyTorch raises KeyError; what is missing whole starts anew, there as here."""
@@ -280,10 +268,10 @@ def test_what_others_keep_in_the_state_stays():
         opt.state[params[1]]["changes"] = k  # no reason to make anything anew
         opt.step()
         check(opt, params[0], True)
-    made = opt._engines
+    built = opt._built
     opt.state[params[1]]["changes"] = None
     opt.step()
-    assert opt._engines is made
+    assert opt._built is built
     state = opt.state_dict()
     assert state["state"]["mark"] == 1 and state["state"][0]["slow"] is slow
     new = fastlr.torch.Adam([{"params": params}, {"params": [late]}])
@@ -494,7 +482,6 @@ def test_a_spawned_process_goes_on(tmp_path):
 # Memory that goes away
 
 
-@pytest.mark.usefixtures("finding")
 @pytest.mark.parametrize("what", ["parameter", "gradient"])
 def test_memory_that_was_given_back_is_refused(what):
     params = parameters(torch.float32)
@@ -510,7 +497,6 @@ def test_memory_that_was_given_back_is_refused(what):
     opt.step()
 
 
-@pytest.mark.usefixtures("finding")
 def test_a_parameter_that_is_resized_needs_another_state():
     params = parameters(torch.float32)
     opt = fastlr.torch.Adam(params, lr=0.1)
@@ -528,7 +514,6 @@ def test_a_parameter_that_is_resized_needs_another_state():
     torch.testing.assert_close(params[1].detach(), torch.full((6,), 0.9))
 
 
-@pytest.mark.usefixtures("finding")
 def test_averages_that_are_elsewhere():
     """They go on from what stands where they are now."""
     params, target = parameters(torch.float32), parameters(torch.float32, 1)
@@ -1107,14 +1092,14 @@ def test_a_schedule_that_does_not_fit_is_refused(name, how):
 @pytest.mark.parametrize("kind", ["one dtype", "two dtypes", "chunks"])
 def test_an_interrupted_step_that_was_made_is_counted(kind, monkeypatch):
     params, opt = KINDS[kind]()
-    run = fastlr.Optimizer._run
+    run = Stepper.run
 
     def interrupted(self, *args):
         run(self, *args)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("fastlr.Optimizer._run", interrupted)
+        patch.setattr("fastlr.step.stepper.Stepper.run", interrupted)
         with pytest.raises(KeyboardInterrupt):
             opt.step()
     counts = [int(opt.state[p]["step"]) for p in params]

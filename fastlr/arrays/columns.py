@@ -160,6 +160,7 @@ class Columns:
         roles: by name, in order.
         letters: the states, averages among them.
         inputs: what is only read.
+        flat: the columns that the optimizer made, by name, each in one array.
         arrays: the array of each leaf, by name, in order.
         external: the caller's arrays, as given.
 
@@ -178,13 +179,13 @@ class Columns:
         self.external = dict(external)
         given = {name: self._companions(self.roles[name], tree) for name, tree in external.items()}
         self._check(given)
-        self._flat = self._allocated([role for role in roles if role.name not in given], given, alloc)
-        self.arrays = {n: given[n] if n in given else parameters.cut(self._flat[n]) for n in self.roles}
+        self.flat = self._allocated([role for role in roles if role.name not in given], given, alloc)
+        self.arrays = {n: given[n] if n in given else parameters.cut(self.flat[n]) for n in self.roles}
         for name, role in self.roles.items():
             if role.starts_as == PARAMETERS and (role.format != COMPUTE or name not in given):
                 self._copy(role, parameters.leaves)
             elif isinstance(role.starts_as, float) and role.starts_as and name not in given:
-                parameters.place.fill(self._flat[name], role.starts_as)
+                parameters.place.fill(self.flat[name], role.starts_as)
 
     def _companions(self, role: Role, tree: Any) -> list[Any]:
         """The caller's arrays for a column, one for each leaf."""
@@ -240,7 +241,7 @@ class Columns:
         """
         if name in self.external:
             return self.external[name]
-        flat, role = self._flat[name], self.roles[name]
+        flat, role = self.flat[name], self.roles[name]
         return self._parameters.tree(flat if role.format == COMPUTE else self._place.as_format(flat, role.format))
 
     def encode_shadow(self) -> None:

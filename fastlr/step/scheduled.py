@@ -45,6 +45,18 @@ class Remembered:
         """Remember what another does."""
         self._states = other._states
 
+    def update(self, other: Remembered) -> None:
+        """Remember what another does, beside what is remembered of other plateaus."""
+        self._states.update(other._states)
+
+    def __getstate__(self) -> list[tuple[Plateau, Observed]]:
+        """Each plateau with what it remembers, since a copy of it is another object."""
+        return list(self._states.values())
+
+    def __setstate__(self, state: list[tuple[Plateau, Observed]]) -> None:
+        """Take over what a copy or a pickle holds."""
+        self._states = {id(plateau): (plateau, observed) for plateau, observed in state}
+
 
 def plateaus_of(schedule: Schedule) -> list[Plateau]:
     """The plateaus in a schedule, in the order of its text."""

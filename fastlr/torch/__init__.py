@@ -9,13 +9,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 try:
-    import torch as _torch  # noqa: F401
+    import torch as _torch
 except ImportError:
     raise ImportError("fastlr.torch needs PyTorch: pip install torch, or see pytorch.org for your system.") from None
+if not hasattr(_torch.Tensor, "__dlpack_c_exchange_api__"):
+    raise ImportError(
+        f"fastlr.torch needs PyTorch 2.10 or later, this is {_torch.__version__}: pip install --upgrade torch, or see "
+        "pytorch.org for your system."
+    )
 
 from .. import optimizers as _optimizers
+from .counterparts import counterpart
 from .host import HostOptimizer
-from .optimizer import Optimizer, counterpart
+from .optimizer import Optimizer
 
 __all__ = ["HostOptimizer", "Optimizer", *_optimizers.__all__]
 

@@ -1,12 +1,13 @@
-"""Engines: one native optimizer each, over tensors of one dtype on one device, where they are."""
+"""Engines: one native optimizer each, which updates tensors of one dtype on one device in place.
+
+All that this package knows of the inside of a native optimizer is here.
+"""
 
 from __future__ import annotations
 
-import functools
 import itertools
-import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
@@ -17,19 +18,38 @@ from ..arrays.columns import COMPUTE, EMA
 from ..kernels import exchange
 from ..kernels.formats import FORMATS
 from ..kernels.layout import T
+from ..kernels.staging import Rule
 from ..optimizer import Optimizer as Native
 from ..options import OPTIONS
 from ..schedules.base import Schedule
+from ..state import OptimizerState
 from ..step.gradients import Located
 from ..step.info import StepInfo
-from ..step.rows import Counts
+from ..step.rows import Counts, Rows
+from ..step.scheduled import Remembered
+from ..step.stepper import Prepared, Stepper
 from . import states, tensors
 
-_gradient, _dtype = attrgetter("grad"), attrgetter("dtype")
-# A look at the memory of a state costs as much as one at a parameter. Of many states these stand for all: who gives
-# states other memory gives it to all. A state whose tensor is exchanged is always noticed.
+__all__ = [
+    "EXCHANGE",
+    "Engine",
+    "Leaf",
+    "Shown",
+    "as_arguments",
+    "holds_tensors",
+    "hyper_names",
+    "objects",
+    "state_letters",
+    "state_names",
+]
+
+EXCHANGE = exchange.Exchange(torch.Tensor)  # describes many tensors in one call
+
+_gradient = attrgetter("grad")
+# Looking at the memory of a state costs as much as looking at a parameter. Of many states these stand for all: whoever
+# moves the memory of states moves that of all. A state whose tensor is replaced is always noticed.
 _MOST_WATCHED = 512
-_address, _count, _is_contiguous = torch.Tensor.data_ptr, torch.Tensor.numel, torch.Tensor.is_contiguous
+_address = torch.Tensor.data_ptr
 
 
 @dataclass(frozen=True)
@@ -48,13 +68,13 @@ class Leaf:
 
 @dataclass
 class Shown:
-    """What engines have put into the state, in as far as it is still there.
+    """What engines have put into `opt.state`, as far as nobody has changed it.
 
     Attributes:
-        addresses: of each tensor, by its `id`.
-        updates: of each tensor that shows a count which nobody has changed, the count, by its `id`.
-        names: of the entries of each parameter, by its `id`, without averages and masters: these begin anew from the
-            parameter where they are missing.
+        addresses: `id` of a tensor to its address.
+        updates: `id` of a tensor that shows the number of updates to that number.
+        names: `id` of a parameter to the names of its entries, without average and master: where these are missing,
+            they start again from the parameter.
     """
 
     addresses: dict[int, int]
@@ -63,22 +83,22 @@ class Shown:
 
 
 class Engine:
-    """A native optimizer over parameters where they are; only the state is in flat memory of its own.
+    """A native optimizer that updates parameters in place; only the state is in flat memory of its own.
 
     Args:
         make: makes the native optimizer from arrays, groups and hyperparameters.
         leaves: the parameters, all of one dtype on one device.
         hyper: the hyperparameters of each group.
-        names: those that the native optimizer has.
+        names: the names of those that the native optimizer has.
         settings: the options of the native optimizer.
-        ema_out: where to keep the average of each parameter, or None.
+        ema_out: the tensors that hold the average of each parameter, or None.
 
     Attributes:
         params: the parameters.
         native: the native optimizer.
-        found: the gradients that `find` found, None where there is none.
-        entries: what stands in the state for each parameter, by `adopt`.
-        writes: what is to be copied into tensors of the user's before the first step: from, to.
+        gradients: those that `find` found, None where there is none.
+        entries: for each parameter what `opt.state[p]` is to hold; made by `adopt`.
+        writes: pairs of a tensor of the user's and what to copy into it before the first step.
 
     Raises:
         TypeError: if the native optimizer does not take a parameter or a hyperparameter.
@@ -92,7 +112,7 @@ class Engine:
         hyper: Sequence[Mapping[str, Any]],
         names: Sequence[str],
         settings: Mapping[str, Any],
-        ema_out: Sequence[tensors.Theirs] | None,
+        ema_out: Sequence[tensors.UserTensor] | None,
     ) -> None:
         self.leaves, self.params = tuple(leaves), [leaf.param for leaf in leaves]
         self._names = tuple(names)
@@ -106,49 +126,148 @@ class Engine:
         self.ema_out = ema_out
         sizes = [p.numel() for p in self.params]
         self._starts = np.cumsum([0, *sizes])[:-1].tolist()
-        more = self._more(paths)
+        options = self._options(paths)
         if ema_out is not None:
             averages = (self._as_array(average.tensor) for average in ema_out)
-            more["ema_out"] = dict(zip(paths, averages, strict=True))
+            options["ema_out"] = dict(zip(paths, averages, strict=True))
         first = as_arguments(dict(self._taken[self._members[0]] or ()))
         groups = overrides if several else None
-        self.native = make(self._targets(paths), **first, **settings, **more, groups=groups)
+        self.native = make(self._targets(paths), **first, **settings, **options, groups=groups)
         self._pattern_of = {g: f"{g}:*" if several else "" for g in self._members}
-        self._strides = [p.stride() for p in self.params]
-        self._sizes, self._in_rows = sizes, all(map(_is_contiguous, self.params))
+        self._sizes = sizes
         self._singles = [p for p in self.params if p.numel() == 1]
-        self._own: torch.dtype = getattr(torch, self.native._params.dtype.name)
-        self._readable = {self._own, *tensors.HALVES}
-        self._kind: torch.dtype | None = None
+        dtype = self.dtype
+        self._dtype: torch.dtype = getattr(torch, dtype)
+        self._readable = {self._dtype, *tensors.HALVES}
         self._located = Located([], "")
-        self._usual: Located | None = None  # if the gradients of the step before were all there, as they should be
-        self.found: Any = ()
+        self._usual: Located | None = None  # where the gradients were in the last step, if all could be read in place
+        self.gradients: Any = ()
         self._flats: dict[str, torch.Tensor] = {}  # the columns of the native optimizer
         self.entries: list[dict[str, Any]] = []
         self.writes: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._exchange = _exchange()
-        if self._exchange is not None:
-            self._at = np.zeros(len(self.params), np.int64)
-            self._found_kind = np.zeros(1, np.int64)
-            self._kinds = {exchange.kind_of(name): name for name in (self.native._params.dtype.name, *FORMATS)}
+        self._addresses = np.zeros(len(self.params), np.int64)  # of the gradients
+        self._kind = np.zeros(1, np.int64)  # and their dtype, by the exchange API's number
+        self._kinds = {exchange.kind_of(name): name for name in (dtype, *FORMATS)}
 
-    parts = 1  # how many steps of parts a step is cut into
+    parts = 1  # the number of parts that a step is made in
 
-    # What subclasses do otherwise
+    # The inside of the native optimizer
+
+    @property
+    def stepper(self) -> Stepper:
+        """What makes the steps of the native optimizer, for the settings as they are."""
+        stepper = self.native._stepper
+        if stepper.is_outdated:
+            stepper = self.native._stepper = stepper.renewed()
+        return stepper
+
+    @stepper.setter
+    def stepper(self, stepper: Stepper) -> None:
+        self.native._stepper = stepper
+
+    @property
+    def _state(self) -> OptimizerState:
+        return self.native._stepper.state
+
+    @property
+    def dtype(self) -> str:
+        """The name of the dtype of what the native optimizer updates."""
+        return self._state.parameters.dtype.name
+
+    @property
+    def on_host(self) -> bool:
+        """Whether the native optimizer updates memory of the host."""
+        return not self._state.backend.on_device
+
+    @property
+    def rule(self) -> Rule:
+        """The rule, not staged."""
+        return self._state.options.rule
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The flat arrays of the native optimizer beside the parameters, by their letters."""
+        return self._state.columns.flat
+
+    @property
+    def rows(self) -> Rows:
+        """The table of counts as the kernels update it; replaced when leaves have to be told apart."""
+        return self._state.rows
+
+    @property
+    def counts(self) -> Counts:
+        """What has been counted for each parameter, read from the GPU where it is there."""
+        return self.rows.counts()
+
+    def take_counts(self, counts: Counts, observed: Remembered) -> None:
+        """Go on from other counts; the low-precision copy is that of the parameters as they are now.
+
+        Args:
+            counts: of each parameter.
+            observed: what plateaus remember.
+        """
+        self._state.columns.encode_shadow()
+        self.stepper = self.stepper.resumed(replace(self._state, observed=observed), counts, False)
+
+    def initial_scalars(self) -> list[float]:
+        """The values at which the rule's state of a whole group starts."""
+        return [self._state.options.starts[name] for name in self.rule.scalars]
+
+    @property
+    def host_counts(self) -> bool:
+        """Whether the host knows the number of steps without waiting for a GPU."""
+        return self.on_host or (self.rows.host_knows and not self._state.options.capturable)
+
+    @property
+    def observed(self) -> Remembered:
+        """What plateaus remember."""
+        return self._state.observed
+
+    def present(self, schedule: Schedule, step: int) -> float | None:
+        """What a schedule that hyperparameters follow gives for a step; None if none of the parameters follows it."""
+        value = self.stepper.scheduled.present(schedule, step)
+        return None if value is None else float(value)
+
+    def overlaps(self, address: int, nbytes: int) -> bool:
+        """Whether memory overlaps what a step writes."""
+        return self._state.gradients.overlaps(address, nbytes)
+
+    def _may_read(self, addresses: np.ndarray, name: str) -> bool:
+        """Whether gradients of a dtype at these addresses are apart from what a step writes."""
+        return not self._state.gradients.any_overlaps(addresses, getattr(torch, name).itemsize)
+
+    def prepare_native(self, located: Located, scale: float) -> Prepared:
+        """Everything of a step of the native optimizer that can fail.
+
+        Args:
+            located: where the gradients are.
+            scale: what to divide them by.
+        """
+        stepper = self.stepper
+        prepared = stepper.prepare_located(located, None if scale == 1.0 else scale)
+        if prepared.stepper is not stepper:
+            self.stepper = prepared.stepper
+        return prepared
+
+    def run_native(self, prepared: Prepared) -> StepInfo:
+        """Make a step of the native optimizer."""
+        return prepared.stepper.run(prepared)
+
+    # What subclasses do differently
 
     def _targets(self, paths: Sequence[str]) -> Any:
         """What the native optimizer updates."""
         return dict(zip(paths, map(self._as_array, self.params), strict=True))
 
-    def _more(self, paths: Sequence[str]) -> dict[str, Any]:
-        """More options for the native optimizer."""
+    def _options(self, paths: Sequence[str]) -> dict[str, Any]:
+        """Further options of the native optimizer."""
         return {}
 
     def _initial(self, k: int, saved: Mapping[str, Any], shown: Shown | None) -> None:
-        """Take over what else was saved of a parameter; see `adopt`."""
+        """Take over what only a subclass saves of a parameter; see `adopt`."""
 
-    def _extra(self, k: int) -> dict[str, Any]:
-        """What else is to be saved of a parameter."""
+    def _extra(self, k: int) -> dict[str, torch.Tensor]:
+        """What only a subclass saves of a parameter."""
         return {}
 
     # Memory
@@ -168,80 +287,75 @@ class Engine:
 
     def views(self, name: str) -> list[torch.Tensor]:
         """A column of the native optimizer as one tensor for each parameter, with its shape and strides."""
-        columns = self.native._columns
         if name == EMA.name and self.ema_out is not None:
             return [average.tensor for average in self.ema_out]
-        flat = self._flats.setdefault(name, self._as_tensor(columns._flat[name]))
-        if columns.roles[name].format != COMPUTE:
-            flat = flat.view(getattr(torch, columns.roles[name].format))
+        flat = self._flats.setdefault(name, self._as_tensor(self.columns[name]))
+        role = self._state.columns.roles[name]
+        if role.format != COMPUTE:
+            flat = flat.view(getattr(torch, role.format))
         return [tensors.like(p, flat, start) for p, start in zip(self.params, self._starts, strict=True)]
 
     # State: the entries of `torch.optim.Optimizer.state`
 
-    @staticmethod
-    def state_names(native: Native) -> tuple[str, ...]:
-        """The names of a native optimizer's states, without those of its own options."""
-        return tuple(native._states.get(x, x) for x in native._columns.letters if x != EMA.name)
-
-    def adopt(self, saved: Mapping[Any, Any], shown: Shown | None, steps: int) -> None:
+    def adopt(self, saved: Mapping[Any, Any], shown: Shown | None, steps: int, observed: Remembered) -> None:
         """Go on from a state; nothing that a user could see is written yet, see `writes`.
 
         Args:
-            saved: for each parameter its entries; those without start afresh.
-            shown: what engines before have put there, or None if the state comes from somewhere else.
+            saved: the entries of each parameter; a parameter without entries starts from the beginning.
+            shown: what earlier engines have put there, or None if the state comes from somewhere else.
             steps: steps made so far, whether or not these parameters took part.
+            observed: what plateaus remember.
 
         Raises:
-            ValueError: if what stands there cannot be the state of a parameter, or is a part of one.
+            ValueError: if an entry cannot be the state of a parameter, or some entries are missing.
         """
-        native, rule = self.native, self.native._options.rule
-        columns = {native._states.get(x, x): self.views(x) for x in native._columns.letters}
-        counts = Counts.zero(len(self.params), 1, native._scalar_starts())
+        scalar_names = self.rule.scalars
+        columns = {name: self.views(letter) for letter, name in state_letters(self.native).items()}
+        counts = Counts.zero(len(self.params), 1, self.initial_scalars())
         counts.scalars = counts.scalars.copy()
-        known = {} if shown is None else shown.updates
+        updates = {} if shown is None else shown.updates
         for k, leaf in enumerate(self.leaves):
             entries = states.entries_of(leaf.called, saved.get(leaf.param))
             if shown is not None:
                 states.check_whole(leaf.called, entries, shown.names.get(id(leaf.param), ()))
             t = entries.get("step", any(entries.get(n) is not None for n in columns))
-            t = int(t) if isinstance(t, bool) else known.get(id(t)) or states.count(leaf.called, "step", t)
+            t = int(t) if isinstance(t, bool) else updates.get(id(t)) or states.count(leaf.called, "step", t)
             counts.t[k], counts.clock[k] = t, steps
             counts.skipped[k] = states.count(leaf.called, "skipped", entries.get("skipped", 0))
-            for j, name in enumerate(rule.scalars):
+            for j, name in enumerate(scalar_names):
                 if name in entries:
-                    found = states.number(leaf.called, name, entries[name], True, native._scalars_can_be_nan)
-                    counts.scalars[k, 0, j] = found
+                    nan = self._state.options.scalars_can_be_nan
+                    counts.scalars[k, 0, j] = states.number(leaf.called, name, entries[name], True, nan)
             for name, views in columns.items():
                 value = entries.get(name)
                 if value is None:
                     continue
-                given, value = value, states.tensor(leaf.called, name, value, leaf.param).detach()
-                own = shown is not None and shown.addresses.get(id(given)) == _address(value)
+                entry, value = value, states.tensor(leaf.called, name, value, leaf.param).detach()
+                unchanged = shown is not None and shown.addresses.get(id(entry)) == _address(value)
                 if name != EMA.name or self.ema_out is None:
                     views[k].copy_(value)
-                elif not own:  # an average goes on from what stands in the tensor of the user's
+                elif not unchanged:  # an average goes on from what stands in the tensor of the user's
                     self.writes.append((views[k].detach(), value))
             self._initial(k, entries, shown)
         counts.steps = steps
-        native._columns.encode_shadow()
-        native._put(**native._rows_for(counts))
-        count, scalars = torch.zeros(len(self.params)), torch.zeros((len(rule.scalars), len(self.params)))
-        scalars = scalars.double()
+        self.take_counts(counts, observed)
+        count = torch.zeros(len(self.params))
+        scalars = torch.zeros((len(scalar_names), len(self.params)), dtype=torch.float64)
         self._shown = count.numpy(), scalars.numpy()
-        self._show(native._rows.counts())
+        self._show(self.counts)
         self._written = [
             *self.params,
             *(average.memory for average in self.ema_out or ()),
-            *(self._flats.setdefault(name, self._as_tensor(flat)) for name, flat in native._columns._flat.items()),
+            *(self._flats.setdefault(name, self._as_tensor(flat)) for name, flat in self.columns.items()),
         ]
         if self.ema_out is not None and EMA.name in columns:  # the tensors themselves are the user's to keep
             columns[EMA.name] = [average.memory for average in self.ema_out]
-        one = torch.zeros(())
+        single = torch.zeros(())
         self.entries = [
             {
-                "step": tensors.like(one, count, k),
+                "step": tensors.like(single, count, k),
                 **{name: views[k] for name, views in columns.items()},
-                **{name: tensors.like(one, scalars[j], k) for j, name in enumerate(rule.scalars)},
+                **{name: tensors.like(single, scalars[j], k) for j, name in enumerate(scalar_names)},
                 **self._extra(k),
             }
             for k in range(len(self.params))
@@ -250,28 +364,23 @@ class Engine:
 
     def _watch(self) -> None:
         """Remember where parameters, states and averages are."""
-        external = set() if self.ema_out is None else {EMA.name}
-        counted = {"step", *self.native._options.rule.scalars, *external}
-        states = [t for entries in self.entries for name, t in entries.items() if name not in counted]
-        self._things: Any = [*self.params, *states[:: -(-len(states) // _MOST_WATCHED) or 1]]
-        self._averages = len(self._things)
+        unwatched = {"step", *self.rule.scalars, *(() if self.ema_out is None else ["ema"])}
+        states = [t for entries in self.entries for name, t in entries.items() if name not in unwatched]
+        watched = [*self.params, *states[:: -(-len(states) // _MOST_WATCHED) or 1]]
+        self._first_average = len(watched)
         self._called = [leaf.called for leaf in self.leaves]
-        if self._exchange is not None:
-            things = _objects(itertools.chain(self._things, (average.tensor for average in self.ema_out or ())))
-            self._described = self._exchange.describe(things)
-            self._things = things
-            self._things[self._averages :] = None
-        else:
-            self._addresses = list(map(_address, [*self._things, *(a.tensor for a in self.ema_out or ())]))
+        self._watched = objects(itertools.chain(watched, (average.tensor for average in self.ema_out or ())))
+        self._described = EXCHANGE.describe(self._watched)
+        self._watched[self._first_average :] = None  # which only their owner keeps
 
     def shown(self) -> Shown:
-        """What has been put into the state, in as far as nobody has changed it."""
+        """What has been put into the state, as far as nobody has changed it."""
         addresses = {id(t): _address(t) for entries in self.entries for t in entries.values()}
-        t = self.native._rows.counts().t[:, 0].tolist()
+        t = self.counts.t[:, 0].tolist()
         same = np.frombuffer(self._last[0], np.float32) == self._shown[0]
         updates = {id(e["step"]): n for e, n, kept in zip(self.entries, t, same, strict=True) if kept}
-        own = [name for name in self.entries[0] if name not in ("ema", "master")] if self.entries else []
-        return Shown(addresses, updates, dict.fromkeys(map(id, self.params), tuple(own)))
+        names = [name for name in self.entries[0] if name not in (EMA.name, "master")] if self.entries else []
+        return Shown(addresses, updates, dict.fromkeys(map(id, self.params), tuple(names)))
 
     @property
     def is_shown(self) -> bool:
@@ -282,8 +391,8 @@ class Engine:
     def is_in(self, state: Mapping[Any, Any]) -> bool:
         """Whether the entries of all parameters stand in a state, whatever else does."""
         for param, entries in zip(self.params, self.entries, strict=True):
-            found = state.get(param)
-            if not isinstance(found, dict) or any(found.get(name) is not value for name, value in entries.items()):
+            there = state.get(param)
+            if not isinstance(there, dict) or any(there.get(name) is not value for name, value in entries.items()):
                 return False
         return True
 
@@ -295,9 +404,9 @@ class Engine:
 
     def _show_counts(self) -> None:
         """Bring the counts in the state up to date, if the host knows them without waiting for a GPU."""
-        rows, (steps, scalars) = self.native._rows, self._shown
-        if not self.native._on_host:
+        if not self.on_host:
             return
+        rows, (steps, scalars) = self.rows, self._shown
         if len(rows) == 1:
             steps.fill(rows.counters.item(0, T))
         else:
@@ -309,23 +418,20 @@ class Engine:
         self._last = steps.tobytes(), last
 
     def skipped(self) -> list[int]:
-        """For each parameter the steps that were skipped; counts in the state that nobody has changed are as of now."""
-        counts = self.native._rows.counts()
+        """The steps skipped for each parameter; counts in the state that nobody has changed are brought up to date."""
+        counts = self.counts
         if self.is_shown:
             self._show(counts)
         return [int(n) for n in counts.skipped[:, 0]]
 
-    @property
-    def host_counts(self) -> bool:
-        """Whether the host knows the number of steps without waiting for a GPU."""
-        return bool(self.native._on_host or (self.native._rows.host_knows and not self.native._options.capturable))
+    def snapshot(self) -> dict[str, np.ndarray]:
+        """A copy of parameters, states, counts and hyperparameters, for `restore`."""
+        return self.native.snapshot()
 
-    def present(self, schedule: Schedule, step: int) -> float | None:
-        """What a schedule that hyperparameters follow gives for a step; None if none of the parameters follows it."""
-        if self.native._staged is None or self.native._hyper.changed:
-            self.native._refresh()
-        value = self.native._scheduled.present(schedule, step)
-        return None if value is None else float(value)
+    def restore(self, snapshot: Mapping[str, np.ndarray]) -> None:
+        """Go back to a snapshot."""
+        self.native.restore(snapshot)
+        self._show(self.counts)
 
     # A step
 
@@ -366,33 +472,27 @@ class Engine:
             ValueError: if one has another shape than its parameter or is elsewhere, or an average is gone.
         """
         averages = self._averages_now()
-        if self._exchange is None:
-            return self._find_one_by_one(averages)
         if averages:
-            self._things[self._averages :] = _objects(averages, len(averages))
-        self.found = grads = _objects(map(_gradient, self.params), len(self.params))
-        params, gradients = (things.__array_interface__["data"][0] for things in (self._things, grads))
+            self._watched[self._first_average :] = objects(averages, len(averages))
+        self.gradients = grads = objects(map(_gradient, self.params), len(self.params))
+        watched, gradients = (array.__array_interface__["data"][0] for array in (self._watched, grads))
         # From here on addresses may be new: an interrupt must not leave them beside gradients of an earlier step.
         usual, self._usual = self._usual, None
-        seen = self._exchange.compare(params, gradients, self._described, self._at, self._found_kind)
+        news = EXCHANGE.compare(watched, gradients, self._described, self._addresses, self._kind)
         if averages:  # which only their owner keeps
-            self._things[self._averages :] = None
-        if seen == exchange.MOVED:
+            self._watched[self._first_average :] = None
+        if news == exchange.MOVED:
             return False
-        if seen < 0 and not any(p.grad.is_neg() for p in self._singles):  # no others can be, in order as they are
-            if seen == exchange.SAME and usual is not None:
+        if news < 0 and not any(p.grad.is_neg() for p in self._singles):  # others with this bit differ in their strides
+            if news == exchange.SAME and usual is not None:
                 self._located = self._usual = usual
                 return True
-            name = self._kinds.get(self._found_kind.item())
-            if name is not None and self._may_read(self._at, name):
-                self._located = self._usual = Located(self._at.copy(), name)
+            name = self._kinds.get(self._kind.item())
+            if name is not None and self._may_read(self._addresses, name):
+                self._located = self._usual = Located(self._addresses.copy(), name)
                 return True
         self._find_each(grads)
         return True
-
-    def _may_read(self, at: Any, name: str) -> bool:
-        """Whether gradients at these addresses are apart from what the step writes."""
-        return not self.native._gradients.any_overlaps(at, getattr(torch, name).itemsize)
 
     def _averages_now(self) -> list[torch.Tensor]:
         """The user's tensors in which averages are kept, none if there are none."""
@@ -400,54 +500,24 @@ class Engine:
             return []
         return [average.now(called) for average, called in zip(self.ema_out, self._called, strict=True)]
 
-    def _find_one_by_one(self, averages: Sequence[torch.Tensor]) -> bool:
-        """As `find`, without DLPack's exchange API: a call for each property of each tensor."""
-        if list(map(_address, itertools.chain(self._things, averages))) != self._addresses:
-            return False
-        self.found = grads = list(map(_gradient, self.params))
-        try:
-            at, kinds = list(map(_address, grads)), set(map(_dtype, grads))
-            usual = len(kinds) == 1 and list(map(_count, grads)) == self._sizes
-            if usual and self._in_rows:
-                usual = all(map(_is_contiguous, grads))
-            elif usual:
-                usual = [g.stride() for g in grads] == self._strides
-            usual = usual and not any(p.grad.is_neg() for p in self._singles)
-            usual = usual and all(map(operator.or_, map(bool, at), map(operator.not_, self._sizes)))
-        except (AttributeError, TypeError, RuntimeError):  # one is None, or has no memory
-            usual = False
-        if usual:
-            (kind,) = kinds
-            if self._usual is not None and kind is self._kind and at == self._usual.addresses:
-                self._located = self._usual
-                return True
-            name = tensors.name_of(kind)
-            if kind in self._readable and self._may_read(at, name):
-                self._kind, self._located = kind, Located(at, name)
-                self._usual = self._located
-                return True
-        self._usual = None
-        self._find_each(grads)
-        return True
-
     def _find_each(self, grads: Iterable[torch.Tensor | None]) -> None:
         """Find gradients that are not all there, or not all where they can be read as they are."""
         for leaf, grad in zip(self.leaves, grads, strict=True):
             if grad is not None:
                 tensors.check_gradient(leaf.called, grad, leaf.param)
-        kinds = {grad.dtype for grad in grads if grad is not None}
-        kind = kinds.pop() if len(kinds) == 1 and kinds <= self._readable else self._own
-        found: list[torch.Tensor | None] = []
+        dtypes = {grad.dtype for grad in grads if grad is not None}
+        dtype = dtypes.pop() if len(dtypes) == 1 and dtypes <= self._readable else self._dtype
+        readable: list[torch.Tensor | None] = []
         for param, grad in zip(self.params, grads, strict=True):
             if grad is not None:
-                grad = tensors.with_strides_of(param, grad, kind)
-                if self.native._gradients.overlaps(grad.data_ptr(), grad.nbytes):
+                grad = tensors.with_strides_of(param, grad, dtype)
+                if self.overlaps(grad.data_ptr(), grad.nbytes):
                     grad = grad.clone()
-            found.append(grad)
-        self.found = found
-        active = tuple(grad is not None for grad in found)
-        at = [0 if grad is None else grad.data_ptr() for grad in found]
-        self._located = Located(at, tensors.name_of(kind), None if all(active) else active)
+            readable.append(grad)
+        self.gradients = readable
+        active = tuple(grad is not None for grad in readable)
+        addresses = [0 if grad is None else grad.data_ptr() for grad in readable]
+        self._located = Located(addresses, tensors.name_of(dtype), None if all(active) else active)
 
     @property
     def has_gradients(self) -> bool:
@@ -463,25 +533,24 @@ class Engine:
         Returns:
             The parts of the step, for `run` one after the other.
         """
-        return [self.native._prepare(self._located, None if scale == 1.0 else scale)]
+        return [self.prepare_native(self._located, scale)]
 
     def run(self, part: Any) -> StepInfo | None:
         """Carry out a part of a step.
 
         Returns:
-            What was done, or None if it is to be told by somebody else.
+            What was done, or None where a step has several parts, none of which can tell it.
         """
         active, written = self._located.active, self._written
         if active is not None:
             written = [*itertools.compress(self.params, active), *written[len(self.params) :]]
         # Autograd has to know what is written behind its back: a backward that needs the old values must fail.
-        _increment_versions(written)
-        return self.native._run(*part)
+        torch.autograd.graph.increment_version(written)
+        return self.run_native(part)
 
     def mark(self) -> bytes:
-        """Something that is another after each part of a step."""
-        found: bytes = self.native._rows.counters.tobytes()
-        return found
+        """A value that differs after each part of a step from what it was before."""
+        return self.rows.counters.tobytes()
 
     def deliver(self, part: Any) -> None:
         """Do what belongs to a part of a step that has been run; once more if it was interrupted."""
@@ -491,26 +560,25 @@ class Engine:
         self._show_counts()
 
 
-def _increment_versions(tensors: list[torch.Tensor]) -> None:
-    try:
-        torch.autograd.graph.increment_version(tensors)
-    except TypeError:  # an older PyTorch, which takes one
-        for tensor in tensors:
-            torch.autograd.graph.increment_version(tensor)
-
-
-@functools.cache
-def _exchange() -> exchange.Exchange | None:
-    """What describes many tensors in one call; PyTorch has it from 2.10 on."""
-    try:
-        return exchange.Exchange(torch.Tensor)
-    except LookupError:
-        return None
-
-
-def _objects(things: Iterable[Any], count: int = -1) -> np.ndarray:
+def objects(items: Iterable[Any], count: int = -1) -> np.ndarray:
     """Python objects in an array, as they are: NumPy looks for no numbers in them."""
-    return np.fromiter(things, object, count)
+    return np.fromiter(items, object, count)
+
+
+def hyper_names(native: Native) -> list[str]:
+    """The names of the hyperparameters of a native optimizer, without "frozen"."""
+    return [name for name in native.groups.names if name != "frozen"]
+
+
+def state_letters(native: Native) -> dict[str, str]:
+    """The columns of a native optimizer that belong in the state: the letter of each, and its name there."""
+    state = native._stepper.state
+    return {letter: state.options.public_name(letter) for letter in state.columns.letters}
+
+
+def state_names(native: Native) -> list[str]:
+    """The names of a native optimizer's states, without those of its own options."""
+    return [name for letter, name in state_letters(native).items() if letter != EMA.name]
 
 
 def as_arguments(hyper: dict[str, Any]) -> dict[str, Any]:

@@ -7,11 +7,12 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from ..hyperparameters import Hyper
 from ..schedules.base import Function, Plateau, Schedule
 from ..step import scheduled
 from ..step.scheduled import plateaus_of
 
-__all__ = ["SCHEDULES", "Followed", "at", "examine", "follows", "plateaus", "resolved", "settle", "show"]
+__all__ = ["SCHEDULES", "Followed", "evaluated", "examine", "follows", "plateaus", "resolved", "settle", "show"]
 
 SCHEDULES = "schedules"  # the key in a group
 
@@ -35,37 +36,37 @@ def follows(value: Any) -> bool:
     return isinstance(value, Schedule) or (callable(value) and not isinstance(value, type))
 
 
-def _made(value: Any) -> Any:
-    """A hyperparameter with functions of the step as schedules."""
+def _as_schedules(value: Any) -> Any:
+    """A hyperparameter whose functions of the step are schedules."""
     if isinstance(value, tuple | list):
-        return tuple(map(_made, value))
+        return tuple(map(_as_schedules, value))
     return Function(value) if follows(value) and not isinstance(value, Schedule) else value
 
 
-def at(value: Any, number: Callable[[Schedule], float]) -> Any:
-    """A hyperparameter with numbers in the place of schedules; NaN where there is none."""
+def evaluated(value: Any, number: Callable[[Schedule], float]) -> Any:
+    """A hyperparameter with numbers in the place of schedules; NaN where a schedule fails."""
     if isinstance(value, tuple | list):
-        return tuple(at(one, number) for one in value)
+        return tuple(evaluated(part, number) for part in value)
     if not isinstance(value, Schedule):
         return value
     try:
         return float(number(value))
-    except Exception:  # of a function of the user's; the step that needs the number tells of it
+    except Exception:  # in a function of the user's; the step that needs the number raises it
         return math.nan
 
 
-def examine(name: str, value: Any, step: int) -> None:
+def examine(hyper: Hyper[Any], value: Any, step: int) -> None:
     """Refuse schedules that do not fit, as a native optimizer does when one is set: by their value for the next step.
 
     Args:
-        name: of the hyperparameter.
-        value: the hyperparameter, with schedules where it follows some.
+        hyper: the hyperparameter.
+        value: its value, with schedules where it follows some.
         step: steps made.
 
     Raises:
         ValueError: if a schedule gives what is out of range; what a function of the user's raises is passed on.
     """
-    scheduled.examine(name, "ema" if name == "ema_decay" else name, value, step)
+    scheduled.examine(hyper.name, hyper, value, step)
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -73,7 +74,7 @@ def _same(a: Any, b: Any) -> bool:
     return a is b or bool(a == b) or repr(a) == repr(b)
 
 
-def resolved(g: int, group: dict[str, Any], names: Sequence[str], given: tuple[Any, ...]) -> tuple[Any, ...]:
+def resolved(g: int, group: dict[str, Any], names: Sequence[str], numbers: tuple[Any, ...]) -> tuple[Any, ...]:
     """The hyperparameters of a group, with schedules where they follow some.
 
     A number that somebody has set takes the place of a schedule, as anywhere in fastlr. But one that a scheduler of
@@ -83,7 +84,7 @@ def resolved(g: int, group: dict[str, Any], names: Sequence[str], given: tuple[A
         g: the index of the group.
         group: the group.
         names: of the hyperparameters.
-        given: what stands in the group for each.
+        numbers: what stands in the group for each.
 
     Raises:
         ValueError: if a scheduler of PyTorch sets what follows a schedule.
@@ -91,7 +92,7 @@ def resolved(g: int, group: dict[str, Any], names: Sequence[str], given: tuple[A
     followed = group.get(SCHEDULES)
     if followed:
         shown = getattr(followed, "shown", {})
-        values = dict(zip(names, given, strict=True))
+        values = dict(zip(names, numbers, strict=True))
         for name, schedule in followed.items():
             value = values.get(name)
             initial = group.get(f"initial_{name}")
@@ -103,8 +104,8 @@ def resolved(g: int, group: dict[str, Any], names: Sequence[str], given: tuple[A
                     "can follow only one of them. Give the optimizer a number, or leave the scheduler out; where one "
                     "is demanded, torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1.0) changes nothing."
                 )
-        given = tuple(values[name] for name in names)
-    return tuple(map(_made, given)) if any(map(follows, given)) else given
+        numbers = tuple(values[name] for name in names)
+    return tuple(map(_as_schedules, numbers)) if any(map(follows, numbers)) else numbers
 
 
 def settle(g: int, group: dict[str, Any], names: Sequence[str], values: Sequence[Any]) -> None:
@@ -142,7 +143,7 @@ def show(group: dict[str, Any], number: Callable[[Schedule], float]) -> None:
     followed = group.get(SCHEDULES)
     if followed:
         for name, value in followed.items():
-            group[name] = followed.shown[name] = at(value, number)
+            group[name] = followed.shown[name] = evaluated(value, number)
 
 
 def plateaus(group: Mapping[str, Any]) -> Iterator[tuple[str, Plateau]]:

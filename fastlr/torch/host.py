@@ -6,6 +6,7 @@ import contextlib
 import functools
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from ..step.info import StepInfo
 from . import states, tensors
 from .engines import Engine, Leaf, Shown
 from .optimizer import Optimizer
+from .recipes import Recipe
 
 __all__ = ["HostOptimizer"]
 
@@ -68,8 +70,6 @@ class HostOptimizer(Optimizer):
         (torch.float32, 12)
     """
 
-    _halves = True
-
     def __init__(
         self,
         params: Any,
@@ -92,29 +92,40 @@ class HostOptimizer(Optimizer):
             raise TypeError("shadow is not for HostOptimizer: the parameters themselves are the low-precision copy.")
         if ema_out is not None:
             raise TypeError("ema_out is not for HostOptimizer: the average is of the masters, and in opt.ema.")
-        self._chunk = None if chunk is None else checks.count("chunk", chunk)
-        self._set_up(params, make, {**settings, "alloc": alloc})
-
-    def _measures_outside(self, leaves: Sequence[Leaf]) -> bool:
-        return self._chunk is not None or any(leaf.param.is_cuda for leaf in leaves)
-
-    def _engine(self, *args: Any) -> Engine:  # type: ignore[override]
-        return HostEngine(*args, chunk=self._chunk)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """As of every optimizer."""
-        return {**super().__getstate__(), "_chunk": self._chunk}
+        recipe = functools.partial(HostRecipe, chunk=None if chunk is None else checks.count("chunk", chunk))
+        self._set_up(params, make, {**settings, "alloc": alloc}, recipe)
 
     def take_params(self) -> None:
         """Make the weights as they are now the masters, where they differ from the masters as rounded."""
-        for engine in self._current():
+        for engine in self._current().engines:
             assert isinstance(engine, HostEngine)
             engine.take_params(range(len(engine.params)))
 
     @property
     def nbytes(self) -> int:
         """Bytes on the host that the optimizer holds: masters, states, averages, and what is on its way."""
-        return sum(engine.nbytes for engine in self._current() if isinstance(engine, HostEngine))
+        return sum(engine.nbytes for engine in self._current().engines if isinstance(engine, HostEngine))
+
+
+@dataclass(frozen=True)
+class HostRecipe(Recipe):
+    """As `Recipe`.
+
+    Attributes:
+        chunk: elements that travel together, or None for the default.
+    """
+
+    chunk: int | None = None
+
+    halves = True
+
+    def engine(self, *args: Any) -> Engine:
+        """As `Recipe.engine`."""
+        return HostEngine(*args, chunk=self.chunk)
+
+    def always_outside(self, leaves: Sequence[Leaf]) -> bool:
+        """As `Recipe.always_outside`: chunks are updated one after the other."""
+        return self.chunk is not None or any(leaf.param.is_cuda for leaf in leaves)
 
 
 def pinned(nbytes: int) -> Any:
@@ -175,7 +186,7 @@ class HostEngine(Engine):
             master.copy_(p.detach())
         return self._buffer
 
-    def _more(self, paths: Sequence[str]) -> dict[str, Any]:
+    def _options(self, paths: Sequence[str]) -> dict[str, Any]:
         if self._weights not in tensors.HALVES:
             return {}
         shadow = {SHADOW.name: tensors.HALVES[self._weights]}
@@ -193,15 +204,14 @@ class HostEngine(Engine):
         else:  # masters are the truth, weights follow
             self.writes.append((self.params[k].detach(), self._masters[k]))
 
-    def _extra(self, k: int) -> dict[str, Any]:
+    def _extra(self, k: int) -> dict[str, torch.Tensor]:
         return {} if self._buffer is None else {"master": self._masters[k]}
 
     @property
     def nbytes(self) -> int:
         """Bytes on the host that belong to this engine."""
-        columns = self.native._columns._flat.values()
-        own = [a.nbytes for a in columns] + ([] if self._buffer is None else [self._buffer.nbytes])
-        return sum(own) + (0 if self._stage is None else self._stage.nbytes)
+        buffers = [*self.columns.values(), *(buffer for buffer in (self._buffer, self._stage) if buffer is not None)]
+        return sum(buffer.nbytes for buffer in buffers)
 
     def take_params(self, which: Iterable[int]) -> None:
         """Make weights the masters, where they differ from the masters as rounded."""
@@ -213,7 +223,7 @@ class HostEngine(Engine):
             master.copy_(torch.where(changed, weights.to(master.dtype), master))
 
     def find(self) -> bool:
-        """As `Engine.find`; and take over weights that somebody has written since the step before."""
+        """As `Engine.find`; and take over weights that somebody has written since the last step."""
         if not super().find():
             return False
         versions = self._versions_now()
@@ -239,12 +249,12 @@ class HostEngine(Engine):
         if not self._staged:
             return super().prepare(scale)
         if not self.has_gradients:
-            return [(one, [], None) for one in super().prepare(scale)]
-        there = [grad is not None for grad in self.found]
-        kind = next(grad.dtype for grad in self.found if grad is not None)
-        if self._stage is None or self._stage.dtype is not kind:
-            nbytes = sum(self._sizes) * kind.itemsize
-            stage = torch.from_numpy(HOST.allocate(nbytes, np.uint8, 1, self._alloc)).view(kind)
+            return [(prepared, [], None) for prepared in super().prepare(scale)]
+        there = [grad is not None for grad in self.gradients]
+        dtype = next(grad.dtype for grad in self.gradients if grad is not None)
+        if self._stage is None or self._stage.dtype is not dtype:
+            nbytes = sum(self._sizes) * dtype.itemsize
+            stage = torch.from_numpy(HOST.allocate(nbytes, np.uint8, 1, self._alloc)).view(dtype)
             starts = zip(self.params, self._starts, strict=True)
             self._staged_gradients = [tensors.like(p, stage, start) for p, start in starts]
             self._staged_at = [gradient.data_ptr() for gradient in self._staged_gradients]
@@ -253,14 +263,14 @@ class HostEngine(Engine):
             self._up.synchronize()  # the weights of the step before are on the GPU, their memory can be written
             self._down.wait_stream(torch.cuda.current_stream(self._device))
             self._up.wait_stream(torch.cuda.current_stream(self._device))
-        parts, rows, number = [], self.native._rows, self.native.steps
+        parts, rows, number = [], self.rows, self.native.steps
         for chunk, seen in zip(self._chunks, self._seen, strict=True):
             active = seen if all(there) else tuple(map(operator.and_, there, seen))
-            if any(active) or EMA.name in self.native._columns.letters:
-                located = Located(self._staged_at, tensors.name_of(kind), active, seen, number)
-                prepared = self.native._prepare(located, None if scale == 1.0 else scale)
+            if any(active) or EMA.name in self.columns:
+                located = Located(self._staged_at, tensors.name_of(dtype), active, seen, number)
+                prepared = self.prepare_native(located, scale)
                 parts.append((prepared, [k for k in chunk if there[k]], self._fetch(chunk)))
-        return parts if self.native._rows is rows else self.prepare(scale)  # the tables were made anew meanwhile
+        return parts if self.rows is rows else self.prepare(scale)  # the tables were made anew meanwhile
 
     def run(self, part: Any) -> StepInfo | None:
         """As `Engine.run`."""
@@ -269,7 +279,7 @@ class HostEngine(Engine):
         prepared, _, arrived = part
         if arrived is not None:
             arrived.synchronize()
-        self.native._run(*prepared)
+        self.run_native(prepared)
         self.deliver(part)
         return None
 
@@ -286,7 +296,7 @@ class HostEngine(Engine):
         """Have the gradients of a chunk copied to the host; the event of their arrival, on the CPU None."""
         with self._on(self._down):
             for k in chunk:
-                grad = self.found[k]
+                grad = self.gradients[k]
                 if grad is not None:
                     self._staged_gradients[k].copy_(grad.detach(), non_blocking=True)
                     if self._down is not None:

@@ -2,75 +2,40 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
-import itertools
-import operator
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from threading import get_ident
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
-from .. import checks, groups
+from .. import checks
 from ..arrays.columns import EMA, SHADOW
 from ..exclusive import Exclusive, Users, exclusive, take_over
-from ..kernels import exchange
 from ..kernels.atomic import commit
-from ..kernels.staging import Rule, Staged
+from ..kernels.staging import Rule
 from ..optimizer import Optimizer as Native
-from ..options import OPTIONS, OWN
-from ..schedules.base import Schedule
-from ..step import scheduled
-from ..step.info import Layout, StepInfo
-from ..step.scheduled import Remembered
-from . import following, states, tensors
-from .engines import Engine, Leaf, Shown, as_arguments, holds_tensors
-from .engines import _exchange as find_exchange
-from .following import SCHEDULES, follows
+from ..options import OPTIONS
+from ..step.info import StepInfo
+from . import averages, following, saving, stepping, tensors
+from .averages import Training
+from .building import Built, History, State, build, check_ema_out
+from .engines import hyper_names
+from .following import follows
+from .recipes import Recipe, all_leaves, group_leaves
 from .trials import Trial
 
-__all__ = ["Optimizer", "counterpart"]
+__all__ = ["IMPLEMENTATIONS", "OFFERED", "Optimizer"]
 
 # Arguments of torch.optim that choose between its implementations: taken, kept in the groups, without effect here.
-_IMPLEMENTATIONS = {"foreach": None, "capturable": False, "differentiable": False, "fused": None}
-# In place of 0, what clipping makes of an infinite norm: gradients are divided, and as float32 this leaves 0 or NaN.
-_LEAST = 1e-100
+IMPLEMENTATIONS = {"foreach": None, "capturable": False, "differentiable": False, "fused": None}
 # Options whose part PyTorch or this module plays.
 _ELSEWHERE = {name for name, option in OPTIONS.items() if not option.torch}
-# What a saved group holds beside what a group does.
-_SAVED_ALONG = ("params", SCHEDULES, "skipped_steps", "clock", "observed", "averaging")
-_OFFERED = [name for name in OPTIONS if name not in _ELSEWHERE | {"capturable"}]
-
-
-@dataclass
-class _Taken:
-    """The hyperparameters of a group as engines have taken them over.
-
-    Attributes:
-        given: what stood in the group.
-        schedules: and beside it.
-        values: what that means.
-    """
-
-    given: tuple[Any, ...]
-    schedules: dict[str, Any]
-    values: tuple[Any, ...]
-
-
-@dataclass
-class _Made:
-    """Engines, and what belongs to them; see the attributes of `Optimizer` of the same names."""
-
-    engines: list[Engine]
-    outside: bool
-    known: list[list[torch.Tensor]]
-    taken: list[_Taken | None]
-    ema_out: list[tensors.Theirs] | None
+# The options of the step that optimizers for PyTorch take.
+OFFERED = [name for name in OPTIONS if name not in _ELSEWHERE | {"capturable"}]
 
 
 class Optimizer(Exclusive, torch.optim.Optimizer):  # type: ignore[misc]
@@ -126,11 +91,9 @@ class Optimizer(Exclusive, torch.optim.Optimizer):  # type: ignore[misc]
         (1, True)
     """
 
-    _engine: Callable[..., Engine] = Engine
-    _is_built = False  # until then schedules may be functions of what is not there yet
-    _theirs: ClassVar[str | None] = None  # the counterpart in torch.optim
-    _halves: ClassVar[bool] = False  # whether parameters may be bfloat16 and float16
+    _counterpart: ClassVar[str | None] = None  # the name of the counterpart in torch.optim
     _step_supports_amp_scaling = True  # GradScaler sets grad_scale and found_inf instead of writing the gradients
+    _is_complete = False  # until then schedules may be functions of what is not there yet
 
     def __init__(
         self,
@@ -152,70 +115,55 @@ class Optimizer(Exclusive, torch.optim.Optimizer):  # type: ignore[misc]
             settings["lr"] = lr
         self._set_up(params, make, {**settings, "ema": ema, "ema_out": ema_out})
 
-    def _set_up(self, params: Any, make: Callable[..., Native], given: Mapping[str, Any]) -> None:
+    def _set_up(
+        self,
+        params: Any,
+        make: Callable[..., Native],
+        arguments: Mapping[str, Any],
+        recipe: Callable[..., Recipe] = Recipe,
+    ) -> None:
         """Check everything but the parameters' memory, and make the groups.
 
         Args:
             params: as PyTorch takes them.
             make: makes the native optimizer from arrays and settings.
-            given: the arguments that the caller gave.
+            arguments: the others that the caller passed.
+            recipe: makes the recipe.
         """
-        settings = dict(given)
-        implementations = {n: settings.pop(n, default) for n, default in _IMPLEMENTATIONS.items()}
+        settings = dict(arguments)
+        implementations = {n: settings.pop(n, default) for n, default in IMPLEMENTATIONS.items()}
         ema_out = settings.pop("ema_out", None)
         if implementations["differentiable"]:
-            raise ValueError("differentiable=True is not there: a step is no operation that autograd could follow.")
+            raise ValueError("differentiable=True is not supported: autograd cannot follow a step.")
         unknown = _ELSEWHERE & settings.keys()
         if unknown:
             raise TypeError(f"{unknown.pop()} is not for PyTorch's parameters; see fastlr.torch.Optimizer.")
-        numbers = {k: tensors.number(k, v) for k, v in settings.items()}
+        numbers = {name: tensors.number(name, value) for name, value in settings.items()}
         probe = make(np.zeros(1, np.float32), **{**numbers, "alloc": None})
-        self._make = make
-        self._names = [name for name in probe._hyper.names if name != "frozen"]
-        if ema_out is not None and "ema_decay" not in self._names:
-            raise ValueError("ema_out is where the average is kept; give its decay as well, such as ema=0.999.")
-        self._settings = {n: v for n, v in settings.items() if n not in {*self._names, "ema"}}
-        self._ema_out: list[tensors.Theirs] | None = None
-        self._start(clock=0, skipped=0, observed=Remembered())
+        names = hyper_names(probe)
+        if ema_out is not None:
+            _check_ema(names)
+        self._recipe = recipe(
+            make, names, probe.groups.table, {n: v for n, v in settings.items() if n not in {*names, "ema"}}
+        )
+        self._start(History(), None)
         starts = {n: getattr(probe, n) for n in vars(probe).keys() & inspect.signature(make).parameters.keys()}
-        super().__init__(params, {**implementations, **starts, **self._normal(settings, probe)})
-        self._is_built = True
+        super().__init__(params, {**implementations, **starts, **self._recipe.normal(settings, probe)})
+        self._is_complete = True
         if ema_out is not None:
             self.ema_out = ema_out
 
-    def _start(self, clock: int, skipped: int, observed: Remembered) -> None:
+    def _start(self, history: History, ema_out: list[tensors.UserTensor] | None) -> None:
         """What an optimizer has before its engines are made: new, or a copy.
 
         Args:
-            clock: steps made.
-            skipped: steps skipped, without those that engines count.
-            observed: what plateaus remember.
+            history: what has happened so far.
+            ema_out: the tensors that hold averages, or None.
         """
         self._users: Users = {}
-        self._engines: list[Engine] | None = None
-        self._outside = False
-        self._known: list[list[torch.Tensor]] = []  # the parameters of each group that the engines are made for
-        self._hyper: list[_Taken | None] = []  # and their hyperparameters
-        self._loaded: dict[str, Any] | None = None
-        self._clock, self._skipped, self._observed = clock, skipped, observed
-        self._training: list[tuple[torch.Tensor, torch.Tensor | None]] | None = (
-            None  # weights, while averages take their place
-        )
-        self._values_of = operator.itemgetter(*self._names)
-        self._exchange = find_exchange()
-        self._held: tuple[list[Any], np.ndarray] = [], np.zeros(0, np.int64)
+        self._built = Built(self._recipe, history, ema_out)
+        self._training: Training | None = None
         self.info: StepInfo | None = None
-
-    def _normal(self, given: Mapping[str, Any], probe: Native) -> dict[str, Any]:
-        """Hyperparameters as groups hold them: as the native optimizer has them, tensors as they were given."""
-        return {n: given[n] if n in given and holds_tensors(given[n]) else getattr(probe, n) for n in self._names}
-
-    def _number(self, schedule: Schedule, step: int | None = None) -> float:
-        """What a schedule gives for a step, the next one if none is given; a plateau has what it remembers."""
-        step = self._steps_made() if step is None else step
-        found = (engine.present(schedule, step) for engine in self._engines or ())
-        value = next((value for value in found if value is not None), None)
-        return schedule(step) if value is None else value
 
     # Parameters and groups
 
@@ -227,53 +175,34 @@ class Optimizer(Exclusive, torch.optim.Optimizer):  # type: ignore[misc]
             TypeError: if a parameter or a hyperparameter is of the wrong kind.
             ValueError: if one is out of range, a schedule in the next step, or a parameter is in a group already.
         """
-        more: list[Any] = []
+        new_averages: list[Any] = []
         if isinstance(param_group, dict):
             param_group = dict(param_group)  # the caller's own stays as it is
-            more = list(param_group.pop("ema_out", ()))
+            new_averages = list(param_group.pop("ema_out", ()))
         trial = object.__new__(torch.optim.Optimizer)  # PyTorch's own part, on a list of its own
         trial.defaults, trial.param_groups = self.defaults, list(self.param_groups)
         torch.optim.Optimizer.add_param_group(trial, param_group)
-        every, group = trial.param_groups, trial.param_groups[-1]
-        for leaf in self._leaves_of(every, len(every) - 1):
-            tensors.check_parameter(leaf.called, leaf.param, self._halves)
-        g = len(every) - 1
-        values = following.resolved(g, group, self._names, self._values_of(group))
-        if self._is_built and any(map(follows, values)):
-            step = self._steps_made()
-            for name, value in zip(self._names, values, strict=True):
-                following.examine(name, value, step)
-        values = tuple(self._normal(dict(zip(self._names, values, strict=True)), self._probe(values)).values())
+        groups, group, g = trial.param_groups, trial.param_groups[-1], len(trial.param_groups) - 1
+        recipe, built = self._recipe, self._built
+        for leaf in group_leaves(groups, g):
+            tensors.check_parameter(leaf.called, leaf.param, recipe.halves)
+        values = following.resolved(g, group, recipe.names, recipe.values_of(group))
+        step = built.steps(self.state) if any(map(follows, values)) else 0
+        if self._is_complete and any(map(follows, values)):
+            for name, value in recipe.named(values).items():
+                following.examine(self._recipe.table[name], value, step)
+        values = tuple(recipe.normal(recipe.named(values), recipe.probe(values)).values())
         if group["capturable"] and not all(p.is_cuda for p in group["params"]):
             raise ValueError("capturable=True is for parameters on a GPU; these are on the CPU.")
-        writes: list[tuple[Any, Any, Any]] = [(self.param_groups, slice(g, g), [group])]
-        if self._ema_out is not None:
-            given = [average.tensor for average in self._ema_out] + more
-            self._check_ema_out(given, self._leaves(every))
-            averages = [*self._ema_out, *map(tensors.Theirs, more)]
-            writes.append((self.__dict__, "_ema_out", averages))
-        group.update(zip(self._names, values, strict=True))
-        following.settle(g, group, self._names, values)
-        following.show(group, self._number)
+        writes: list[averages.Write] = [(self.param_groups, slice(g, g), [group])]
+        if built.ema_out is not None:
+            check_ema_out([average.tensor for average in built.ema_out] + new_averages, all_leaves(groups))
+            ema_out = [*built.ema_out, *map(tensors.UserTensor, new_averages)]
+            writes.append((self.__dict__, "_built", replace(built, ema_out=ema_out)))
+        group.update(recipe.named(values))
+        following.settle(g, group, recipe.names, values)
+        following.show(group, lambda schedule: built.number(schedule, step))
         commit(writes)
-
-    def _probe(self, values: Sequence[Any]) -> Native:
-        """A native optimizer of nothing with the settings of a group: checks them, and tells which states they need."""
-        hyper = {n: tensors.number(n, value) for n, value in zip(self._names, values, strict=True)}
-        return self._make(np.zeros(1, np.float32), **{**self._settings, "alloc": None}, **as_arguments(hyper))
-
-    @staticmethod
-    def _leaves_of(param_groups: Sequence[Mapping[str, Any]], g: int) -> list[Leaf]:
-        group = param_groups[g]
-        first = sum(len(before["params"]) for before in param_groups[:g])
-        names = group.get("param_names") or [str(first + k) for k in range(len(group["params"]))]
-        return [Leaf(p, name, g) for p, name in zip(group["params"], names, strict=True)]
-
-    def _leaves(self, param_groups: Sequence[Mapping[str, Any]] | None = None) -> list[Leaf]:
-        """All parameters, each once."""
-        some = self.param_groups if param_groups is None else param_groups
-        every = itertools.chain.from_iterable(self._leaves_of(some, g) for g in range(len(some)))
-        return list({id(leaf.param): leaf for leaf in reversed(list(every))}.values())[::-1]
 
     @property
     def ema_out(self) -> list[torch.Tensor] | None:
@@ -283,258 +212,83 @@ class Optimizer(Exclusive, torch.optim.Optimizer):  # type: ignore[misc]
             TypeError: if something else than tensors is set.
             ValueError: if they do not fit, or the optimizer was built without `ema=`.
         """
-        return None if self._ema_out is None else [average.tensor for average in self._ema_out]
+        ema_out = self._built.ema_out
+        return None if ema_out is None else [average.tensor for average in ema_out]
 
     @ema_out.setter
     @exclusive
-    def ema_out(self, given: Iterable[torch.Tensor]) -> None:
-        if "ema_decay" not in self._names:
-            raise ValueError("ema_out is where the average is kept; give its decay as well, such as ema=0.999.")
-        given = list(given)
-        self._check_ema_out(given, self._leaves())
-        fresh = [tensors.Theirs(average) for average in given]
+    def ema_out(self, ema_out: Iterable[torch.Tensor]) -> None:
+        _check_ema(self._recipe.names)
+        ema_out = list(ema_out)
+        check_ema_out(ema_out, all_leaves(self.param_groups))
+        fresh = [tensors.UserTensor(average) for average in ema_out]
+        if self._built.params is None:
+            self._built = replace(self._built, ema_out=fresh)
+            return
         state = {p: {n: v for n, v in e.items() if n != EMA.name} for p, e in self.state.items() if isinstance(e, dict)}
-        made = None if self._engines is None else self._make_engines(self.param_groups, state, self._shown(), fresh)
-        commit([(self.__dict__, "_ema_out", fresh)])
-        if made is not None:
-            self._install(made)
-
-    @staticmethod
-    def _check_ema_out(given: Sequence[torch.Tensor], leaves: Sequence[Leaf]) -> None:
-        if len(given) != len(leaves):
-            raise ValueError(f"ema_out has {len(given)} tensors for {len(leaves)} parameters. Pass one for each.")
-        for leaf, average in zip(leaves, given, strict=True):
-            p = leaf.param
-            if not isinstance(average, torch.Tensor):
-                raise TypeError(f"ema_out for {leaf.called} is a {type(average).__name__}, expected a tensor.")
-            if (average.shape, average.dtype, average.device) != (p.shape, p.dtype, p.device):
-                raise ValueError(
-                    f"ema_out for {leaf.called} is {average.dtype} {tuple(average.shape)} on {average.device}, "
-                    f"the parameter is {p.dtype} {tuple(p.shape)} on {p.device}."
-                )
-            if average.stride() != p.stride():
-                raise ValueError(f"ema_out for {leaf.called} has other strides than the parameter. Pass a copy of it.")
-            if not average.is_meta and not tensors.has_memory(average):
-                raise ValueError(f"ema_out for {leaf.called} has no memory: its storage has been given back.")
+        self._install(self._rebuilt(state, fresh))
 
     # Engines
 
-    def _current(self) -> list[Engine]:
+    def _current(self) -> Built:
         """The engines, made anew if parameters or groups are others than before."""
-        here = [group["params"] for group in self.param_groups]
-        same = list(map(len, here)) == list(map(len, self._known)) and all(
-            all(map(operator.is_, now, before)) for now, before in zip(here, self._known, strict=True)
-        )
-        return self._engines if self._engines is not None and same else self._build()
+        return self._built if self._built.fits(self.param_groups) else self._rebuild()
 
-    def _ready(self) -> list[Engine]:
+    def _ready(self) -> Built:
         """The engines, made anew if parameters, groups or the state are others than before; gradients are found."""
-        engines = self._current()
-        if not all(engine.is_shown for engine in engines) or not self._holds_state(engines):
-            engines = self._build()
-        if not all([engine.find() for engine in engines]):  # noqa: C419  (all of them; a tensor is elsewhere)
-            engines = self._build()
-            for engine in engines:
-                engine.find()
-        return engines
+        built = self._current()
+        if not built.is_in(self.state):
+            built = self._rebuild()
+        if not built.find():  # a tensor is elsewhere
+            built = self._rebuild()
+            built.find()
+        return built
 
-    def _holds_state(self, engines: Sequence[Engine]) -> bool:
-        """Whether the entries of the engines stand in the state, beside whatever others keep there."""
-        held, addresses = self._held
-        if self._exchange is not None:
-            if self._exchange.holds(self.state, addresses):
-                return True
-            now = exchange.items(self.state)
-        else:
-            now = exchange.items(self.state)
-            if len(now) == len(held) and all(map(operator.is_, now, held)):
-                return True
-        found = all(engine.is_in(self.state) for engine in engines)
-        if found:  # it is something of others that has changed
-            self._hold(now)
-        return found
+    def _rebuild(self) -> Built:
+        """Go on with new engines from the state as it is; on an error everything is as it was."""
+        self._built.save_counts(self.state)
+        built = self._rebuilt(self.state, self._built.ema_out)
+        self._install(built)
+        return built
 
-    def _hold(self, held: list[Any]) -> None:
-        """Remember what stands in the state."""
-        self._held = held, np.fromiter(map(id, held), np.int64, len(held))
-
-    def _shown(self) -> Shown:
-        """What the engines have put into the state."""
-        every = [engine.shown() for engine in self._engines or ()]
-        return Shown(
-            {k: v for one in every for k, v in one.addresses.items()},
-            {k: v for one in every for k, v in one.updates.items()},
-            {k: v for one in every for k, v in one.names.items()},
-        )
-
-    def _build(self) -> list[Engine]:
-        """New engines, which go on from the state as it is; on an error everything is as it was."""
-        self._save_counts()
-        made = self._make_engines(self.param_groups, self.state, self._shown(), self._ema_out)
-        self._install(made)
-        return made.engines
-
-    def _make_engines(
-        self,
-        param_groups: Sequence[dict[str, Any]],
-        state: Mapping[Any, Any],
-        shown: Shown | None,
-        ema_out: Sequence[tensors.Theirs] | None,
-        clock: int | None = None,
-        observed: Remembered | None = None,
-    ) -> _Made:
-        """Engines for groups and a state; nothing that a user could see is written yet.
+    def _rebuilt(self, state: State, ema_out: list[tensors.UserTensor] | None) -> Built:
+        """New engines, which are not in use yet.
 
         Args:
-            param_groups: the groups.
             state: what they go on from.
-            shown: what the engines before have put there, or None if the state comes from somewhere else.
-            ema_out: where averages are kept, or None.
-            clock: steps made so far; None: as many as this optimizer has made.
-            observed: what plateaus remember; None: as in this optimizer.
+            ema_out: the tensors that hold averages, or None.
         """
-        leaves = self._leaves(param_groups)
-        averages: dict[int, tensors.Theirs] = {}
-        if ema_out is not None:
-            self._check_ema_out([average.tensor for average in ema_out], leaves)
-            fresh = [tensors.Theirs(average.now(leaf.called)) for leaf, average in zip(leaves, ema_out, strict=True)]
-            for new, old in zip(fresh, ema_out, strict=True):
-                new.kept = old.kept or None
-            averages = {id(leaf.param): average for leaf, average in zip(leaves, fresh, strict=True)}
-        places: dict[tuple[torch.dtype, torch.device], list[Leaf]] = {}
-        for leaf in leaves:
-            tensors.check_parameter(leaf.called, leaf.param, self._halves)
-            if leaf.param.device.type == "meta":
-                raise ValueError(
-                    f"{leaf.called} is on the device meta: it has no memory yet. Use module.to_empty(...)."
-                )
-            places.setdefault((leaf.param.dtype, leaf.param.device), []).append(leaf)
-        outside = len(places) > 1 or self._measures_outside(leaves)
-        settings = dict(self._settings)
-        names = list(self._names)
-        if outside:
-            settings["skip_nonfinite"] = False
-            names.remove("clip_norm")
-        if any(group["capturable"] for group in param_groups):
-            settings["capturable"] = True
-        taken: list[_Taken | None] = [self._taken_from(g, group) for g, group in enumerate(param_groups)]
-        hyper = [dict(zip(self._names, one.values, strict=True)) for one in taken if one is not None]
-        steps = self._steps_made() if clock is None else clock
-        observed = self._remembered() if observed is None else observed
-        engines = []
-        for members in places.values():
-            own = [averages[id(leaf.param)] for leaf in members] if averages else None
-            engine = self._engine(self._make, members, hyper, names, settings, own)
-            engine.native._put(_observed=observed.copy())
-            engine.adopt(state, shown, steps)
-            if len(places) > 1 or engine.parts > 1:
-                _check_sums(engine.native.rule)
-            engines.append(engine)
-        known = [list(group["params"]) for group in param_groups]
-        return _Made(engines, outside, known, taken, list(averages.values()) if averages else None)
+        before = self._built
+        history = before.so_far(self.state)
+        shown = before.shown()
+        return build(self._recipe, self.param_groups, state, shown=shown, ema_out=ema_out, history=history)
 
-    def _install(self, made: _Made, **more: Any) -> None:
+    def _install(self, built: Built, state: dict[Any, Any] | None = None, **attributes: Any) -> None:
         """Go on with new engines, all at once.
 
         Args:
-            made: the engines, and what belongs to them.
-            more: other attributes to set with them.
+            built: the engines.
+            state: another state to go on with; None: the present one.
+            attributes: others to set with them.
         """
-        state: Any = more.get("state", self.state)
-        here = {id(p) for engine in made.engines for p in engine.params}
-        gone = [p for engine in self._engines or () for p in engine.params if id(p) not in here]
-        for engine in made.engines:
-            for param, entries in zip(engine.params, engine.entries, strict=True):
-                found = state.get(param)
-                if isinstance(found, dict):
-                    found.update(entries)  # what others keep there stays
-                else:
-                    state[param] = dict(entries)
-        for param in gone if "state" not in more else ():
-            state.pop(param, None)
-        writes = [(to, ..., value) for engine in made.engines for to, value in engine.writes]
-        attributes = {"_engines": made.engines, "_outside": made.outside, "_known": made.known, "_hyper": made.taken}
-        attributes.update(more, **({} if made.ema_out is None else {"_ema_out": made.ema_out}))
-        for engine in made.engines:
+        if state is None:
+            built.enter(self.state)
+            params = {id(p) for engine in built.engines for p in engine.params}
+            for engine in self._built.engines:
+                for param in engine.params:
+                    if id(param) not in params:
+                        self.state.pop(param, None)
+        else:
+            built.enter(state)
+            attributes["state"] = state
+        writes = [(to, ..., value) for engine in built.engines for to, value in engine.writes]
+        for engine in built.engines:
             engine.writes = []
+        attributes["_built"] = built
         commit([*((self.__dict__, name, value) for name, value in attributes.items()), *writes])
-        self._hold(exchange.items(self.state))
-        self._bring_in_order({g: taken for g, taken in enumerate(made.taken) if taken is not None})
-
-    def _taken_from(self, g: int, group: dict[str, Any]) -> _Taken:
-        """The hyperparameters of a group as they are now, to be taken over."""
-        given = self._values_of(group)
-        values = following.resolved(g, group, self._names, given)
-        return _Taken(given, dict(group.get(SCHEDULES) or ()), values)
-
-    def _changed(self) -> dict[int, _Taken]:
-        """The hyperparameters of the groups in which something has changed since they were taken over."""
-        out = {}
-        for g, (group, taken) in enumerate(zip(self.param_groups, self._hyper, strict=True)):
-            if (
-                taken is None
-                or self._values_of(group) != taken.given
-                or (group.get(SCHEDULES) or {}) != taken.schedules
-            ):
-                out[g] = self._taken_from(g, group)
-        return out
-
-    def _bring_in_order(self, changed: Mapping[int, _Taken]) -> None:
-        """Hyperparameters of groups have been taken over: bring these in order."""
-        for g, taken in changed.items():
-            following.settle(g, self.param_groups[g], self._names, taken.values)
-            self._hyper[g] = taken
-        self._show_numbers(changed)
-
-    def _show_numbers(self, some: Iterable[int] | None = None) -> None:
-        """Put the numbers for the next step where people look, in some groups or in all that follow schedules."""
-        if some is None and not any(SCHEDULES in group for group in self.param_groups):
-            return
-        known = all(engine.host_counts for engine in self._engines or ())
-        steps = self._steps_made() if known else 0
-        for g in range(len(self.param_groups)) if some is None else some:
-            group, taken = self.param_groups[g], self._hyper[g]
-            if SCHEDULES in group and known:
-                following.show(group, lambda schedule: self._number(schedule, steps))
-            if taken is None:
-                continue
-            given = self._values_of(group)
-            if some is None:
-                taken.given = given
-            else:  # a tensor can change and stay the same object
-                schedules = dict(group.get(SCHEDULES, ()))
-                self._hyper[g] = None if holds_tensors(given) else _Taken(given, schedules, taken.values)
-
-    def _measures_outside(self, leaves: Sequence[Leaf]) -> bool:
-        """Whether clipping and the test for NaN and Inf have to be done outside of the native optimizer."""
-        return False
-
-    @property
-    def _measures(self) -> bool:
-        """Whether a step depends on all gradients together."""
-        clips = any(group["clip_norm"] is not None for group in self.param_groups)
-        return clips or bool(self._settings.get("skip_nonfinite"))
-
-    def _steps_made(self) -> int:
-        """Steps made, which is what schedules follow; a parameter may have been left out of some."""
-        if self._engines:
-            return max(engine.native.steps for engine in self._engines)
-        return max(self._clock, _most_updates(self.state))
-
-    def _remembered(self) -> Remembered:
-        """What plateaus remember."""
-        out = self._observed.copy()
-        for engine in self._engines or ():
-            out._states.update(engine.native._observed._states)
-        return out
-
-    def _save_counts(self) -> None:
-        """Put into the state what engines count beside it."""
-        for engine in self._engines or ():
-            for param, skipped in zip(engine.params, engine.skipped(), strict=True):
-                entries = self.state.get(param)
-                if skipped and isinstance(entries, dict) and "step" in entries:
-                    entries["skipped"] = skipped
+        built.held.remember(self.state)
+        taken = {g: taken for g, taken in enumerate(built.taken) if taken is not None}
+        built.bring_in_order(self.param_groups, self.state, taken)
 
     # A step
 
@@ -567,159 +321,82 @@ class Optimizer(Exclusive, torch.optim.Optimizer):  # type: ignore[misc]
                 )
             self._update(self._ready())
         finally:
-            for engine in self._engines or ():  # gradients are not kept alive
-                engine.found = ()
+            self._built.forget_gradients()
             self._users.clear()
         return loss
 
-    def _update(self, engines: Sequence[Engine]) -> None:
+    def _update(self, built: Built) -> None:
         """Make the step with the gradients found; `info` tells of it."""
-        self._take_settings(engines)
-        scale, coefficient, norm, finite = 1.0, 1.0, None, True
+        groups, state, engines = self.param_groups, self.state, built.engines
+        built.take_settings(groups, state)
+        scale, finite = 1.0, True
         if "found_inf" in self.__dict__:  # set by GradScaler for the time of the step
             finite = not float(self.found_inf)
-            given = self.__dict__.get("grad_scale")
-            scale = 1.0 if given is None else float(given)
-        if self._outside and finite and self._measures:
-            norm = tensors.norm_of([g for engine in engines for g in engine.found if g is not None]) / scale
-            finite = np.isfinite(norm) or not self._settings.get("skip_nonfinite")
-            coefficient = self._coefficient(norm)
-        if not finite:
-            skipped = self._report(norm, np.nan, False, False)
-            commit([(self.__dict__, "_skipped", self._skipped + 1), (self.__dict__, "info", skipped)])
-            return
-        if len(engines) == 1 and not self._outside and engines[0].has_gradients:  # the usual case, fast
+            grad_scale = self.__dict__.get("grad_scale")
+            scale = 1.0 if grad_scale is None else float(grad_scale)
+        if finite and len(engines) == 1 and not built.outside and engines[0].has_gradients:  # the usual case, fast
             (engine,) = engines
             (part,) = engine.prepare(scale)
             try:
                 self.info = engine.run(part)
             finally:  # a step that was interrupted may have been made
                 engine.done()
-            self._show_numbers()
+            built.show_numbers(groups, state)
             return
-        parts: list[tuple[Engine, Any]] = []
-        averages = "ema_decay" in self._names  # they follow all parameters at each step
-        if averages or any(engine.has_gradients for engine in engines):  # then schedules go on for all
+        coefficient, norm = 1.0, None
+        if built.outside and finite and self._recipe.looks_at_all(groups):
+            norm = stepping.gradient_norm(engines) / scale
+            finite = bool(np.isfinite(norm)) or not self._recipe.settings.get("skip_nonfinite")
+            coefficient = stepping.clip_coefficient(built, groups, state, norm)
+        report = functools.partial(stepping.report, built, groups, state, norm=norm)
+        if not finite:
+            skipped = report(coefficient=np.nan, finite=False, counts=False)
+            commit([(self.__dict__, "_built", built.with_skip()), (self.__dict__, "info", skipped)])
+            return
+        parts: list[tuple[Any, Any]] = []
+        keeps_averages = "ema_decay" in self._recipe.names  # they follow all parameters at each step
+        if keeps_averages or any(engine.has_gradients for engine in engines):  # then schedules go on for all
             parts = [(engine, part) for engine in engines for part in engine.prepare(scale / coefficient)]
-        report = None if parts and not self._outside else self._report(norm, coefficient, True, bool(parts))
-        told = self._run(parts)
-        self.info = report or told
-        self._show_numbers()
-
-    def _take_settings(self, engines: Sequence[Engine]) -> None:
-        """Have engines take over what has changed in the groups."""
-        changed = self._changed()
-        if changed:
-            hyper = {g: dict(zip(self._names, taken.values, strict=True)) for g, taken in changed.items()}
-            if self._outside:  # then no engine knows this one
-                for values in hyper.values():
-                    following.examine("clip_norm", values["clip_norm"], self._steps_made())
-            for g in changed:  # if one of several is refused and all are put back, all are taken over again
-                self._hyper[g] = None
-            for engine in engines:
-                engine.take_settings(hyper)
-            self._bring_in_order(changed)
-
-    @staticmethod
-    def _run(parts: Sequence[tuple[Engine, Any]]) -> StepInfo | None:
-        """Carry out all parts of a step; if it is interrupted once the first is done, the others are done as well."""
-        info, begun, marks = None, 0, {}
-        try:
-            for begun, (engine, part) in enumerate(parts):
-                marks[begun] = engine.mark()
-                info = engine.run(part)
-        except BaseException:
-            at, (engine, part) = begun, parts[begun]
-            ran = at in marks and engine.mark() != marks[at]
-            if ran:
-                engine.deliver(part)
-            for engine, part in parts[at + ran :] if at + ran else ():
-                engine.run(part)
-            raise
-        finally:
-            for engine in dict.fromkeys(engine for engine, _ in parts):
-                engine.done()
-        return info
-
-    def _coefficient(self, norm: float) -> float:
-        """What to multiply all gradients by to clip them."""
-        if self._settings.get("scope", "all") != "all":
-            raise ValueError(
-                f"scope={self._settings['scope']!r} needs all parameters to be of one dtype on one device. Use one "
-                "optimizer for each, or scope='all'."
-            )
-        limits = {self._limit(group) for group in self.param_groups}
-        if len(limits) != 1:
-            raise ValueError(
-                "groups with different clip_norm need all parameters to be of one dtype on one device. Give all "
-                "groups the same, or use one optimizer for each."
-            )
-        (limit,) = limits
-        if limit is None:
-            return 1.0
-        return max(min(1.0, limit / (norm + 1e-6)), _LEAST)
-
-    def _limit(self, group: Mapping[str, Any]) -> Any:
-        """The norm to clip to in the next step; what is wrong with a schedule of it is told before anything is written.
-
-        Raises:
-            ValueError: if a schedule gives what no norm to clip to can be.
-        """
-        value = (group.get(SCHEDULES) or {}).get("clip_norm", group["clip_norm"])
-        if not isinstance(value, Schedule):
-            return tensors.number("clip_norm", value)
-        step = self._steps_made()
-        found = self._number(value, step)
-        scheduled.ensure("clip_norm", OWN["clip_norm"], value, found, step)
-        return found
-
-    def _present(self, group: Mapping[str, Any], name: str) -> Any:
-        """A hyperparameter of a group for the next step."""
-        value = (group.get(SCHEDULES) or {}).get(name, group[name])
-        return following.at(tensors.number(name, value), self._number)
-
-    def _report(self, norm: float | None, coefficient: float, finite: bool, counts: bool) -> StepInfo:
-        """What is told of a step that the native optimizers do not tell of, before it: of all parameters together."""
-        steps = self._steps_made() + counts
-        rates = [self._present(group, "lr") if "lr" in self._names else None for group in self.param_groups]
-        lrs = {"": rates[0], **({f"{g}:*": rate for g, rate in enumerate(rates)} if len(rates) > 1 else {})}
-        names = ["finite"] if norm is None else ["finite", "grad_norm", "clip_coef"]
-        one = np.zeros((1, 1), np.int64)
-        layout = Layout(("",), None, one, one, tuple(names), {})
-        values = np.array([[float(finite), np.nan if norm is None else norm, coefficient][: len(names)]])
-        return StepInfo(steps, lrs, layout, values, np.zeros((1, 0)))
+        told = None
+        if not parts or built.outside:
+            told = report(coefficient=coefficient, finite=True, counts=bool(parts))
+        info = stepping.run(parts)
+        self.info = told or info
+        built.show_numbers(groups, state)
 
     # What stands beside the parameters
 
     def _by_parameter(self, name: str) -> Any:
         """A column of all engines: a list in the order of the parameters, or a dict by names if they have some."""
-        found = {
-            id(p): view for engine in self._current() for p, view in zip(engine.params, engine.views(name), strict=True)
+        views = {
+            id(p): view
+            for engine in self._current().engines
+            for p, view in zip(engine.params, engine.views(name), strict=True)
         }
-        leaves = self._leaves()
+        leaves = all_leaves(self.param_groups)
         if "param_names" in self.param_groups[0]:
-            return {leaf.name: found[id(leaf.param)] for leaf in leaves}
-        return [found[id(leaf.param)] for leaf in leaves]
+            return {leaf.name: views[id(leaf.param)] for leaf in leaves}
+        return [views[id(leaf.param)] for leaf in leaves]
 
     @property
     def ema(self) -> Any:
         """The moving average of each parameter: a list, or a dict if the parameters were given with names."""
-        if "ema_decay" not in self._names:
+        if "ema_decay" not in self._recipe.names:
             raise AttributeError(f"there is no ema; build the optimizer with it, such as {OPTIONS['ema'].on_request}.")
         return self._by_parameter(EMA.name)
 
     @property
     def shadow(self) -> Any:
         """The low-precision copy of each parameter, as of the last step; as `ema`."""
-        if self._settings.get("shadow") is None:
-            how = OPTIONS["shadow"].on_request
-            raise AttributeError(f"there is no shadow; build the optimizer with it, such as {how}.")
+        if self._recipe.settings.get("shadow") is None:
+            example = OPTIONS["shadow"].on_request
+            raise AttributeError(f"there is no shadow; build the optimizer with it, such as {example}.")
         return self._by_parameter(SHADOW.name)
 
     @property
     def skipped_steps(self) -> int:
         """Steps that were skipped because a gradient was not finite."""
-        return self._skipped + max((int(e.native.skipped_steps) for e in self._engines or ()), default=0)
+        return self._built.skipped_steps
 
     # Schedules and averages
 
@@ -734,30 +411,33 @@ class Optimizer(Exclusive, torch.optim.Optimizer):  # type: ignore[misc]
             TypeError: if it is no number.
             ValueError: if no hyperparameter follows a `Plateau`.
         """
-        engines = self._current()
-        self._take_settings(engines)
+        built = self._current()
+        built.take_settings(self.param_groups, self.state)
         refused = []
-        for engine in engines:
+        for engine in built.engines:
             try:
                 engine.native.observe(metric)
             except ValueError as error:  # there is none among its parameters
                 refused.append(error)
-        if len(refused) == len(engines):
+        if len(refused) == len(built.engines):
             raise refused[0]
-        self._show_numbers()
+        built.show_numbers(self.param_groups, self.state)
 
     def _trial(self) -> Trial:
-        """For `fastlr.find_lr`."""
-        return Trial(self)
+        """For `fastlr.find_lr`.
 
-    @property
-    def _average(self) -> str | None:
-        """The rule's letter for the average of a schedule-free optimizer; None for all others."""
-        states_of: Mapping[str, str] = getattr(self._make, "_states", {})
-        return next((letter for letter, name in states_of.items() if name == "averaged"), None)
+        Raises:
+            ValueError: if there is no learning rate, or that of the first group is 0, to which others have no ratio.
+        """
+        if "lr" not in self._recipe.names:
+            raise ValueError(f"{type(self).__name__} has no lr to look for.")
+        step = self._built.steps(self.state)
+        rates = [self._built.present(group, "lr", step) for group in self.param_groups]
+        before = {"_built": self._current(), "info": self.info}
+        return Trial(self, rates, self._built, lambda: self.__dict__.update(before))
 
-    def _need_average(self) -> str:
-        letter = self._average
+    def _average_letter(self) -> str:
+        letter = averages.state_letter(self._recipe.make)
         if letter is None:
             raise AttributeError(f"{type(self).__name__} is not schedule-free: it keeps no average to evaluate.")
         return letter
@@ -765,47 +445,31 @@ class Optimizer(Exclusive, torch.optim.Optimizer):  # type: ignore[misc]
     @property
     def averaged(self) -> Any:
         """Of a schedule-free optimizer the averaged parameters, what to evaluate and to keep; as `ema`."""
-        return self._by_parameter(self._need_average())
+        return self._by_parameter(self._average_letter())
 
     @property
     def eval(self) -> Callable[[], None]:
         """Of a schedule-free optimizer: `opt.eval()` puts the averages into the parameters, until `train()`."""
-        self._need_average()
+        self._average_letter()
         return self._put_averages
 
     @property
     def train(self) -> Callable[[], None]:
         """Of a schedule-free optimizer: `opt.train()` puts the weights of training back, bit for bit."""
-        self._need_average()
+        self._average_letter()
         return self._put_weights
 
     @exclusive
     def _put_averages(self) -> None:
-        if self._training is not None:
-            return
-        engines = self._current()
-        pairs = [(p, e["averaged"]) for engine in engines for p, e in zip(engine.params, engine.entries, strict=True)]
-        kept = [(p, p.detach().clone()) for p, _ in pairs]
-        writes: list[tuple[Any, Any, Any]] = [(p.detach(), ..., average) for p, average in pairs]
-        commit([(self.__dict__, "_training", kept), *writes])
+        if self._training is None:
+            training, writes = averages.put_averages(self._current())
+            commit([(self.__dict__, "_training", training), *writes])
 
     @exclusive
     def _put_weights(self) -> None:
-        if self._training is None:
-            return
-        writes: list[tuple[Any, Any, Any]] = []
-        for p, weights in self._training:
-            writes.append((p.detach(), ..., self._weights_of(p) if weights is None else weights))
-        commit([*writes, (self.__dict__, "_training", None)])
-
-    def _weights_of(self, param: torch.Tensor) -> torch.Tensor:
-        """The weights of training by the state, up to the rounding of one operation."""
-        entries = self.state[param]
-        if "master" in entries:
-            return entries["master"]
-        (group,) = (group for group in self.param_groups if any(p is param for p in group["params"]))
-        beta = self._present(group, "betas")[0] if "betas" in group else self._present(group, "beta")
-        return entries["z"] + beta * (entries["averaged"] - entries["z"])
+        if self._training is not None:
+            writes = averages.put_weights(self._training, self._built, self.param_groups, self.state)
+            commit([*writes, (self.__dict__, "_training", None)])
 
     # Saving and copying
 
@@ -827,38 +491,8 @@ class Optimizer(Exclusive, torch.optim.Optimizer):  # type: ignore[misc]
     @exclusive
     def _whole_state(self) -> dict[str, Any]:
         """What `state_dict` returns, without hooks."""
-        self._save_counts()
-        plain = object.__new__(torch.optim.Optimizer)  # PyTorch's own part, without hooks
-        plain.state, plain.param_groups = self.state, self.param_groups
-        plain._optimizer_state_dict_pre_hooks = plain._optimizer_state_dict_post_hooks = {}
-        out: dict[str, Any] = torch.optim.Optimizer.state_dict(plain)
-        if not _starts_with_state(self._theirs):  # a first update is still to come, as if there were no state
-            known = {name for engine in self._engines or () for one in engine.entries[:1] for name in one}
-            kept = {k: _without_new(v, known) for k, v in out["state"].items()}
-            out["state"] = {k: v for k, v in kept.items() if not isinstance(v, dict) or v or not out["state"][k]}
-        remembered = self._remembered()
-        for g, (group, here) in enumerate(zip(out["param_groups"], self.param_groups, strict=True)):
-            taken = self._hyper[g] if g < len(self._hyper) else None
-            try:
-                values = self._taken_from(g, here).values
-            except ValueError:  # a scheduler of PyTorch sets it as well, as the next step says
-                values = self._values_of(here) if taken is None else taken.values
-            schedules = {n: v for n, v in zip(self._names, values, strict=True) if follows(v)}
-            group.pop(SCHEDULES, None)
-            group.update({name: following.at(value, self._number) for name, value in schedules.items()})
-            if schedules:
-                group[SCHEDULES] = {name: groups.plain(value) for name, value in schedules.items()}
-            observed = scheduled.saved(following.plateaus({SCHEDULES: schedules}), remembered)
-            if observed:
-                group["observed"] = observed
-        steps = self._steps_made()
-        along = {
-            "skipped_steps": self._skipped,
-            "clock": steps if steps != _most_updates(self.state) else 0,
-            "averaging": self._training is not None,
-        }
-        out["param_groups"][0].update({name: value for name, value in along.items() if value})
-        return out
+        counterpart, averaging = self._counterpart, self._training is not None
+        return saving.to_save(self._built, self.param_groups, self.state, counterpart=counterpart, averaging=averaging)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over a state, of this optimizer or of its counterpart in `torch.optim`.
@@ -883,163 +517,25 @@ class Optimizer(Exclusive, torch.optim.Optimizer):  # type: ignore[misc]
     @exclusive
     def _take_state(self, saved: Any) -> None:
         """Take over a state as the hooks have left it, whole or not at all."""
-        try:
-            with _as_value_errors():
-                self._loaded = loaded = self._read(saved)
-            self.__setstate__({name: loaded[name] for name in ("state", "param_groups")})
-        finally:
-            self._loaded = None
-
-    def _read(self, saved: Any) -> dict[str, Any]:
-        """Check a state whole, and make what is to be set to go on from it.
-
-        Raises:
-            ValueError: if it does not fit.
-        """
-        state, param_groups = states.check_containers(saved, self.param_groups)
-        along = param_groups[0]
-        skipped, clock = (states.count("the optimizer", n, along.get(n, 0)) for n in ("skipped_steps", "clock"))
-        new = [self._group_from(g, one, self.param_groups[g]) for g, one in enumerate(param_groups)]
-        observed = Remembered()
-        for g, (one, group) in enumerate(zip(param_groups, new, strict=True)):
-            called = f"'observed' of group {g} in the state"
-            part = states.checked(called, scheduled.restored, following.plateaus(group), one.get("observed", {}))
-            observed._states.update(part._states)
-        params: dict[Any, torch.Tensor] = {}
-        for g, (one, group) in enumerate(zip(param_groups, new, strict=True)):
-            for k, p in zip(one["params"], group["params"], strict=True):
-                if params.setdefault(k, p) is not p:
-                    raise ValueError(f"'params' of group {g} in the state has {k!r} twice, for different parameters.")
-        own: defaultdict[Any, Any] = defaultdict(dict)
-        expected: set[str] = set()
-        hyper = [self._taken_from(g, group).values for g, group in enumerate(new)]
-        for g, (one, values) in enumerate(zip(param_groups, hyper, strict=True)):
-            names = Engine.state_names(self._probe(values))
-            expected.update(names)
-            for k, leaf in zip(one["params"], self._leaves_of(new, g), strict=True):
-                own[leaf.param] = self._entries_from(leaf, state.get(k), names)
-        for k, value in state.items():
-            if k in params:
-                continue
-            if isinstance(k, int) and isinstance(value, Mapping) and not expected.isdisjoint(value):
-                raise ValueError(
-                    f"the state has entries for parameter {k}, but no group has a parameter of that number."
-                )
-            own[k] = value
-        own = defaultdict(dict, {k: v for k, v in own.items() if not isinstance(k, torch.Tensor) or v})
-        clock = max(clock, _most_updates(own))
-        for g, values in enumerate(hyper):
-            for name, value in zip(self._names, values, strict=True):
-                states.checked(f"{name!r} of group {g} in the state", following.examine, name, value, clock)
-        more = {"state": own, "param_groups": new, "_skipped": skipped, "_clock": clock, "_observed": observed}
-        halves = any("master" in entries for entries in own.values() if isinstance(entries, dict))
-        averaging = bool(along.get("averaging")) and self._average is not None and not halves
-        more["_training"] = [(p, None) for group in new for p in group["params"]] if averaging else None
-        if any(p.device.type == "meta" for group in new for p in group["params"]):
-            return {**more, "_engines": None}
-        return {**more, "made": self._make_engines(new, own, None, self._ema_out, clock, observed)}
-
-    def _entries_from(self, leaf: Leaf, saved: Any, expected: Sequence[str]) -> dict[str, Any]:
-        """The saved state of a parameter, checked as far as it can be without an engine.
-
-        Raises:
-            ValueError: if something is missing.
-        """
-        entries = dict(states.entries_of(leaf.called, saved))
-        first = "step" not in entries and not any(entries.get(n) is not None for n in expected)
-        if not _is_new(leaf.called, entries) and not (first and set(entries) <= set(expected)):
-            for name in expected if not first or not entries.keys().isdisjoint(expected) else ():
-                if not isinstance(entries.get(name), torch.Tensor):
-                    raise ValueError(
-                        f"the state of {leaf.called} has no {name!r}, only {', '.join(map(str, entries))}. It is "
-                        f"of another optimizer than {type(self).__name__} with these settings."
-                    )
-        device = leaf.param.device
-
-        def here(value: Any) -> Any:
-            return value if not isinstance(value, torch.Tensor) or value.device == device else value.to(device)
-
-        kept = {*expected, "step", "skipped", "master"}
-        return {name: value if name in kept else here(value) for name, value in entries.items()}
-
-    def _group_from(self, g: int, saved: Mapping[str, Any], present: Mapping[str, Any]) -> dict[str, Any]:
-        """A group as it will be when a saved one is loaded.
-
-        Raises:
-            ValueError: if it is of another optimizer, or a schedule cannot be read.
-        """
-        missing = [n for n in self._own_names if n not in saved]
-        if missing:
-            raise ValueError(
-                f"the state is of another optimizer than {type(self).__name__}: its group {g} has no "
-                f"{', '.join(missing)}."
-            )
-        decoupled = saved.get("decoupled_weight_decay", present["decoupled_weight_decay"])
-        if _decouples(type(self).__name__) and decoupled != present["decoupled_weight_decay"]:
-            raise ValueError(
-                f"group {g} of the state has decoupled_weight_decay={decoupled!r}, as Adam does, this "
-                f"{type(self).__name__} {present['decoupled_weight_decay']!r}: its weights would decay otherwise. Set "
-                "decoupled_weight_decay in the groups of the state, or build the optimizer with that of the state."
-            )
-        group = {**present, **{k: v for k, v in saved.items() if k not in _SAVED_ALONG}}
-        followed = dict(present.get(SCHEDULES) or {})
-        given = saved.get(SCHEDULES)
-        if given is not None:
-            called = f"{SCHEDULES!r} of group {g} in the state"
-            followed = states.checked(called, _schedules_from, given, present, followed)
-            wrong = [name for name, value in followed.items() if not follows(value)]
-            if wrong:
-                raise ValueError(f"{called} must be schedules, but that of {wrong[0]!r} is {followed[wrong[0]]!r}.")
-        group.pop(SCHEDULES, None)
-        if followed:
-            group[SCHEDULES] = following.Followed({n: v for n, v in followed.items() if n in self._names})
-        return group
-
-    @property
-    def _own_names(self) -> list[str]:
-        """The numbers among the rule's own hyperparameters, which every state of this optimizer has."""
-        others = {*OPTIONS, *OWN} - {"lr"}
-        return [n for n in self._names if n not in others and not isinstance(self.param_groups[0][n], bool)]
+        with saving.as_value_errors():
+            loaded = saving.read(saved, self._built, self.param_groups, type(self).__name__)
+        self._install(loaded.built, loaded.state, param_groups=loaded.param_groups, _training=loaded.training)
 
     @exclusive
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles take along; engines are made anew."""
-        self._save_counts()
-        kept = {name: self.__dict__[name] for name in ("_make", "_names", "_settings", "_skipped", "_training")}
-        kept["_ema_out"], kept["_clock"] = self.ema_out, self._steps_made()
-        kept["_observed"] = list(self._remembered()._states.values())  # copies of the plateaus will remember it
+        self._built.save_counts(self.state)
+        history = self._built.so_far(self.state)
+        kept = {"_recipe": self._recipe, "_history": history, "_ema_out": self.ema_out, "_training": self._training}
         return {**super().__getstate__(), **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take over groups and state: from a copy, a pickle, or `load_state_dict`."""
-        loaded = self.__dict__.get("_loaded")
-        if loaded is not None:
-            more = dict(loaded)
-            made = more.pop("made", None)
-            if made is not None:
-                self._install(made, **more)
-            else:
-                commit([(self.__dict__, name, value) for name, value in more.items()])
-            return
+        """Take over groups and state from a copy or a pickle."""
+        state = dict(state)
+        history, ema_out, training = (state.pop(name, None) for name in ("_history", "_ema_out", "_training"))
         super().__setstate__(state)
-        given, training = state.get("_ema_out"), state.get("_training")
-        self._ema_out = None if given is None else [tensors.Theirs(average) for average in given]
-        observed = Remembered()
-        for plateau, known in state.get("_observed", ()):
-            observed.put(plateau, known)
-        self._start(state.get("_clock", 0), state.get("_skipped", 0), observed)
-        self._training, self._is_built = training, True
-
-
-@contextlib.contextmanager
-def _as_value_errors() -> Iterator[None]:
-    """Whatever goes wrong with a saved state is a ValueError: the state is not right."""
-    try:
-        yield
-    except (ValueError, MemoryError):
-        raise
-    except Exception as error:
-        raise ValueError(f"the state cannot be loaded: {type(error).__name__}: {error}") from error
+        self._start(history or History(), None if ema_out is None else list(map(tensors.UserTensor, ema_out)))
+        self._training, self._is_complete = training, True
 
 
 @functools.cache
@@ -1051,107 +547,6 @@ def _never_compiled() -> Callable[..., Any]:
     return torch.compiler.disable(Optimizer._step)
 
 
-def _check_sums(staged: Staged) -> None:
-    """Check that a rule can be carried out over some of the parameters at a time.
-
-    Raises:
-        ValueError: if it sums over more than a parameter.
-    """
-    if any(scope != "leaf" for _, scope in staged.sums):
-        raise ValueError(
-            f"rule {staged.name!r} sums over several parameters, so all must be of one dtype on one device and updated "
-            "together: with HostOptimizer in one chunk, which chunk= can make large enough."
-        )
-
-
-def _schedules_from(saved: Mapping[str, Any], present: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """The schedules that were saved of a group; a function of the user's is the one that is there now."""
-    return {name: groups.given(name, value, present.get(name), own.get(name)) for name, value in saved.items()}
-
-
-def _is_new(called: str, entries: Mapping[str, Any]) -> bool:
-    """Whether a parameter with this state has not been updated yet."""
-    return not entries or ("step" in entries and states.count(called, "step", entries["step"]) == 0)
-
-
-def _without_new(entries: Any, known: set[str]) -> Any:
-    """What to save of the state of a parameter: if it has not been updated yet, only what others keep there."""
-    if not isinstance(entries, dict) or "step" not in entries or states.number("a parameter", "step", entries["step"]):
-        return entries
-    return {name: value for name, value in entries.items() if name not in known}
-
-
-def _most_updates(state: Mapping[Any, Any]) -> int:
-    """The updates of the parameter that has had the most, by the state."""
-    counts = (entries["step"] for entries in state.values() if isinstance(entries, dict) and "step" in entries)
-    return max((int(states.number("a parameter", "step", one)) for one in counts), default=0)
-
-
-@functools.cache
-def _starts_with_state(name: str | None) -> bool:
-    """Whether PyTorch's optimizer of this name makes its state when it is built, and not at the first update."""
-    theirs = None if name is None else getattr(torch.optim, name)
-    return theirs is not None and len(theirs([torch.zeros(1)]).state) > 0
-
-
-@functools.cache
-def _decouples(name: str) -> bool:
-    """Whether how weights decay belongs to PyTorch's optimizer of this name, and is no argument of it."""
-    theirs = getattr(torch.optim, name, None)
-    return (
-        theirs not in (None, torch.optim.Optimizer)
-        and "decoupled_weight_decay" not in inspect.signature(theirs).parameters
-        and "decoupled_weight_decay" in theirs([torch.zeros(1)]).param_groups[0]
-    )
-
-
-def counterpart(native: type[Native]) -> type[Optimizer]:
-    """The class for PyTorch of a native optimizer, with the arguments of the one in `torch.optim` of the same name.
-
-    Args:
-        native: such as `fastlr.AdamW`.
-    """
-    name = native.__name__
-    signature = _signature(native, getattr(torch.optim, name, None))
-
-    def construct(self: Optimizer, params: Any, *args: Any, **settings: Any) -> None:
-        checks.hyperparameters("argument", settings, signature.parameters)
-        given = signature.bind(params, *args, **settings).arguments
-        self._set_up(given.pop("params"), native, given)
-
-    construct.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY), *signature.parameters.values()]
-    )
-    first, _, rest = (native.__doc__ or "").partition("\n")
-    described = f"{first}\n\n    For PyTorch: see `fastlr.torch.Optimizer`, and `fastlr.{name}` for the rule.\n"
-    source = rest[rest.index("Source:") :].partition("\n\n")[0] if "Source:" in rest else ""
-    return type(
-        name,
-        (Optimizer,),
-        {
-            "__init__": construct,
-            "_theirs": name if hasattr(torch.optim, name) else None,
-            "__doc__": f"{described}\n    {source}\n    ",
-            "__module__": __package__,
-        },
-    )
-
-
-def _signature(native: type[Native], theirs: type | None) -> inspect.Signature:
-    """The arguments of a native optimizer for PyTorch: those of `torch.optim` in their order, then what fastlr adds."""
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    parameters = dict(inspect.signature(theirs or native).parameters)
-    options = inspect.signature(Native.__init__).parameters
-    for p in (*inspect.signature(native.__init__).parameters.values(), *(options[n] for n in _OFFERED)):
-        if p.kind is keyword:
-            parameters.setdefault(p.name, p)
-    for n, default in {**_IMPLEMENTATIONS, "ema_out": None}.items():
-        parameters.setdefault(n, inspect.Parameter(n, keyword, default=default))
-    probe = native(np.zeros(1, np.float32))  # type: ignore[call-arg]
-    for n in probe._hyper.names:
-        if n in parameters:
-            parameters[n] = parameters[n].replace(default=getattr(probe, n))
-    taken = (p for p in parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD)
-    return inspect.Signature(
-        sorted((p.replace(annotation=inspect.Parameter.empty) for p in taken), key=lambda p: p.kind)
-    )
+def _check_ema(names: Iterable[str]) -> None:
+    if "ema_decay" not in names:
+        raise ValueError("ema_out is where the average is kept; give its decay as well, such as ema=0.999.")

@@ -32,18 +32,18 @@ def number(called: str, name: str, value: Any, infinite: bool = False, nan: bool
     Raises:
         ValueError: if it is something else.
     """
-    one = value
-    if isinstance(one, torch.Tensor):
-        if one.numel() != 1 or one.is_meta or one.is_complex() or one.layout is not torch.strided:
-            raise ValueError(f"{name!r} of {called} must be one number, got a tensor of shape {tuple(one.shape)}.")
-        one = one.item()
-    if isinstance(one, bool | np.bool_) or not isinstance(one, int | float | np.integer | np.floating):
+    scalar = value
+    if isinstance(scalar, torch.Tensor):
+        if scalar.numel() != 1 or scalar.is_meta or scalar.is_complex() or scalar.layout is not torch.strided:
+            raise ValueError(f"{name!r} of {called} must be one number, got a tensor of shape {tuple(scalar.shape)}.")
+        scalar = scalar.item()
+    if isinstance(scalar, bool | np.bool_) or not isinstance(scalar, int | float | np.integer | np.floating):
         raise ValueError(f"{name!r} of {called} must be a number, got a {type(value).__name__}.")
-    found = float_of(one)
-    if (math.isinf(found) and not infinite) or (math.isnan(found) and not nan):
-        wanted = "must not be NaN" if infinite else f"must be finite, got {found!r}"
+    result = float_of(scalar)
+    if (math.isinf(result) and not infinite) or (math.isnan(result) and not nan):
+        wanted = "must not be NaN" if infinite else f"must be finite, got {result!r}"
         raise ValueError(f"{name!r} of {called} {wanted}.")
-    return found
+    return result
 
 
 def float_of(value: Any) -> float:
@@ -60,10 +60,10 @@ def count(called: str, name: str, value: Any) -> int:
     Raises:
         ValueError: if it is something else.
     """
-    found = number(called, name, value)
-    if not 0 <= found <= _MOST or found != int(found):
-        raise ValueError(f"{name!r} of {called} must be a whole number from 0 on, got {found:g}.")
-    return int(found)
+    whole = number(called, name, value)
+    if not 0 <= whole <= _MOST or whole != int(whole):
+        raise ValueError(f"{name!r} of {called} must be a whole number from 0 on, got {whole:g}.")
+    return int(whole)
 
 
 def tensor(called: str, name: str, value: Any, param: torch.Tensor) -> torch.Tensor:
@@ -91,7 +91,7 @@ def entries_of(called: str, value: Any) -> Mapping[str, Any]:
     """What stands in the state for a parameter.
 
     Raises:
-        ValueError: if it is no dict.
+        ValueError: if it is not a dict.
     """
     if value is None:
         return {}
@@ -148,7 +148,7 @@ def check_containers(
         ids = group.get("params")
         if not isinstance(ids, list | tuple) or not all(isinstance(k, Hashable) for k in ids):
             raise ValueError(f"'params' of group {g} in the state must be a list, of the number of each parameter.")
-    counts = [[len(group["params"]) for group in some] for some in (groups, present)]
+    counts = [[len(group["params"]) for group in each] for each in (groups, present)]
     if counts[0] != counts[1]:
         raise ValueError(
             f"the state has groups of {counts[0]} parameters, this optimizer of {counts[1]}: it has a different "
@@ -162,18 +162,18 @@ def check_containers(
     return entries, [checked(f"group {g} of the state", copy.deepcopy, dict(group)) for g, group in enumerate(groups)]
 
 
-def checked(called: str, make: Callable[..., Any], *given: Any) -> Any:
+def checked(called: str, make: Callable[..., Any], *args: Any) -> Any:
     """What a function makes of a part of a saved state; whatever it raises says that the part is not right.
 
     Args:
         called: what messages call the part.
         make: the function.
-        given: its arguments.
+        args: its arguments.
 
     Raises:
         ValueError: if it fails.
     """
     try:
-        return make(*given)
+        return make(*args)
     except Exception as error:
         raise ValueError(f"{called} is not right: {type(error).__name__}: {error}") from error

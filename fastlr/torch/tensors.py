@@ -60,8 +60,8 @@ def has_memory(tensor: torch.Tensor) -> bool:
     return tensor.untyped_storage().nbytes() >= needed and tensor.data_ptr() != 0
 
 
-class Theirs:
-    """A tensor of the user's that a step writes: its memory is kept, itself only as long as the user keeps it.
+class UserTensor:
+    """A tensor of the user's that a step writes: its memory is kept alive, the tensor only as long as the user does.
 
     Args:
         tensor: the tensor.
@@ -78,20 +78,20 @@ class Theirs:
     @property
     def tensor(self) -> torch.Tensor:
         """The tensor, or one over the same memory if nobody has it any more."""
-        found = self._reference()
-        return self.memory if found is None else found
+        tensor = self._reference()
+        return self.memory if tensor is None else tensor
 
     def now(self, called: str) -> torch.Tensor:
-        """The tensor; one that nobody else ever kept is ours.
+        """The tensor; if nobody else has ever kept it, one over the same memory.
 
         Raises:
-            ValueError: if it was somebody's, and is gone.
+            ValueError: if somebody kept it, and it is gone.
         """
-        found = self._reference()
+        tensor = self._reference()
         if self.kept is None:
-            self.kept = found is not None
-        if found is not None:
-            return found
+            self.kept = tensor is not None
+        if tensor is not None:
+            return tensor
         if self.kept:
             raise ValueError(
                 f"the tensor given as ema_out for {called} no longer exists, so nobody would see the average: "
@@ -185,7 +185,7 @@ def number(name: str, value: Any) -> Any:
             raise ValueError(f"{name} must be one number: Tensor {name} must be 1-element, got {value.numel()}.")
         return value.item()
     if isinstance(value, tuple | list):
-        return tuple(number(f"{name}[{k}]", one) for k, one in enumerate(value))
+        return tuple(number(f"{name}[{k}]", part) for k, part in enumerate(value))
     return value
 
 
@@ -195,4 +195,4 @@ def norm_of(gradients: Sequence[torch.Tensor]) -> float:
     for gradient in gradients:
         wide = torch.float64 if gradient.dtype is torch.float64 else torch.float32
         norms.setdefault(gradient.device, []).append(torch.linalg.vector_norm(gradient.detach(), dtype=wide).double())
-    return float(sum(float(torch.stack(some).square().sum()) for some in norms.values()) ** 0.5)
+    return float(sum(float(torch.stack(each).square().sum()) for each in norms.values()) ** 0.5)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
 
 from ..search.find_lr import evaluate
 from . import tensors
+from .building import Built
 from .following import SCHEDULES, Followed
-
-if TYPE_CHECKING:
-    from .optimizer import Optimizer
 
 __all__ = ["Trial"]
 
@@ -20,34 +20,35 @@ class Trial:
 
     Args:
         opt: the optimizer.
+        rates: the present learning rate of each group.
+        built: the engines.
+        put_back: lets the optimizer have the engines again, and everything else that a step sets.
 
     Raises:
-        ValueError: if it has no learning rate, or the rate of its first group is 0, to which others have no ratio.
+        ValueError: if the rate of the first of several groups is 0, to which others have no ratio.
     """
 
-    def __init__(self, opt: Optimizer) -> None:
-        if "lr" not in opt._names:
-            raise ValueError(f"{type(opt).__name__} has no lr to look for.")
-        rates = [opt._present(group, "lr") for group in opt.param_groups]
+    def __init__(
+        self, opt: torch.optim.Optimizer, rates: Sequence[float], built: Built, put_back: Callable[[], None]
+    ) -> None:
         if len(rates) > 1 and not rates[0]:
             raise ValueError(
                 "the lr of the first group is 0 now, so those of the others have no ratio to it that the test could "
                 "keep. Set it to another value, or let the test begin after the warmup's first step."
             )
         self._ratios = [rate / rates[0] if len(rates) > 1 else 1.0 for rate in rates]
-        self._opt, self._engines = opt, opt._current()
-        opt._take_settings(self._engines)
-        self._snapshots = [engine.native.snapshot() for engine in self._engines]
+        self._opt, self._built, self._put_back = opt, built, put_back
+        built.take_settings(opt.param_groups, opt.state)
+        self._snapshots = [engine.snapshot() for engine in built.engines]
         self._params = [p for group in opt.param_groups for p in group["params"]]
         self._weights = [p.detach().clone() for p in self._params]
         self._grads = [(p.grad, None if p.grad is None else p.grad.detach().clone()) for p in self._params]
         self._groups = [dict(group) for group in opt.param_groups]
-        self._attributes = {name: opt.__dict__[name] for name in ("info", "_skipped")}
 
     def set(self, lr: float) -> None:
         """Let the next step have a rate; groups keep their ratios."""
         for group, ratio in zip(self._opt.param_groups, self._ratios, strict=True):
-            others = {name: one for name, one in (group.get(SCHEDULES) or {}).items() if name != "lr"}
+            others = {name: value for name, value in (group.get(SCHEDULES) or {}).items() if name != "lr"}
             group[SCHEDULES] = Followed(others)
             group["lr"] = lr * ratio
 
@@ -55,10 +56,10 @@ class Trial:
         """Call the user's function with the parameters, as `fastlr.search.find_lr.evaluate`; a loss may be a tensor."""
 
         def numbers(params: Any) -> Any:
-            found = fun(params)
-            if isinstance(found, tuple) and len(found) == 2:
-                return tensors.number("the loss", found[0]), found[1]
-            return tensors.number("the loss", found)
+            result = fun(params)
+            if isinstance(result, tuple) and len(result) == 2:
+                return tensors.number("the loss", result[0]), result[1]
+            return tensors.number("the loss", result)
 
         return evaluate(numbers, self._params)
 
@@ -71,22 +72,20 @@ class Trial:
 
     def restore(self) -> None:
         """Put everything back as it was: parameters, gradients, state and groups."""
-        opt = self._opt
+        opt, built = self._opt, self._built
         for group, before in zip(opt.param_groups, self._groups, strict=True):
             group.clear()
             group.update(before)
-        for engine, snapshot in zip(self._engines, self._snapshots, strict=True):
-            engine.native.restore(snapshot)
-            engine._show(engine.native._rows.counts())
-            for param, entries in zip(engine.params, engine.entries, strict=True):
-                opt.state[param].update(entries)  # a rebuild meanwhile has put others there
+        for engine, snapshot in zip(built.engines, self._snapshots, strict=True):
+            engine.restore(snapshot)
+        built.enter(opt.state)  # engines made meanwhile have put others there
         for p, weights, (grad, values) in zip(self._params, self._weights, self._grads, strict=True):
             p.detach().copy_(weights)
             p.grad = grad
             if grad is not None:
                 grad.detach().copy_(values)
-        for engine in self._engines:
+        for engine in built.engines:
             engine.done()
-        opt.__dict__.update(self._attributes)
-        opt._hyper = [None for _ in opt.param_groups]
-        opt._take_settings(opt._engines or ())
+        self._put_back()
+        built.taken[:] = [None for _ in opt.param_groups]
+        built.take_settings(opt.param_groups, opt.state)
