@@ -1252,7 +1252,7 @@ def test_more_bad_input():
         with pytest.raises(AttributeError):
             setattr(plain, name, 0.5)
     averaged = fastlr.SGD(np.ones(2), ema=0.9)
-    with pytest.raises(ValueError, match=r"ema must be in \[0, 1\], got 2.0."):
+    with pytest.raises(ValueError, match=r"ema_decay must be in \[0, 1\], got 2.0."):
         averaged.ema_decay = 2.0
     with pytest.raises(ValueError, match="its states is"):
         plain.load_state_dict(averaged.state_dict())
