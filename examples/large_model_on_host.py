@@ -19,7 +19,7 @@ from torch import nn
 
 import fastlr
 import fastlr.torch
-from fastlr.schedules.base import Linear
+from fastlr.schedules import Linear
 
 STEPS, BATCH, CONTEXT, WIDTH = 60, 64, 12, 384
 

@@ -7,7 +7,7 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 import fastlr
-from fastlr.schedules.base import Cosine, Plateau
+from fastlr.schedules import Cosine, Plateau
 
 x, y = load_digits(return_X_y=True)
 x = (x / 16).astype(np.float32)

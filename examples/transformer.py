@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import fastlr.torch
-from fastlr.schedules.base import Cosine
+from fastlr.schedules import Cosine
 
 STEPS, BATCH, CONTEXT, WIDTH, HEADS, LAYERS = 240, 24, 48, 96, 4, 2
 

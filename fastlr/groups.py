@@ -13,7 +13,7 @@ import numpy as np
 
 from . import checks
 from .exclusive import Users, enter
-from .schedules.base import Function, Schedule
+from .schedules import Function, Schedule
 
 __all__ = ["Group", "Groups", "everywhere", "hyperparameter", "plain", "somewhere"]
 
@@ -63,7 +63,7 @@ def hyperparameter(name: str, value: Any, like: Any, population: int | None, whe
 
     def made(one: Any, part: str = "") -> Schedule:
         schedule = one if isinstance(one, Schedule) else Function(one)
-        models = schedule._carried_out().models
+        models = schedule.staged.models
         if models not in (None, population):
             wanted = "one for all: only a population takes several, see fastlr.flatten"
             if population is not None:

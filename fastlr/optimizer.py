@@ -36,7 +36,7 @@ from .kernels.primitives import SCOPES
 from .kernels.staging import After, Before, Rule, RuleError, Staged
 from .kernels.tiles import Storage, compiles
 from .loss_scale import LossScale
-from .schedules.base import Schedule
+from .schedules import Schedule
 from .step import threads as _threads
 from .step.gradients import Gradients, Located
 from .step.info import Layout, StepInfo
@@ -551,7 +551,7 @@ class Optimizer:
         for k, part in enumerate(value if isinstance(value, tuple) else [value]):
             if isinstance(part, Schedule):
                 one, _ = evaluator(part, self._params.population)
-                found = one(float(step), part._carried_out().numbers)
+                found = one(float(step), part.staged.numbers)
                 ensure(f"{label}[{k}]" if isinstance(value, tuple) else label, name, part, found, step)
 
     def _fill_table(

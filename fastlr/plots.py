@@ -13,7 +13,7 @@ import numpy as np
 
 from . import checks, schedules
 from .checks import shown
-from .schedules.base import Schedule
+from .schedules import Schedule
 
 __all__ = ["draw", "parse", "plot"]
 

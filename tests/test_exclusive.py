@@ -11,7 +11,7 @@ import pytest
 
 import fastlr
 from fastlr.exclusive import enter
-from fastlr.schedules.base import Plateau
+from fastlr.schedules import Plateau
 
 N = 5
 G = np.ones(N)

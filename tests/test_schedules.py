@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import fastlr
 from fastlr import cli, plots
 from fastlr import schedules as s
-from fastlr.schedules.base import Schedule
+from fastlr.schedules.base import KINDS, Schedule
 
 N = np.arange(400)
 
@@ -89,8 +89,8 @@ def test_every_schedule_is_tested():
                 yield from inside(value)
 
     tested = {name for schedule in ALL for name in inside(schedule)}
-    assert set(Schedule._names) - {"Function"} == tested
-    assert set(s.__all__) <= {*Schedule._names, "Schedule"}
+    assert set(KINDS) - {"Function"} == tested
+    assert set(s.__all__) <= {*KINDS, "Schedule"}
 
 
 # The sources, replayed literally

@@ -12,7 +12,7 @@ import pytest
 from cases import CASES, PLAIN
 
 import fastlr
-from fastlr.schedules.base import Cosine, Linear
+from fastlr.schedules import Cosine, Linear
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import fastlr
-from fastlr.schedules.base import Cosine, Function, Linear, Plateau
+from fastlr.schedules import Cosine, Function, Linear, Plateau
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 

@@ -17,7 +17,7 @@ from ..kernels import exchange
 from ..kernels.formats import FORMATS
 from ..kernels.layout import T
 from ..optimizer import Optimizer as Native
-from ..schedules.base import Schedule
+from ..schedules import Schedule
 from ..step.gradients import Located
 from ..step.info import StepInfo
 from ..step.rows import Counts

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from ..schedules.base import Function, Plateau, Schedule
+from ..schedules import Function, Plateau, Schedule
 from ..step.scheduled import plateaus_of
 
 __all__ = ["SCHEDULES", "Followed", "at", "follows", "plateaus", "resolved", "settle", "show"]

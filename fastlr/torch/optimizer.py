@@ -23,7 +23,7 @@ from ..kernels.atomic import commit
 from ..kernels.staging import Rule, Staged
 from ..optimizer import Optimizer as Native
 from ..optimizer import StepOptions
-from ..schedules.base import Schedule
+from ..schedules import Schedule
 from ..step import scheduled
 from ..step.info import Layout, StepInfo
 from ..step.scheduled import Remembered
@@ -515,7 +515,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         """What plateaus remember."""
         out = self._observed.copy()
         for engine in self._engines or ():
-            out._states.update(engine.native._observed._states)
+            out.update(engine.native._observed)
         return out
 
     def _save_counts(self) -> None:
@@ -871,7 +871,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         for g, (one, group) in enumerate(zip(param_groups, new, strict=True)):
             called = f"'observed' of group {g} in the state"
             part = states.checked(called, scheduled.restored, following.plateaus(group), one.get("observed", {}))
-            observed._states.update(part._states)
+            observed.update(part)
         params: dict[Any, torch.Tensor] = {}
         for g, (one, group) in enumerate(zip(param_groups, new, strict=True)):
             for k, p in zip(one["params"], group["params"], strict=True):
@@ -971,7 +971,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         self._save_counts()
         kept = {name: self.__dict__[name] for name in ("_make", "_names", "_settings", "_skipped", "_training")}
         kept["_ema_out"], kept["_clock"] = self.ema_out, self._steps_made()
-        kept["_observed"] = list(self._remembered()._states.values())  # copies of the plateaus will remember it
+        kept["_observed"] = self._remembered().pairs()  # copies of the plateaus will remember it
         return {**super().__getstate__(), **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

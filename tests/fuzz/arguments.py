@@ -17,7 +17,7 @@ import numpy as np
 from cases import CASES, Case
 
 import fastlr
-from fastlr.schedules.base import Schedule
+from fastlr.schedules import Schedule
 
 from .promises import BrokenPromiseError, bits, difference, leaves, refusal, tree_map
 from .values import ALLOCATORS, ARRAYS, NUMBERS, SCHEDULED, VALUES, WithArray, WithFloat, made

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 import fastlr
-from fastlr.schedules.base import Cosine, Plateau
+from fastlr.schedules import Cosine, Plateau
 
 from .arguments import gradients
 from .promises import BrokenPromiseError, bits, difference, refusal

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import fastlr.torch
-from fastlr.schedules.base import Cosine
+from fastlr.schedules import Cosine
 
 from .arguments import as_number
 from .promises import BrokenPromiseError, difference, refusal
