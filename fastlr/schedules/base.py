@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 import functools
 import itertools
@@ -16,7 +15,8 @@ import numpy as np
 from .. import checks
 from ..checks import MOST, shown
 from . import equations
-from .staging import Equation, StagedSchedule, stage
+from .evaluating import StagedSchedule
+from .staging import Equation, HasEquation
 
 __all__ = ["KINDS", "Numbers", "Schedule"]
 
@@ -26,7 +26,7 @@ KINDS: dict[str, type[Schedule]] = {}  # every class of schedules by its name
 
 
 @dataclass(frozen=True, repr=False)
-class Schedule(abc.ABC):
+class Schedule(HasEquation):
     """What all schedules can do; build one by its name."""
 
     _method: ClassVar[str] = ""  # of a schedule, that makes one of this class from it
@@ -35,11 +35,6 @@ class Schedule(abc.ABC):
         cls.equation = staticmethod(equation)  # type: ignore[method-assign, assignment]
         KINDS[cls.__name__] = cls
 
-    @property
-    @abc.abstractmethod
-    def equation(self) -> Equation:
-        """A function of `fastlr.schedules.equations`, which a class names as `class C(Schedule, equation=...)`."""
-
     def arguments(self) -> dict[str, Any]:
         """What the equation takes, by name; those that it does not name are left out."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -47,7 +42,7 @@ class Schedule(abc.ABC):
     @functools.cached_property
     def staged(self) -> StagedSchedule:
         """The schedule as one function of the step and its numbers."""
-        return stage(self)
+        return StagedSchedule(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: the fields, without what is computed from them."""

@@ -11,8 +11,8 @@ import numpy as np
 
 from .. import checks
 from ..schedules.base import Schedule
+from ..schedules.evaluating import StagedSchedule
 from ..schedules.plateau import Observed, Plateau
-from ..schedules.staging import stage
 from .rows import Rows
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def distinguished(schedules: Sequence[Schedule]) -> tuple[str, tuple[tuple[str, 
     lines = ["def value(n, p):"]
     functions: dict[str, Callable[..., Any]] = {}
     for kind, schedule in enumerate(schedules, 1):
-        staged = stage(schedule, prefix=f"k{kind}_", first=1)
+        staged = StagedSchedule(schedule, prefix=f"k{kind}_", first=1)
         lines += [f"    if p[0] == {kind}.0:", *(f"        {line}" for line in staged.lines)]
         functions.update(staged.functions)
     return "\n".join([*lines, "    return p[1]", ""]), tuple(functions.items())
