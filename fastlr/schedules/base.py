@@ -32,8 +32,12 @@ class Schedule(HasEquation):
     _method: ClassVar[str] = ""  # of a schedule, that makes one of this class from it
 
     def __init_subclass__(cls, equation: Equation) -> None:
-        cls.equation = staticmethod(equation)  # type: ignore[method-assign, assignment]
+        cls.equation = staticmethod(equation)
         KINDS[cls.__name__] = cls
+
+    def __post_init__(self) -> None:
+        if type(self) is Schedule:
+            raise TypeError("Schedule itself is no schedule. Build one by its name, such as Cosine(1e-3, steps=100).")
 
     def arguments(self) -> dict[str, Any]:
         """What the equation takes, by name; those that it does not name are left out."""

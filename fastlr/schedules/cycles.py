@@ -112,13 +112,10 @@ class OneCycle(Schedule, equation=equations.one_cycle):
 
     def arguments(self) -> dict[str, Any]:
         """As `Schedule.arguments`."""
-        start = divided(self.lr, self.div)
-        last = divided(start, self.final_div)
-        up = self.rise * self.steps - 1
-        if self.phases == 2:
-            ends, values = (0.0, up, self.steps - 1.0), (start, self.lr, last)
-        else:
-            ends, values = (0.0, up, 2 * up, self.steps - 1.0), (start, self.lr, start, last)
+        start, up = divided(self.lr, self.div), self.rise * self.steps - 1
+        down = [(2 * up, start)] if self.phases == 3 else []
+        last = (self.steps - 1.0, divided(start, self.final_div))
+        ends, values = zip((0.0, start), (up, self.lr), *down, last, strict=True)
         return {"ends": Several(ends), "values": Several(values), "shape": self.shape}
 
 
@@ -160,7 +157,7 @@ class Cyclic(Schedule, equation=equations.cyclic):
 
     def arguments(self) -> dict[str, Any]:
         """As `Schedule.arguments`."""
-        return {**super().arguments(), "period": self.up + self.down}
+        return {**super().arguments(), "period": self.up + self.down}  # type: ignore[operator]
 
 
 @dataclass(frozen=True, repr=False)

@@ -78,7 +78,13 @@ def _over_arrays(source: str, functions: Mapping[str, Callable[..., Any]]) -> Ca
     tree = _Select().visit(ast.parse(source))
     called = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
     compiled = {name: _vectorized(name) for name in ("cos", "exp", "log", "pow") if name in called}
-    namespace = {**compiled, "floor": np.floor, "sqrt": np.sqrt, "where": _where, **functions}
+    namespace: dict[str, Callable[..., Any]] = {
+        **compiled,
+        "floor": np.floor,
+        "sqrt": np.sqrt,
+        "where": _where,
+        **functions,
+    }
     return define(ast.unparse(tree), "value", namespace)
 
 

@@ -25,7 +25,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 from ..kernels.language import RuleError, parse
 
@@ -38,10 +38,7 @@ Number: TypeAlias = float | tuple[float, ...]  # one, or one for each model of a
 class HasEquation(abc.ABC):
     """What can be staged: a schedule."""
 
-    @property
-    @abc.abstractmethod
-    def equation(self) -> Equation:
-        """Its equation."""
+    equation: ClassVar[Equation]
 
     @abc.abstractmethod
     def arguments(self) -> Mapping[str, Any]:

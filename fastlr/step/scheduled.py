@@ -33,7 +33,7 @@ class Remembered:
         self._states = {id(plateau): (plateau, state) for plateau, state in pairs}
 
     def of(self, plateau: Plateau) -> Observed:
-        """What one remembers; nothing if it is new."""
+        """What a plateau remembers; the initial state if it is new."""
         return self._states.setdefault(id(plateau), (plateau, Observed()))[1]
 
     def pairs(self) -> list[tuple[Plateau, Observed]]:
@@ -41,20 +41,20 @@ class Remembered:
         return list(self._states.values())
 
     def put(self, plateau: Plateau, state: Observed) -> None:
-        """Let one remember something else."""
+        """Set what a plateau remembers."""
         self._states[id(plateau)] = plateau, state
 
     def update(self, other: Remembered) -> None:
-        """Let those that another knows remember what it has of them."""
+        """Add what another remembers."""
         for plateau, state in other.pairs():
             self.put(plateau, state)
 
     def copy(self) -> Remembered:
-        """The same, for the same plateaus, from now on by itself."""
+        """An independent copy, for the same plateaus."""
         return Remembered((plateau, replace(state)) for plateau, state in self.pairs())
 
     def take(self, other: Remembered) -> None:
-        """Remember what another does, and nothing else."""
+        """Remember what another does, instead of what was remembered."""
         self._states = {id(plateau): (plateau, state) for plateau, state in other.pairs()}
 
 
@@ -64,7 +64,7 @@ def plateaus_of(schedule: Schedule) -> list[Plateau]:
 
 
 def evaluator(schedule: Schedule, population: int | None) -> tuple[Callable[..., Any], bool]:
-    """What gives a schedule's value, `value(n, numbers)`, and whether that may be an array `(population,)`."""
+    """The function `value(n, numbers)` of a schedule, and whether its value may be an array `(population,)`."""
     staged = schedule.staged
     if population is not None and staged.per_model:
         return staged.for_models(population), True
@@ -72,14 +72,14 @@ def evaluator(schedule: Schedule, population: int | None) -> tuple[Callable[...,
 
 
 def ensure(label: str, checked: str, schedule: Schedule, value: Any, step: int) -> None:
-    """Check what a schedule gives.
+    """Check the value of a schedule.
 
     Args:
         label: the hyperparameter, as the user calls it.
         checked: whose range holds.
-        schedule: that was asked.
-        value: what it gave: a number, or one for each model.
-        step: for which step.
+        schedule: the schedule.
+        value: its value: a number, or one for each model.
+        step: the step.
 
     Raises:
         ValueError: if it is out of range.
@@ -111,7 +111,7 @@ class Formula:
 
 
 def distinguished(schedules: Sequence[Schedule]) -> tuple[str, tuple[tuple[str, Callable[..., Any]], ...]]:
-    """The source of `value(n, p)` for schedules of several kinds, and the functions of the user's that it calls.
+    """The source of `value(n, p)` for schedules of several kinds, and the users' functions that it calls.
 
     The first number of a row tells the kind, from 1; if it is 0 the second number is the value.
     """
@@ -170,7 +170,7 @@ class Scheduled:
             for uniform, value in values.items():
                 if not isinstance(value, Schedule) or uniform not in names:
                     continue
-                which = np.flatnonzero(rows.configuration == c)
+                indices = np.flatnonzero(rows.configuration == c)
                 label, checked = labels.get(uniform, (uniform, uniform))
                 entry = _Entry(
                     label,
@@ -179,8 +179,8 @@ class Scheduled:
                     value,
                     *evaluator(value, population),
                     (),
-                    which,
-                    rows.model[which],
+                    indices,
+                    rows.model[indices],
                     list(names).index(uniform),
                     checks.limits(checked),
                 )
@@ -190,7 +190,7 @@ class Scheduled:
         self.take_observed()
 
     def take_observed(self) -> None:
-        """Bring the numbers up to date with what plateaus have observed."""
+        """Update the numbers with what plateaus have observed."""
         for entry in self.entries:
             entry.numbers = self._numbers(entry, self._observed)
         self._single = None
@@ -215,7 +215,7 @@ class Scheduled:
         Raises:
             ValueError: if one is outside its range; then nothing is entered.
         """
-        if self._single is not None:  # the usual case, fast: one hyperparameter of one row
+        if self._single is not None:  # the usual case, kept fast: one hyperparameter of one row
             evaluate, numbers, cell, low, high, closed = self._single
             value = evaluate(float(step), numbers)
             if low < value < high or value in closed:
@@ -321,19 +321,20 @@ class Scheduled:
         plateaus = {id(p): p for entry in self.entries for p in plateaus_of(entry.schedule)}
         if not plateaus:
             raise ValueError("no hyperparameter follows a Plateau: lr=fastlr.schedules.Plateau(1e-3) would.")
-        known = self._observed.copy()  # a function of the user's may raise
+        observed = self._observed.copy()  # nothing changes if a user's function raises
         for plateau in plateaus.values():
-            if known.of(plateau).observe(plateau, metric):
-                lowered = known.copy()
+            if observed.of(plateau).observe(plateau, metric):
+                lowered = observed.copy()
                 lowered.of(plateau).scale *= plateau.factor
-                here = [e for e in self.entries if any(p is plateau for p in plateaus_of(e.schedule))]
-                if any(np.any(self._at(e, step, known) - self._at(e, step, lowered) > plateau.eps) for e in here):
-                    known = lowered
-        self._observed.take(known)
+                followers = [e for e in self.entries if any(p is plateau for p in plateaus_of(e.schedule))]
+                drops = (self._at(e, step, observed) - self._at(e, step, lowered) for e in followers)
+                if any(np.any(drop > plateau.eps) for drop in drops):
+                    observed = lowered
+        self._observed.take(observed)
         self.take_observed()
 
     def present(self, schedule: Schedule, step: int) -> Any:
-        """What a schedule gives after a number of steps; None if nothing follows it."""
+        """The value of a schedule after a number of steps; None if nothing follows it."""
         entry = self._followed.get(id(schedule))
         return None if entry is None else entry.value(float(step), entry.numbers)
 
