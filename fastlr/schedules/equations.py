@@ -12,7 +12,7 @@ from .staging import times
 
 def falling(f):
     """From 1 to 0 along half a cosine, for f from 0 to 1; never below 0."""
-    return (1 + cos(pi * f)) / 2
+    return 0.5 * (1 + cos(pi * f))
 
 
 # Decays

@@ -61,10 +61,6 @@ def _vectorized(name: str) -> Callable[..., Any]:
     return vectorized
 
 
-def _where(condition: Any, a: Any, b: Any) -> Any:
-    return np.where(condition, a, b)
-
-
 class _Select(ast.NodeTransformer):
     """Write conditional expressions as calls of `where`, for arrays."""
 
@@ -77,14 +73,8 @@ def _over_arrays(source: str, functions: Mapping[str, Callable[..., Any]]) -> Ca
     """The function `value` of a source, over arrays, with functions of the user's."""
     tree = _Select().visit(ast.parse(source))
     called = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
-    compiled = {name: _vectorized(name) for name in ("cos", "exp", "log", "pow") if name in called}
-    namespace: dict[str, Callable[..., Any]] = {
-        **compiled,
-        "floor": np.floor,
-        "sqrt": np.sqrt,
-        "where": _where,
-        **functions,
-    }
+    namespace: dict[str, Callable[..., Any]] = {"floor": np.floor, "sqrt": np.sqrt, "where": np.where, **functions}
+    namespace.update((name, _vectorized(name)) for name in called & {"cos", "exp", "log", "pow"})
     return define(ast.unparse(tree), "value", namespace)
 
 
