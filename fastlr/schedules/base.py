@@ -37,7 +37,7 @@ class Schedule(HasEquation):
 
     def __post_init__(self) -> None:
         if type(self) is Schedule:
-            raise TypeError("Schedule itself is no schedule. Build one by its name, such as Cosine(1e-3, steps=100).")
+            raise TypeError("Schedule is abstract. Build one by its name, such as Cosine(1e-3, steps=100).")
 
     def arguments(self) -> dict[str, Any]:
         """What the equation takes, by name; those that it does not name are left out."""
