@@ -102,7 +102,7 @@ class Hyper(Generic[T]):
         if not self.scheduled or not (isinstance(value, Schedule) or callable(value)) or isinstance(value, type):
             return checks.bounded(label, value, self.interval, population if self.per_model else None)
         schedule = value if isinstance(value, Schedule) else Function(value)
-        models = schedule._carried_out().models
+        models = schedule.staged.models
         if models not in (None, population):
             wanted = "one for all: only a population takes several, see fastlr.flatten"
             if population is not None:

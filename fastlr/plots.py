@@ -13,15 +13,15 @@ import numpy as np
 
 from . import checks, schedules
 from .checks import shown
-from .schedules.base import Schedule
+from .schedules import Schedule
 
 __all__ = ["draw", "parse", "plot"]
 
 _METHODS = ("warmup", "then", "clip", "shift", "repeat", "per_epoch")
 _LONGEST, _DEEPEST = 10_000, 50  # of expressions
-_HIGHEST = 1e300  # what is above cannot be scaled to a picture
+_HIGHEST = 1e300  # higher values cannot be scaled to a picture
 _LAST = 2**53  # the last step that is drawn
-_NOT_NAMED = ("Function", "Schedule")  # a function of the user's cannot be written on a command line
+_NOT_NAMED = ("Function", "Schedule")  # a user's function cannot be written on a command line
 
 
 def named() -> dict[str, type[Schedule]]:
@@ -32,7 +32,7 @@ def named() -> dict[str, type[Schedule]]:
 def parse(expression: str) -> Schedule:
     """The schedule that an expression names, such as `Cosine(1e-3, steps=10_000).warmup(500)`.
 
-    It can name schedules, numbers, words in quotes and what schedules can do, and nothing else; nothing is executed.
+    It can name schedules, numbers, strings and the methods of schedules, and nothing else; no code is executed.
 
     Args:
         expression: as it would be written in Python after `from fastlr.schedules import *`; at most 10,000 characters,
@@ -91,22 +91,22 @@ def parse(expression: str) -> Schedule:
         arguments = [value(a) for a in node.args]
         keywords = {str(k.arg): value(k.value) for k in node.keywords}
         try:
-            made: Schedule = function(*arguments, **keywords)
+            schedule: Schedule = function(*arguments, **keywords)
         except TypeError as error:
             raise TypeError(f"{shown(ast.unparse(node))}: {str(error).replace('__init__() ', '')}") from None
-        return made
+        return schedule
 
-    found = value(tree)
-    if not isinstance(found, Schedule):
+    schedule = value(tree)
+    if not isinstance(schedule, Schedule):
         raise ValueError(f"{shown(expression)} is no schedule. Try Cosine(1e-3, steps=1000).")
-    return found
+    return schedule
 
 
 def _tree(expression: str) -> ast.expr:
-    """An expression as Python reads it, if it is no larger and no deeper than one that somebody writes.
+    """The syntax tree of an expression that is neither too long nor too deep.
 
     Raises:
-        ValueError: if it is, or is no expression.
+        ValueError: if it is too long or too deep, or not an expression.
     """
     if len(expression) > _LONGEST:
         raise ValueError(f"an expression has at most {_LONGEST:,} characters, got {len(expression):,}.")
@@ -193,11 +193,11 @@ def show(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], **labels: str) -> 
     terminal.show()
 
 
-def plot(given: Sequence[Schedule], path: str | Path | None = None, steps: int | None = None) -> None:
+def plot(drawn: Sequence[Schedule], path: str | Path | None = None, steps: int | None = None) -> None:
     """Draw schedules.
 
     Args:
-        given: the schedules.
+        drawn: the schedules.
         path: a file ending in .png, .svg or .pdf; None: in the terminal.
         steps: how many; default: as many as it takes to see what they do.
 
@@ -205,19 +205,18 @@ def plot(given: Sequence[Schedule], path: str | Path | None = None, steps: int |
         ValueError: if `steps` is not positive, or the ending is another.
         ImportError: if matplotlib, or plotext for the terminal, is missing.
     """
-    last = max(schedule.extent() for schedule in given) if steps is None else checks.count("steps", steps)
+    last = max(schedule.extent() for schedule in drawn) if steps is None else checks.count("steps", steps)
     n = np.unique(np.linspace(0, min(last, _LAST), 2001).astype(np.int64))
     curves = {}
-    for schedule in given:
+    for schedule in drawn:
         name = shown(schedule)
         values = schedule(n)
-        several = values.reshape(len(n), -1).T  # those of each model, if they differ
-        for model, one in enumerate(several):
-            good = one < _HIGHEST
-            curves[f"{name}[{model}]" if values.ndim > 1 else name] = (n[good], one[good])
+        for model, y in enumerate(values.reshape(len(n), -1).T):
+            fits = y < _HIGHEST
+            curves[f"{name}[{model}]" if values.ndim > 1 else name] = (n[fits], y[fits])
     labels = {"xlabel": "step", "ylabel": "value"}
-    if len(given) == 1:
-        labels["title"] = shown(given[0])
+    if len(drawn) == 1:
+        labels["title"] = shown(drawn[0])
     if path is None:
         show(curves, **labels)
     else:

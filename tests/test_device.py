@@ -845,7 +845,7 @@ def test_extreme_schedules_in_a_kernel():
     source, _ = distinguished(tried)
     function = kernel_emulation.TARGET.function(define(source, "value", grid._FORMULAS))
     for kind, schedule in enumerate(tried, 1):
-        numbers = np.array([kind, *schedule._carried_out().numbers], np.float64)
+        numbers = np.array([kind, *schedule.staged.numbers], np.float64)
         for n in (0, 1, 2, 10, 11, 3894, 10**6, 2**53 - 2, 2**53):
             assert function(float(n), numbers) == schedule(n), (schedule, n)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import json
 import math
 import pickle
@@ -19,7 +20,10 @@ from hypothesis import strategies as st
 import fastlr
 from fastlr import cli, plots
 from fastlr import schedules as s
-from fastlr.schedules import Schedule
+from fastlr.schedules import Observed, staging
+from fastlr.schedules.base import KINDS, Schedule
+from fastlr.schedules.evaluating import StagedSchedule
+from fastlr.schedules.staging import HasEquation, Memory, Several
 
 N = np.arange(400)
 
@@ -89,8 +93,8 @@ def test_every_schedule_is_tested():
                 yield from inside(value)
 
     tested = {name for schedule in ALL for name in inside(schedule)}
-    assert set(Schedule._names) - {"Function"} == tested
-    assert set(s.__all__) <= {*Schedule._names, "Schedule"}
+    assert set(KINDS) - {"Function"} == tested
+    assert set(s.__all__) <= {*KINDS, "Schedule"}
 
 
 # The sources, replayed literally
@@ -344,6 +348,104 @@ def test_reports_are_copied_and_pickled(rng):
             assert again.asdict() == info.asdict() and again["a"] == info["a"] and repr(again) == repr(info)
     plain = fastlr.SGD(np.ones(2), backend="numpy").step(np.ones(2))
     assert pickle.loads(pickle.dumps(plain)).asdict() == plain.asdict()
+
+
+# Equations, and how they are staged
+
+
+def as_it_stands(schedule):
+    """The equation of a schedule as ordinary Python, with those of the schedules inside it."""
+
+    def plain(value):
+        match value:
+            case HasEquation():
+                return as_it_stands(value)
+            case Several(values=values):
+                return [float(x) for x in values]
+            case Memory(start=start):
+                return start
+        return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    names = inspect.signature(schedule.equation).parameters
+    arguments = {name: plain(value) for name, value in schedule.arguments().items() if name in names}
+    return lambda n: schedule.equation(n, **arguments)
+
+
+@pytest.mark.parametrize("schedule", ALL, ids=repr)
+def test_equations_are_ordinary_python(schedule):
+    equation = as_it_stands(schedule)
+    for n in (0, 1, 2, 9, 10, 11, 57, 99, 100, 10**6):
+        assert equation(float(n)) == schedule(n)
+
+
+def test_schedules_that_differ_in_numbers_share_their_code():
+    a, b = s.Cosine(0.1, 10).warmup(3), s.Cosine([0.2, 0.3], 7, end=0.1).warmup(5)
+    assert a.staged.source == b.staged.source and a.staged.numbers != b.staged.numbers
+    assert s.Cosine(0.1, 10).warmup(3, shape="sqrt").staged.source != a.staged.source
+    before = staging._program.cache_info().misses
+    s.Cosine(0.3, 5).warmup(4)(2)
+    assert staging._program.cache_info().misses == before  # staged once
+    assert "0.5" not in s.Exponential(0.1, half_life=3).staged.source  # a compiler would make exp2 of pow(0.5, x)
+    assert s.Exponential(0.1, 0.2).staged.numbers == (0.2, 0.1, 0.0)  # neither steps of a staircase nor a factor
+
+
+def branches(n, *, lr):
+    if n > 3:
+        return lr
+    return 0.0
+
+
+def attributes(n, *, lr):
+    return lr.real
+
+
+def loops(n, *, lr):
+    while n > lr:
+        n = n - 1
+    return n
+
+
+def unknown(n, *, lr):
+    return lr * missing  # noqa: F821
+
+
+def calls(n, *, lr):
+    return math.gamma(n) * lr
+
+
+@pytest.mark.parametrize(
+    ("equation", "message"),
+    [
+        (branches, "'n > 3' is not known when staged; write a conditional expression"),
+        (attributes, "'lr.real' cannot stand in an equation"),
+        (loops, "cannot stand in an equation"),
+        (unknown, "'missing' is not defined"),
+        (calls, "cannot stand in an equation"),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_what_cannot_be_staged_names_the_line(equation, message):
+    class Mine(HasEquation):
+        def arguments(self):
+            return {"lr": 0.1}
+
+    Mine.equation = staticmethod(equation)
+    line = inspect.getsourcelines(equation)[1]
+    with pytest.raises(TypeError, match=f"equation '{equation.__name__}', line ({line + 1}|{line + 2}): ") as raised:
+        StagedSchedule(Mine())
+    assert message in str(raised.value)
+
+
+def test_pickles_name_the_public_module():
+    """Those of fastlr 0.1 do, also for what the methods return and what plateaus remember."""
+    for cls in (*KINDS.values(), Schedule, Observed):
+        assert cls.__module__ == "fastlr.schedules" and getattr(s, cls.__name__) is cls
+    assert b"fastlr.schedules\nWarmup" in pickle.dumps(s.Constant(0.1).warmup(3), protocol=0)
+
+
+def test_schedule_itself_is_abstract():
+    with pytest.raises(TypeError, match="Build one by its name"):
+        Schedule()
 
 
 # Functions of the user's

@@ -11,15 +11,15 @@ alone. Schedules are built by their names and by what every schedule can do:
 For a population, rates, decays, factors and limits may be arrays with a number for each model: `Cosine(rates, 100)`,
 `rates * Cosine(1.0, 100)`. Whole numbers may be written as floats: `steps=1e4`.
 
-The equation of each is in its docstring, with n for the step. Each is written once, in text (`_emit`), which is carried
-out for one step in Python, for an array of steps by NumPy, and in a kernel on a GPU.
+The equation of each is in its docstring, with n for the step, and is written once, as a plain function of
+`fastlr.schedules.equations`, which is staged: carried out for one step in Python, for an array of steps by NumPy, and
+in a kernel on a GPU.
 """
 
-from .base import (
+from .base import KINDS, Clip, PerEpoch, Product, Repeat, Scaled, Schedule, Shift, Then, Warmup  # noqa: F401
+from .cycles import Cosine, CosineRestarts, Cyclic, OneCycle, SlantedTriangular, WarmupStableDecay
+from .decays import (
     Constant,
-    Cosine,
-    CosineRestarts,
-    Cyclic,
     Exponential,
     Function,
     Interpolated,
@@ -27,16 +27,12 @@ from .base import (
     InverseTime,
     Linear,
     MultiStep,
-    OneCycle,
     Piecewise,
-    Plateau,
     Polynomial,
-    Schedule,
-    SlantedTriangular,
     StepDecay,
     TimeBased,
-    WarmupStableDecay,
 )
+from .plateau import Observed, Plateau
 
 __all__ = [
     "Constant",
@@ -60,3 +56,7 @@ __all__ = [
     "TimeBased",
     "WarmupStableDecay",
 ]
+
+# Pickles name a class by its module, and that is this one, wherever the class is written.
+for _kind in (*KINDS.values(), Schedule, Observed):
+    _kind.__module__ = __name__

@@ -14,7 +14,7 @@ import numpy as np
 from .. import checks, plots
 from ..groups import Group
 from ..optimizer import Optimizer
-from ..schedules.base import Schedule
+from ..schedules import Schedule
 
 __all__ = ["RangeTest", "evaluate", "find_lr"]
 

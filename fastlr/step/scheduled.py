@@ -11,7 +11,9 @@ import numpy as np
 
 from .. import checks
 from ..hyperparameters import Hyper, part_labels
-from ..schedules.base import Observed, Plateau, Schedule, Text, inline
+from ..schedules.base import Schedule
+from ..schedules.evaluating import StagedSchedule
+from ..schedules.plateau import Observed, Plateau
 from .rows import Rows
 
 if TYPE_CHECKING:
@@ -21,37 +23,44 @@ __all__ = ["Formula", "Rates", "Remembered", "Scheduled"]
 
 
 class Remembered:
-    """What plateaus remember: each object by itself, be it equal to another."""
+    """What plateaus remember: each object by itself, be it equal to another.
 
-    def __init__(self) -> None:
+    Args:
+        pairs: plateaus, each with what it remembers.
+    """
+
+    def __init__(self, pairs: Iterable[tuple[Plateau, Observed]] = ()) -> None:
         # With the plateau, since its id is its own only as long as it is there.
-        self._states: dict[int, tuple[Plateau, Observed]] = {}
+        self._states = {id(plateau): (plateau, state) for plateau, state in pairs}
 
     def of(self, plateau: Plateau) -> Observed:
-        """What one remembers; nothing if it is new."""
+        """What a plateau remembers; the initial state if it is new."""
         return self._states.setdefault(id(plateau), (plateau, Observed()))[1]
 
+    def pairs(self) -> list[tuple[Plateau, Observed]]:
+        """The plateaus, each with what it remembers."""
+        return list(self._states.values())
+
     def put(self, plateau: Plateau, state: Observed) -> None:
-        """Let one remember something else."""
+        """Set what a plateau remembers."""
         self._states[id(plateau)] = plateau, state
 
+    def update(self, other: Remembered) -> None:
+        """Add what another remembers."""
+        for plateau, state in other.pairs():
+            self.put(plateau, state)
+
     def copy(self) -> Remembered:
-        """The same, for the same plateaus, from now on by itself."""
-        new = Remembered()
-        new._states = {key: (plateau, replace(state)) for key, (plateau, state) in self._states.items()}
-        return new
+        """An independent copy, for the same plateaus."""
+        return Remembered((plateau, replace(state)) for plateau, state in self.pairs())
 
     def take(self, other: Remembered) -> None:
-        """Remember what another does."""
-        self._states = other._states
-
-    def update(self, other: Remembered) -> None:
-        """Remember what another does, beside what is remembered of other plateaus."""
-        self._states.update(other._states)
+        """Remember what another does, instead of what was remembered."""
+        self._states = {id(plateau): (plateau, state) for plateau, state in other.pairs()}
 
     def __getstate__(self) -> list[tuple[Plateau, Observed]]:
         """Each plateau with what it remembers, since a copy of it is another object."""
-        return list(self._states.values())
+        return self.pairs()
 
     def __setstate__(self, state: list[tuple[Plateau, Observed]]) -> None:
         """Take over what a copy or a pickle holds."""
@@ -59,22 +68,20 @@ class Remembered:
 
 
 def plateaus_of(schedule: Schedule) -> list[Plateau]:
-    """The plateaus in a schedule, in the order of its text."""
-    text = Text(inline)
-    schedule._emit(text, "n")
-    return [plateau for plateau, _ in text.plateaus]
+    """The plateaus in a schedule, in the order of its numbers."""
+    return [plateau for plateau, _ in schedule.staged.memories]
 
 
 def evaluator(schedule: Schedule, population: int | None) -> tuple[Callable[..., Any], bool]:
-    """What gives a schedule's value, `value(n, numbers)`, and whether that may be an array `(population,)`."""
-    made = schedule._carried_out()
-    if population is not None and (made.models is not None or made.own):
-        return made.several(population), True
-    return made.one, False
+    """The function `value(n, numbers)` of a schedule, and whether its value may be an array `(population,)`."""
+    staged = schedule.staged
+    if population is not None and staged.per_model:
+        return staged.for_models(population), True
+    return staged.scalar, False
 
 
 def ensure(label: str, hyper: Hyper[Any], schedule: Schedule, value: Any, step: int) -> None:
-    """Check what a schedule gives.
+    """Check the value of a schedule.
 
     Args:
         label: the hyperparameter, as the user calls it.
@@ -109,7 +116,7 @@ def examine(label: str, hyper: Hyper[Any], value: Any, step: int, population: in
     for k, part in enumerate(value if isinstance(value, tuple) else [value]):
         if isinstance(part, Schedule):
             one, _ = evaluator(part, population)
-            found = one(float(step), part._carried_out().numbers)
+            found = one(float(step), part.staged.numbers)
             ensure(f"{label}[{k}]" if isinstance(value, tuple) else label, hyper, part, found, step)
 
 
@@ -133,17 +140,16 @@ class Formula:
 
 
 def distinguished(schedules: Sequence[Schedule]) -> tuple[str, tuple[tuple[str, Callable[..., Any]], ...]]:
-    """The source of `value(n, p)` for schedules of several kinds, and the functions of the user's that it calls.
+    """The source of `value(n, p)` for schedules of several kinds, and the users' functions that it calls.
 
     The first number of a row tells the kind, from 1; if it is 0 the second number is the value.
     """
     lines = ["def value(n, p):"]
     functions: dict[str, Callable[..., Any]] = {}
     for kind, schedule in enumerate(schedules, 1):
-        text = Text(inline, first=1, prefix=f"k{kind}_")
-        result = schedule._emit(text, "n")
-        lines += [f"    if p[0] == {kind}.0:", *(f"        {line}" for line in text.lines), f"        return {result}"]
-        functions.update(text.functions)
+        staged = StagedSchedule(schedule, prefix=f"k{kind}_", first=1)
+        lines += [f"    if p[0] == {kind}.0:", *(f"        {line}" for line in staged.lines)]
+        functions.update(staged.functions)
     return "\n".join([*lines, "    return p[1]", ""]), tuple(functions.items())
 
 
@@ -158,7 +164,6 @@ class _Entry:
     value: Callable[..., Any]
     per_model: bool  # whether it may give one number for each model
     numbers: tuple[Any, ...]
-    text: Text
     rows: np.ndarray
     models: np.ndarray  # of the rows
     column: int
@@ -193,9 +198,7 @@ class Scheduled:
             for uniform, value in values.items():
                 if not isinstance(value, Schedule) or uniform not in names:
                     continue
-                text = Text(inline)
-                value._emit(text, "n")
-                which = np.flatnonzero(rows.configuration == c)
+                indices = np.flatnonzero(rows.configuration == c)
                 label, hyper = labels[uniform]
                 entry = _Entry(
                     label,
@@ -204,9 +207,8 @@ class Scheduled:
                     value,
                     *evaluator(value, population),
                     (),
-                    text,
-                    which,
-                    rows.model[which],
+                    indices,
+                    rows.model[indices],
                     list(names).index(uniform),
                 )
                 self.entries.append(entry)
@@ -215,7 +217,7 @@ class Scheduled:
         self.take_observed()
 
     def take_observed(self) -> None:
-        """Bring the numbers up to date with what plateaus have observed."""
+        """Update the numbers with what plateaus have observed."""
         for entry in self.entries:
             entry.numbers = self._numbers(entry, self._observed)
         self._single = None
@@ -227,9 +229,9 @@ class Scheduled:
 
     @staticmethod
     def _numbers(entry: _Entry, observed: Remembered) -> tuple[Any, ...]:
-        numbers = list(entry.text.numbers)
-        for plateau, place in entry.text.plateaus:
-            numbers[place] = observed.of(plateau).scale
+        numbers = list(entry.schedule.staged.numbers)
+        for plateau, index in entry.schedule.staged.memories:
+            numbers[index] = observed.of(plateau).scale
         return tuple(numbers)
 
     def fill(self, step: int, table: np.ndarray) -> None:
@@ -242,11 +244,11 @@ class Scheduled:
         Raises:
             ValueError: if one is outside its range; then nothing is entered.
         """
-        if self._single is not None:  # the usual case, fast: one hyperparameter of one row
-            one, numbers, place, low, high, closed = self._single
-            value = one(float(step), numbers)
+        if self._single is not None:  # the usual case, kept fast: one hyperparameter of one row
+            evaluate, numbers, cell, low, high, closed = self._single
+            value = evaluate(float(step), numbers)
             if low < value < high or value in closed:
-                table[place] = value
+                table[cell] = value
                 return
         values = [self._value(entry, step) for entry in self.entries]
         for entry, value in zip(self.entries, values, strict=True):
@@ -273,7 +275,7 @@ class Scheduled:
                 if entry is not None:
                     out[pattern] = entry.value, entry.numbers
                 else:  # all leaves of the group have another one's
-                    out[pattern] = evaluator(lr, self._population)[0], lr._carried_out().numbers
+                    out[pattern] = evaluator(lr, self._population)[0], lr.staged.numbers
             else:
                 out[pattern] = lr
         return out
@@ -283,23 +285,23 @@ class Scheduled:
     def formulas(self) -> tuple[Formula, ...]:
         """What a kernel has to evaluate, for all configurations alike."""
         first = 0
-        made = []
+        formulas = []
         for uniform, kinds in self._kinds().items():
             count = self._room(kinds)
             if self._is_single(kinds):
                 (((source, functions), _),) = kinds.items()
             else:
                 source, functions = distinguished([entries[0].schedule for entries in kinds.values()])
-            made.append(Formula(uniform, source, first, count, functions))
+            formulas.append(Formula(uniform, source, first, count, functions))
             first += count
-        return tuple(made)
+        return tuple(formulas)
 
     def _kinds(self) -> dict[str, dict[Any, list[_Entry]]]:
         """For each uniform, what follows schedules of the same kind: they differ in their numbers alone."""
         out: dict[str, dict[Any, list[_Entry]]] = {}
         for entry in self.entries:
-            text = Text(inline)
-            kind = text.source(entry.schedule._emit(text, "n")), tuple(text.functions.items())
+            staged = entry.schedule.staged
+            kind = staged.source, tuple(staged.functions.items())
             out.setdefault(entry.uniform, {}).setdefault(kind, []).append(entry)
         return out
 
@@ -345,22 +347,23 @@ class Scheduled:
         Raises:
             ValueError: if there is none.
         """
-        plateaus = {id(p): p for entry in self.entries for p, _ in entry.text.plateaus}
+        plateaus = {id(p): p for entry in self.entries for p in plateaus_of(entry.schedule)}
         if not plateaus:
             raise ValueError("no hyperparameter follows a Plateau: lr=fastlr.schedules.Plateau(1e-3) would.")
-        known = self._observed.copy()  # a function of the user's may raise
+        observed = self._observed.copy()  # nothing changes if a user's function raises
         for plateau in plateaus.values():
-            if known.of(plateau).observe(plateau, metric):
-                lowered = known.copy()
+            if observed.of(plateau).observe(plateau, metric):
+                lowered = observed.copy()
                 lowered.of(plateau).scale *= plateau.factor
-                here = [e for e in self.entries if any(p is plateau for p, _ in e.text.plateaus)]
-                if any(np.any(self._at(e, step, known) - self._at(e, step, lowered) > plateau.eps) for e in here):
-                    known = lowered
-        self._observed.take(known)
+                followers = [e for e in self.entries if any(p is plateau for p in plateaus_of(e.schedule))]
+                drops = (self._at(e, step, observed) - self._at(e, step, lowered) for e in followers)
+                if any(np.any(drop > plateau.eps) for drop in drops):
+                    observed = lowered
+        self._observed.take(observed)
         self.take_observed()
 
     def present(self, schedule: Schedule, step: int) -> Any:
-        """What a schedule gives after a number of steps; None if nothing follows it."""
+        """The value of a schedule after a number of steps; None if nothing follows it."""
         entry = self._followed.get(id(schedule))
         return None if entry is None else entry.value(float(step), entry.numbers)
 
@@ -420,7 +423,7 @@ def restored(here: Iterable[tuple[str, Plateau]], data: Any) -> Remembered:
     """
     kinds = {f.name: f.type for f in fields(Observed)}
 
-    def one(name: str, value: Any) -> Any:
+    def checked(name: str, value: Any) -> Any:
         if kinds[name] == "int":
             return checks.counted(f"{name} of a Plateau", value)
         if kinds[name] == "float | None" and value is None:
@@ -431,7 +434,7 @@ def restored(here: Iterable[tuple[str, Plateau]], data: Any) -> Remembered:
 
     if not isinstance(data, dict) or not all(isinstance(s, dict) and s.keys() <= kinds.keys() for s in data.values()):
         raise ValueError(f"this is not what plateaus remember: {checks.shown(data)}.")
-    states = {name: Observed(**{k: one(k, v) for k, v in state.items()}) for name, state in data.items()}
+    states = {name: Observed(**{k: checked(k, v) for k, v in state.items()}) for name, state in data.items()}
     observed = Remembered()
     for place, plateau in here:
         state = states.get(place, states.get(repr(plateau)))
