@@ -14,7 +14,7 @@ import numpy as np
 from . import checks
 from .exclusive import Users, enter
 from .hyperparameters import Hyper, follows
-from .schedules.base import Schedule
+from .schedules import Schedule
 
 __all__ = ["Group", "Groups", "everywhere", "plain", "somewhere"]
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from . import checks
 from .checks import FINITE, Interval
-from .schedules.base import Function, Schedule
+from .schedules import Function, Schedule
 
 if TYPE_CHECKING:
     from .kernels.staging import Rule

@@ -21,7 +21,7 @@ from .kernels.formats import FORMATS
 from .kernels.primitives import SCOPES
 from .kernels.staging import After, Before, Rule
 from .loss_scale import LossScale
-from .schedules.base import Schedule
+from .schedules import Schedule
 
 __all__ = [
     "AFTER",

@@ -16,6 +16,7 @@ The equation of each is in its docstring, with n for the step, and is written on
 in a kernel on a GPU.
 """
 
+from .. import checks
 from .base import KINDS, Clip, PerEpoch, Product, Repeat, Scaled, Schedule, Shift, Then, Warmup  # noqa: F401
 from .cycles import Cosine, CosineRestarts, Cyclic, OneCycle, SlantedTriangular, WarmupStableDecay
 from .decays import (
@@ -60,3 +61,5 @@ __all__ = [
 # Pickles name a class by its module, and that is this one, wherever the class is written.
 for _kind in (*KINDS.values(), Schedule, Observed):
     _kind.__module__ = __name__
+for _kind in KINDS.values():  # a dataclass makes its `__init__` itself
+    _kind.__init__ = checks.answered(_kind.__init__, _kind.__name__, [checks.METHOD])  # type: ignore[method-assign]

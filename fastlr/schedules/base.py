@@ -417,7 +417,3 @@ class PerEpoch(Schedule, equation=equations.per_epoch):
 
 def _grouped(schedule: Schedule) -> str:
     return f"({schedule!r})" if isinstance(schedule, Product | Scaled) else repr(schedule)
-
-
-for _class in Schedule._names.values():  # a dataclass makes its `__init__` itself
-    _class.__init__ = checks.answered(_class.__init__, _class.__name__, [checks.METHOD])  # type: ignore[method-assign]

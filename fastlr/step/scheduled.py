@@ -11,7 +11,7 @@ import numpy as np
 
 from .. import checks
 from ..hyperparameters import Hyper, part_labels
-from ..schedules.base import Schedule
+from ..schedules import Schedule
 from ..schedules.evaluating import StagedSchedule
 from ..schedules.plateau import Observed, Plateau
 from .rows import Rows

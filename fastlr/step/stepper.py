@@ -26,7 +26,7 @@ from ..kernels.atomic import commit
 from ..kernels.formats import FORMATS
 from ..kernels.layout import CLOCK
 from ..kernels.tiles import Storage
-from ..schedules.base import Schedule
+from ..schedules import Schedule
 from ..state import OptimizerState, make_rows
 from . import threads
 from .accumulation import Accumulation

@@ -13,7 +13,7 @@ import torch
 from ..kernels import exchange
 from ..kernels.staging import Staged
 from ..options import OWN
-from ..schedules.base import Schedule
+from ..schedules import Schedule
 from ..step.scheduled import Remembered
 from . import following, states, tensors
 from .engines import EXCHANGE, Engine, Leaf, Shown, holds_tensors

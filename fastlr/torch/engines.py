@@ -21,7 +21,7 @@ from ..kernels.layout import T
 from ..kernels.staging import Rule
 from ..optimizer import Optimizer as Native
 from ..options import OPTIONS
-from ..schedules.base import Schedule
+from ..schedules import Schedule
 from ..state import OptimizerState
 from ..step.gradients import Located
 from ..step.info import StepInfo

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..hyperparameters import Hyper
-from ..schedules.base import Function, Plateau, Schedule
+from ..schedules import Function, Plateau, Schedule
 from ..step import scheduled
 from ..step.scheduled import plateaus_of
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..options import OWN
-from ..schedules.base import Schedule
+from ..schedules import Schedule
 from ..step import scheduled
 from ..step.info import Layout, StepInfo
 from . import tensors
