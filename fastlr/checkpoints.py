@@ -112,7 +112,7 @@ def _columns(opt: Optimizer, params: bool) -> list[_Column]:
 def collect(opt: Optimizer, params: bool) -> dict[str, np.ndarray]:
     """The state of an optimizer, as copies."""
     opt._gradients.check_given()
-    arrays = {c.key: opt._params.place.to_host(c.array) for c in _columns(opt, params)}
+    arrays = {c.key: opt._params.place.download(c.array) for c in _columns(opt, params)}
     return {_DESCRIPTION: _packed(_described(opt, params)), **_counted(opt), **arrays}
 
 
@@ -393,7 +393,7 @@ def _take(opt: Optimizer, checked: _Checked) -> None:
         commit([*((to, ..., source) for to, source in arrays), *attributes])
         return
     for to, source in checked.arrays:
-        opt._params.place.copy(to, source)
+        opt._params.place.upload(to, source)
     commit(attributes)
     if opt.loss_scale is not None:
         opt.loss_scale._put()

@@ -40,7 +40,7 @@ from .schedules.base import Schedule
 from .step import threads as _threads
 from .step.gradients import Gradients, Located
 from .step.info import Layout, StepInfo
-from .step.plans import Column, Plan
+from .step.plans import Column, Entries, HostPlan, Plan
 from .step.rows import Counts, Rows
 from .step.scheduled import Formula, Rates, Remembered, Scheduled, ensure, evaluator
 
@@ -435,25 +435,31 @@ class Optimizer:
 
     # Rows, tables and plans
 
-    def _make_rows(self, counts: Counts, partition: np.ndarray | None) -> Rows:
+    def _make_rows(self, counts: Counts, partition: np.ndarray | None, staged: Staged) -> Rows:
         models = counts.t.shape[1]
         frozen = np.array([np.broadcast_to(u["frozen"], models) for u in self._hyper.uniforms()], bool)
-        make = Rows if self._on_host else DeviceRows
-        agreed = counts.agreed(self._stage(self._unscaled).shared, self._hyper.configuration)
-        return make(self._hyper.configuration, frozen, agreed, partition)
+        configuration = self._hyper.configuration
+        agreed = counts.agreed(staged.shared, configuration)
+        place: Any = self._params.place
+        if self._on_host:
+            return Rows(configuration, frozen, agreed, partition)
+        return DeviceRows(configuration, frozen, agreed, partition, place, staged, self.loss_scale, self._capturable)
 
-    def _rows_for(self, counts: Counts, partition: np.ndarray | None = None) -> dict[str, Any]:
+    def _rows_for(
+        self, counts: Counts, partition: np.ndarray | None = None, staged: Staged | None = None
+    ) -> dict[str, Any]:
         """Rows for given counts.
 
         Args:
             counts: of each leaf and model.
             partition: as for `Rows`; None: as it is.
+            staged: the rule; None: staged for the present settings.
 
         Returns:
             The attributes to set; plans made before no longer hold.
         """
         old = self.__dict__.get("_rows")
-        if isinstance(old, DeviceRows) and old.captured:
+        if old is not None and old.captured:
             warnings.warn(
                 "the tables of this optimizer are made anew (other flags, frozen leaves, or leaves of different "
                 "counts): graphs that were captured before go on with the old ones. Capture again.",
@@ -461,22 +467,22 @@ class Optimizer:
                 stacklevel=4,
             )
         partition = self._partition if partition is None else partition
-        rows = self._make_rows(counts, partition)
+        rows = self._make_rows(counts, partition, staged or self._stage(self._unscaled))
         made = {"_rows": rows, "_partition": partition, "_staged": None}
         return {**made, "_plans": {}, "_recent": {}, "_kernels": {}}
 
     def _take_counts(self, counts: Counts) -> None:
         """Go on from other counts; where graphs have been captured, in the memory that they know."""
         rows = self._rows
-        if isinstance(rows, DeviceRows) and rows.captured and self._stage(self._unscaled) is self._staged:
-            new = self._make_rows(counts, self._partition)
+        if rows.captured and self._stage(self._unscaled) is self._staged:
+            new = self._make_rows(counts, self._partition, self._staged)
             if rows.replace(new):
                 uniforms = self._hyper.uniforms()
                 scheduled = self._follow(uniforms, self._staged, rows)
                 self._fill_table(uniforms, self._staged, rows, self._table, scheduled)
                 self._put(**self._following(scheduled))
                 self._hyper.listener = self._push_settings
-                rows.push()
+                rows.upload()
                 return
         self._put(**self._rows_for(counts))
 
@@ -511,17 +517,15 @@ class Optimizer:
                 self._put(**following)
                 hyper.changed.clear()
                 return
-        new = self._rows_for(self._rows.counts(), partition)
+        new = self._rows_for(self._rows.counts(), partition, staged)
         rows = new["_rows"]
         scheduled = self._follow(uniforms, staged, rows)
         formulas = () if self._on_host else scheduled.formulas()
         table = np.zeros((len(rows), max(1, len(staged.uniforms)) + sum(f.count for f in formulas)))
         self._fill_table(uniforms, staged, rows, table, scheduled)
         h = np.zeros((len(rows), staged.slots), self._params.dtype)
-        if isinstance(rows, DeviceRows):
-            models, capturable = self._params.models, self._capturable
-            rows.install(self._params.place, staged, table, h, models, self.loss_scale, capturable)
-            formulas = () if rows.decided_by_host else formulas
+        rows.install(table, h)
+        formulas = () if rows.decided_by_host else formulas
         more = {"_formulas": formulas, "_finds_rate": "rate" in staged.scalars, "_unscaled": unscaled}
         made = {"_staged": staged, "_table": table, "_h": h, "_epoch": _threads.epoch}
         self._put(**{**new, **self._following(scheduled), **more, **made})
@@ -545,7 +549,7 @@ class Optimizer:
         if name in self._structural:
             self._check_states(self._stage(self._unscaled))
         rows = self._rows
-        if isinstance(rows, DeviceRows) and not rows.host_knows:
+        if not rows.host_knows:
             return  # the host does not know which step is next, and would have to wait for the GPU
         step = rows.counters.item(-1, CLOCK)
         for k, part in enumerate(value if isinstance(value, tuple) else [value]):
@@ -576,8 +580,7 @@ class Optimizer:
     def _rates_found(self) -> Mapping[str, Any]:
         """The learning rate of each group, where the rule finds it itself: its state `rate`."""
         rows = self._rows
-        if isinstance(rows, DeviceRows):
-            rows.pull()
+        rows.download()
         rates = rows.scalars[rows.index, self._staged.scalars.index("rate")]  # of each leaf and model
         places = {path: k for k, path in enumerate(self._params.paths)}
         found = {
@@ -607,7 +610,7 @@ class Optimizer:
         self._scheduled.observe(number, self.steps)
         self._refresh()
         if self._capturable:
-            self._rows.push()
+            self._rows.upload()
 
     def _scale_of(self, grad_scale: Any) -> Any:
         """What the gradients of a step are to be divided by; 1.0 if by nothing."""
@@ -673,23 +676,16 @@ class Optimizer:
         taking_part = np.array(active, bool)
         updated = taking_part[:, None] & ~rows.frozen[rows.index]
         averaged = np.array(seen, bool)[:, None] & ~updated & bool(self._staged.average)
-        make: Any = Plan
-        if not self._on_host:
-            make = functools.partial(DevicePlan, place=self._params.place, capturable=self._capturable)
-        plan: Plan = make(
-            [size // self._params.models for size in self._params.sizes],
-            columns,
-            rows,
-            updated,
-            averaged,
-            rows.advance(taking_part, np.array(seen, bool)),
-            self._staged,
-            self._table,
-            self._h,
-            kind=kind,
-            merge=flat and self._params.is_flat and not self._columns.external,
-            partial=seen is not self._params.everyone,
-        )
+        sizes = [size // self._params.models for size in self._params.sizes]
+        merge = flat and self._params.is_flat and not self._columns.external and not self._staged.quantities
+        entries = Entries(sizes, columns, rows.index, updated, averaged, merge)
+        advance, partial = rows.advance(taking_part, np.array(seen, bool)), seen is not self._params.everyone
+        plan: Plan
+        if isinstance(rows, DeviceRows):
+            place: Any = self._params.place
+            plan = DevicePlan(entries, rows, self._staged, advance, kind, partial, place, self._capturable)
+        else:
+            plan = HostPlan(entries, rows, self._staged, advance, kind, partial)
         if seen is not self._params.everyone:  # what a partial step does not see is not left out, it comes later
             leaf = np.searchsorted(self._params.starts, [first for first, _ in plan.left_out], side="right") - 1
             plan.left_out = [span for span, k in zip(plan.left_out, leaf, strict=True) if seen[k]]
@@ -745,7 +741,7 @@ class Optimizer:
             if grads is None:
                 grads, active = self._own_gradients(active)
             elif isinstance(grads, FlatBuffer):
-                if grads._structure.paths != self._params.paths or grads._shapes != tuple(self._params.shapes):
+                if grads.structure.paths != self._params.paths or grads.shapes != tuple(self._params.shapes):
                     raise ValueError("grads is a buffer of other leaves than params. Make it from the same structure.")
                 grads = grads.data
             flat = self._params.is_array or not is_container(grads)
@@ -876,7 +872,7 @@ class Optimizer:
         """Make a step that has been prepared."""
         rows: Any = self._rows
         lrs: Any = self._current_rates if self._capturable else self._lrs
-        if self._follows and (type(rows) is Rows or (rows.host_knows and not self._capturable)):
+        if self._follows and rows.host_knows and not self._capturable:
             lrs = Rates(lrs, rows.counters.item(-1, CLOCK) if number is None else max(0, number))
         if number is not None:
             plan.count_part(rows, number)
@@ -1006,8 +1002,7 @@ class Optimizer:
         """Let graphs that have been captured see a hyperparameter that was set."""
         if self._staged is not None:
             self._refresh()
-            if isinstance(self._rows, DeviceRows):
-                self._rows.push()
+            self._rows.upload()
 
     @property
     def params(self) -> Any:
@@ -1226,7 +1221,7 @@ class Optimizer:
             data = place.allocate(ours.size, dtype)
             buffer = FlatBuffer(ours.structure, ours.shapes, data, ours.population)
             for to, leaf in zip(ours.cut(data), leaves, strict=True):
-                place.copy(to, ours.place.to_host(leaf))
+                place.upload(to, ours.place.download(leaf))
             if ours.is_array:
                 return data.reshape(ours.shapes[0])
             return buffer if isinstance(given, FlatBuffer) else buffer.unflatten()
@@ -1307,10 +1302,10 @@ class Optimizer:
             for letter in self._columns.letters:
                 if letter not in self._columns.external:
                     source = self._columns.arrays[letter][j]
-                    same = new._params.place is self._params.place
-                    new._params.place.copy(
-                        new._columns.arrays[letter][k], source if same else self._params.place.to_host(source)
-                    )
+                    if new._params.place is self._params.place:
+                        new._params.place.copy(new._columns.arrays[letter][k], source)
+                    else:
+                        new._params.place.upload(new._columns.arrays[letter][k], self._params.place.download(source))
         new._put(**new._rows_for(counts))
         if new.loss_scale is not None and new._params.place is not self._params.place:
             new._put(loss_scale=new.loss_scale.copy())

@@ -135,7 +135,7 @@ def test_every_option(option, flat, rng):
     assert ours.skipped_steps == theirs.skipped_steps
     if "shadow" in options:
         assert all(
-            same(places.HOST.to_host(theirs.shadow[k]), np.asarray(ours.shadow[k]).view(np.uint16))
+            same(places.HOST.download(theirs.shadow[k]), np.asarray(ours.shadow[k]).view(np.uint16))
             if theirs.shadow[k].dtype == np.uint16
             else same(theirs.shadow[k], ours.shadow[k])
             for k in SHAPES

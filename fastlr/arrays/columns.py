@@ -48,7 +48,7 @@ class Parameters:
     def __init__(self, source: Any) -> None:
         self.source = source
         if isinstance(source, FlatBuffer):
-            self.structure, tree, self.population = source._structure, source.unflatten(), source.population
+            self.structure, tree, self.population = source.structure, source.unflatten(), source.population
         else:
             self.structure, tree, self.population = Structure(source), source, None
         self.leaves: list[Any] = [leaf for _, leaf in leaves_with_paths(tree)]
@@ -100,7 +100,7 @@ class Parameters:
             kinds: the dtypes that its leaves may have; None: the parameters'.
         """
         if isinstance(tree, FlatBuffer):
-            if tree._structure.paths != self.paths:
+            if tree.structure.paths != self.paths:
                 raise ValueError(f"{name} is a buffer of other leaves than params. Make it from the same structure.")
             tree = tree.unflatten()
         leaves = [tree] if self.is_array else self.structure.leaves(tree, name)
@@ -183,7 +183,7 @@ class Columns:
         if any(end > begin for (_, end), (begin, _) in itertools.pairwise(spans)):
             raise ValueError("ema_out and shadow_out share memory. Pass memory of its own for each.")
         for scale in given.get("lr_scale", ()):
-            numbers = self._place.to_host(scale)
+            numbers = self._place.download(scale)
             if not (np.isfinite(numbers) & (numbers >= 0)).all():
                 raise ValueError("lr_scale must be non-negative and finite everywhere.")
             begin, end = memory("lr_scale", scale).address, memory("lr_scale", scale).address + numbers.nbytes
@@ -209,7 +209,7 @@ class Columns:
     def encode_shadow(self) -> None:
         """Bring the copy in low precision up to date with the parameters."""
         for shadow, bits in zip(self.arrays.get("shadow", ()), self.encoded(self._parameters.leaves), strict=True):
-            self._place.copy(shadow, bits)
+            self._place.upload(shadow, bits)
 
     def encoded(self, leaves: Sequence[Any]) -> list[np.ndarray]:
         """Parameters in low precision, as bits; none if nobody asks for them.
@@ -223,5 +223,5 @@ class Columns:
         narrow = to_float32(np.where) if self._parameters.dtype == np.float64 else np.asarray
         with np.errstate(all="ignore"):
             return [
-                encode(narrow(leaf if isinstance(leaf, np.ndarray) else self._place.to_host(leaf))) for leaf in leaves
+                encode(narrow(leaf if isinstance(leaf, np.ndarray) else self._place.download(leaf))) for leaf in leaves
             ]
