@@ -435,7 +435,8 @@ class Optimizer:
 
     # Rows, tables and plans
 
-    def _make_rows(self, counts: Counts, partition: np.ndarray | None, staged: Staged) -> Rows:
+    def _make_rows(self, counts: Counts, partition: np.ndarray | None, staged: Staged | None = None) -> Rows:
+        staged = staged or self._stage(self._unscaled)
         models = counts.t.shape[1]
         frozen = np.array([np.broadcast_to(u["frozen"], models) for u in self._hyper.uniforms()], bool)
         configuration = self._hyper.configuration
@@ -467,7 +468,7 @@ class Optimizer:
                 stacklevel=4,
             )
         partition = self._partition if partition is None else partition
-        rows = self._make_rows(counts, partition, staged or self._stage(self._unscaled))
+        rows = self._make_rows(counts, partition, staged)
         made = {"_rows": rows, "_partition": partition, "_staged": None}
         return {**made, "_plans": {}, "_recent": {}, "_kernels": {}}
 
@@ -837,6 +838,8 @@ class Optimizer:
             if self._on_host:
                 raise ValueError("stream= is for parameters on a GPU; these are on the CPU.")
             stream = stream_handle(stream, self._params.place.device)
+        if not self._on_host:
+            self._gradients.stream = stream
         scale, unscaled = 1.0, self._unscaled
         if grad_scale is not None or unscaled:
             scale = self._scale_of(grad_scale)

@@ -23,7 +23,12 @@ _kernels: dict[str, tuple[Any, int]] = {}
 
 
 def _memory(address: int, nbytes: int) -> np.ndarray:
-    return np.frombuffer((ctypes.c_char * nbytes).from_address(address), np.uint8)
+    return np.frombuffer(memoryview((ctypes.c_char * nbytes).from_address(address)), np.uint8)
+
+
+def _copy(nbytes: int, to: int, source: int) -> None:
+    if nbytes:
+        _memory(to, nbytes)[:] = _memory(source, nbytes)
 
 
 class Graph:
@@ -94,8 +99,10 @@ class Device(driver.Device):
 
     def copy(self, to: int, source: int, nbytes: int, stream: int) -> None:
         self.calls.append("copy")
-        if nbytes:
-            _memory(to, nbytes)[:] = _memory(source, nbytes)
+        if self.graph is not None:
+            self.graph.launches.append((_copy, nbytes, [to, source]))
+        else:
+            _copy(nbytes, to, source)
 
     def clear(self, address: int, nbytes: int, stream: int) -> None:
         if nbytes:
@@ -174,7 +181,7 @@ class Place(device_arrays.DevicePlace):
     def contiguous(self, array: Any) -> Any:
         return array if array.flags.c_contiguous else np.ascontiguousarray(array).view(Array)
 
-    def widened(self, array: Any, name: str, dtype: str) -> Any:
+    def widened(self, called: str, array: Any, name: str, dtype: str) -> Any:
         decode, _ = FORMATS[name].make(np.where)
         return np.asarray(decode(np.asarray(array).view(np.uint16)), dtype).reshape(array.shape).view(Array)
 
@@ -192,6 +199,6 @@ def on_device(array: np.ndarray, offset: int = 0, kind: type = Array) -> Any:
     array = np.asarray(array)
     raw = np.full(array.nbytes + 512, 0xAB, np.uint8)
     first = -raw.ctypes.data % 256 + offset * array.itemsize
-    out = raw[first : first + array.nbytes].view(array.dtype).reshape(array.shape).view(kind)
+    out: Any = raw[first : first + array.nbytes].view(array.dtype).reshape(array.shape).view(kind)
     out[...] = array
     return out

@@ -113,13 +113,16 @@ class DevicePlace(Place):
         """A context in which the library works in a stream, where it can."""
         return contextlib.nullcontext()
 
-    def widened(self, array: Any, name: str, dtype: str) -> Any:
+    def widened(self, called: str, array: Any, name: str, dtype: str) -> Any:
         """Numbers of a two-byte format, or their bits, as an array of a float dtype.
 
         Raises:
             TypeError: if the library cannot convert them.
         """
-        raise TypeError(f"arrays on {self.label} that belong to no library cannot be converted from {name} to {dtype}.")
+        raise TypeError(
+            f"{called} is {name}, but other leaves are not, and an array that belongs to no library cannot be "
+            f"converted to {dtype}. Pass gradients of one dtype."
+        )
 
     def contiguous(self, array: Any) -> Any:
         """The array itself if it is C-contiguous, else a copy that is.
@@ -187,7 +190,7 @@ class _Torch(DevicePlace):
         context: contextlib.AbstractContextManager[Any] = cuda.stream(known)
         return context
 
-    def widened(self, array: Any, name: str, dtype: str) -> Any:
+    def widened(self, called: str, array: Any, name: str, dtype: str) -> Any:
         """As `DevicePlace.widened`."""
         return array.view(getattr(self._torch, name)).to(getattr(self._torch, dtype))
 
@@ -237,7 +240,7 @@ class _CuPy(DevicePlace):
         context: contextlib.AbstractContextManager[Any] = self._cupy.cuda.ExternalStream(stream, self.device.ordinal)
         return context
 
-    def widened(self, array: Any, name: str, dtype: str) -> Any:
+    def widened(self, called: str, array: Any, name: str, dtype: str) -> Any:
         """As `DevicePlace.widened`; a bfloat16 is the upper half of a float32, which every CuPy knows."""
         if name == "bfloat16":
             return (array.view("uint16").astype("uint32") << 16).view("float32").astype(dtype)

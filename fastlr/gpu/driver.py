@@ -137,6 +137,10 @@ class Device(Protocol):
     label: str
     cc: tuple[int, int]
 
+    def __hash__(self) -> int:
+        """A GPU is equal to itself alone."""
+        return id(self)
+
     def allocate(self, nbytes: int) -> int:
         """The address of memory that the caller owns until it calls `free`; aligned to 256 bytes.
 
