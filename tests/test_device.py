@@ -684,7 +684,7 @@ MAKES = {
     "gradients of float64 for parameters of float32": _step(
         lambda g, w, put: {k: put(np.asarray(v).astype(np.float64)) for k, v in g.items()}
     ),
-    "`alloc=`": _step(AS_THEY_ARE, alloc=bytearray),
+    "`alloc=`": _step(AS_THEY_ARE, momentum=0.9, alloc=bytearray),
     '`backend="numpy"`': _step(AS_THEY_ARE, backend="numpy"),
     "`capturable=True`": _step(AS_THEY_ARE, capturable=True),
     "`grad_scale=`": lambda w, put, offer: fastlr.SGD({k: offer(v) for k, v in w.items()}, lr=0.5).step(
