@@ -728,7 +728,7 @@ class Optimizer:
         """The kernel for gradients of the parameters' dtype."""
         return self._kernel_for(self._params.dtype.name, False)
 
-    def _bind(self, grads: Any, only: Any, unscaled: bool) -> tuple[Plan, Any]:
+    def _bind(self, grads: Any, only: Any, unscaled: bool, stream: int | None) -> tuple[Plan, Any]:
         """The plan for a step, with the addresses of the gradients in it, and what must be kept alive meanwhile."""
         everyone = self._params.everyone
         active = seen = everyone if only is None else self._mask(only)
@@ -754,6 +754,7 @@ class Optimizer:
             recent: Plan | None = self._recent.get((flat, part))
             if recent is not None and recent.find(things):
                 return recent, things
+        self._gradients.stream = stream
         self._gradients.check_given()
         if flat:
             addresses, found, kind = self._gradients.flat(grads)
@@ -838,8 +839,6 @@ class Optimizer:
             if self._on_host:
                 raise ValueError("stream= is for parameters on a GPU; these are on the CPU.")
             stream = stream_handle(stream, self._params.place.device)
-        if not self._on_host:
-            self._gradients.stream = stream
         scale, unscaled = 1.0, self._unscaled
         if grad_scale is not None or unscaled:
             scale = self._scale_of(grad_scale)
@@ -850,7 +849,7 @@ class Optimizer:
         if self._follows and not part:
             self._enter_scheduled(None)
         table, number = self._table, None
-        plan, kept = self._bind(grads, only, unscaled)
+        plan, kept = self._bind(grads, only, unscaled, stream)
         if part:
             given = grads.number if type(grads) is Located else None
             number = plan.number(self._rows) if given is None else given
