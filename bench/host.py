@@ -48,8 +48,8 @@ def measure() -> dict[str, float]:
     opt = fastlr.Adam(params)
     opt.step(grads)
     plan = next(iter(opt._stepper.plans.values()))
-    made = next(iter(plan._launches.values()))
-    out["one launch"] = median_us(lambda: plan._device.launch(made.update, made.update_blocks, 0))
+    ((launch, blocks),) = next(iter(plan.launches.values())).sequence
+    out["one launch"] = median_us(lambda: params.data.device.launch(launch, blocks, 0))
     out["plain step, 1 launch"] = median_us(lambda: opt.step(grads))
     settings = {name: EXAMPLES[name] for name in ("clip_norm", "skip_nonfinite", "ema", "shadow")}
     whole = fastlr.AdamW(tree(10), **settings)

@@ -119,7 +119,7 @@ def _columns(current: OptimizerState, params: bool) -> list[_Column]:
 def collect(current: OptimizerState, params: bool) -> dict[str, np.ndarray]:
     """The state of an optimizer, as copies."""
     current.gradients.check_given()
-    arrays = {c.key: current.parameters.place.to_host(c.array) for c in _columns(current, params)}
+    arrays = {c.key: current.parameters.place.download(c.array) for c in _columns(current, params)}
     return {_DESCRIPTION: _packed(_described(current, params)), **_counted(current), **arrays}
 
 
@@ -143,7 +143,7 @@ def save(current: OptimizerState, path: str | os.PathLike[str], params: bool, ex
     if any(files.member_name(key) != key for key in (*arrays, *(c.key for c in columns))):
         described[_ESCAPED] = True
     to_host: Callable[[Any], np.ndarray] = (
-        np.asarray if not current.backend.on_device else current.parameters.place.to_host
+        np.asarray if not current.backend.on_device else current.parameters.place.download
     )
     members = [
         files.Member(files.member_name(key), array.shape, array.dtype, functools.partial(np.asarray, array))
@@ -383,7 +383,7 @@ def writes(current: OptimizerState, saved: Saved) -> list[tuple[Any, Any, Any]]:
 def upload(current: OptimizerState, saved: Saved) -> None:
     """Take over the arrays and the loss scale of a state on a GPU."""
     for to, source in saved.arrays:
-        current.parameters.place.copy(to, source)
+        current.parameters.place.upload(to, source)
     if saved.loss_scale is not None and current.loss_scale is not None:
         commit(current.loss_scale.writes(*saved.loss_scale))
         current.loss_scale.upload()

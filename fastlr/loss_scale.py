@@ -221,7 +221,7 @@ class LossScale:
         if self._place is not None:
             models = len(self._memory) // 3
             state = [np.broadcast_to(x, models).astype(np.float64) for x in (self._scale, self._good, self._scale)]
-            self._place.copy(self._memory, np.concatenate(state))
+            self._place.upload(self._memory, np.concatenate(state))
 
     def _catch_up(self) -> None:
         """Let the optimizer tell of a step that was interrupted after its kernel."""
@@ -233,7 +233,7 @@ class LossScale:
         """Learn how it stands, from the optimizer or the GPU; waits for it."""
         self._catch_up()
         if self._place is not None:
-            state = self._place.to_host(self._memory, self.stream).reshape(3, -1)
+            state = self._place.download(self._memory, self.stream).reshape(3, -1)
             one = self._scale.ndim == 0 and state.shape[1] == 1
             self._scale, self._good = (np.asarray(x[0] if one else x) for x in (state[0], state[1].astype(np.int64)))
 

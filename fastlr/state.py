@@ -38,7 +38,7 @@ class OptimizerState:
         gradients: what finds gradients for them.
         backend: what carries out steps where they are.
         groups: the hyperparameters.
-        rows: the counters.
+        rows: the counters; a stepper makes those that its kernels advance.
         observed: what plateaus remember.
         loss_scale: the optimizer's own, or None.
     """
@@ -76,7 +76,7 @@ class OptimizerState:
         columns, gradients, backend = _memory(options, parameters, states, external)
         starts = [options.starts[name] for name in options.rule.scalars]
         counts = Counts.zero(len(parameters.leaves), parameters.models, starts)
-        rows = make_rows(backend, groups, counts, (), None)
+        rows = Rows(*rows_of(groups, counts), counts, None)
         return cls(options, parameters, columns, gradients, backend, groups, rows, Remembered(), loss_scale)
 
     @property
@@ -125,12 +125,15 @@ class OptimizerState:
             for letter in self.columns.letters:
                 if letter not in self.columns.external:
                     source = self.columns.arrays[letter][j]
-                    readable = source if after.place is before.place else before.place.to_host(source)
-                    after.place.copy(new.columns.arrays[letter][k], readable)
+                    target = new.columns.arrays[letter][k]
+                    if after.place is before.place:
+                        after.place.copy(target, source)
+                    else:
+                        after.place.upload(target, before.place.download(source))
         loss_scale = self.loss_scale
         if loss_scale is not None and after.place is not before.place:
             loss_scale = loss_scale.copy()
-        rows = make_rows(new.backend, groups, counts, (), None)
+        rows = Rows(*rows_of(groups, counts), counts, None)
         return replace(new, rows=rows, observed=self.observed.copy(), loss_scale=loss_scale)
 
     def fresh(self, before: OptimizerState) -> tuple[str, ...]:
@@ -151,7 +154,7 @@ class OptimizerState:
             data = place.allocate(ours.size, dtype)
             buffer = FlatBuffer(ours.structure, ours.shapes, data, ours.population)
             for to, leaf in zip(ours.cut(data), leaves, strict=True):
-                place.copy(to, ours.place.to_host(leaf))
+                place.upload(to, ours.place.download(leaf))
             if ours.is_array:
                 return data.reshape(ours.shapes[0])
             return buffer if isinstance(given, FlatBuffer) else buffer.unflatten()
@@ -173,21 +176,16 @@ class OptimizerState:
         return here.rebuilt(copied(ours.leaves, ours.source), external)
 
 
-def make_rows(
-    backend: Backend, groups: Groups, counts: Counts, shared: Sequence[str], partition: np.ndarray | None
-) -> Rows:
-    """The rows of an optimizer.
+def rows_of(groups: Groups, counts: Counts) -> tuple[np.ndarray, np.ndarray]:
+    """For each leaf the index of its settings, and for each of these and each model whether it is frozen.
 
     Args:
-        backend: where they are.
         groups: the hyperparameters.
         counts: of each leaf and model.
-        shared: what leaves share of the rule's scalars, as `Staged.shared`.
-        partition: which leaves have to be told apart, as for `Rows`.
     """
     models = counts.t.shape[1]
     frozen = np.array([np.broadcast_to(values["frozen"], models) for values in groups.uniforms()], bool)
-    return backend.rows(groups.configuration, frozen, counts.agreed(shared, groups.configuration), partition)
+    return groups.configuration, frozen
 
 
 def _memory(

@@ -7,6 +7,7 @@ kernel bodies. What it cannot show: speed, races between threads, and what a dri
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,27 +15,34 @@ import numpy as np
 from fastlr.arrays import places
 from fastlr.arrays.places import Memory
 from fastlr.gpu import arrays as device_arrays
+from fastlr.gpu import driver
 from fastlr.kernels import emulation
+from fastlr.kernels.formats import FORMATS
 
 _kernels: dict[str, tuple[Any, int]] = {}
 
 
 def _memory(address: int, nbytes: int) -> np.ndarray:
-    return np.frombuffer((ctypes.c_char * nbytes).from_address(address), np.uint8)
+    return np.frombuffer(memoryview((ctypes.c_char * nbytes).from_address(address)), np.uint8)
+
+
+def _copy(nbytes: int, to: int, source: int) -> None:
+    if nbytes:
+        _memory(to, nbytes)[:] = _memory(source, nbytes)
 
 
 class Graph:
     """Launches recorded while a stream was captured."""
 
     def __init__(self) -> None:
-        self.launches: list[tuple[Any, int, list[Any]]] = []
+        self.launches: list[tuple[Callable[..., None], int, list[Any]]] = []
 
     def replay(self) -> None:
         for function, blocks, values in self.launches:
             function(blocks, *values)
 
 
-class Device:
+class Device(driver.Device):
     """The driver's part."""
 
     def __init__(self, ordinal: int = 0) -> None:
@@ -45,7 +53,7 @@ class Device:
         self.room_for: int | None = None
         self._kept: list[np.ndarray] = []
 
-    def kernel(self, make: Any, name: str, content: Any) -> tuple[Any, int]:
+    def kernel(self, make: Callable[[Any], Any], name: str, content: Sequence[object]) -> tuple[Any, int]:
         key = repr(content)
         if key not in _kernels:
             body = make(emulation.TARGET)
@@ -91,14 +99,16 @@ class Device:
 
     def copy(self, to: int, source: int, nbytes: int, stream: int) -> None:
         self.calls.append("copy")
-        if nbytes:
-            _memory(to, nbytes)[:] = _memory(source, nbytes)
+        if self.graph is not None:
+            self.graph.launches.append((_copy, nbytes, [to, source]))
+        else:
+            _copy(nbytes, to, source)
 
     def clear(self, address: int, nbytes: int, stream: int) -> None:
         if nbytes:
             _memory(address, nbytes)[:] = 0
 
-    def launch(self, launch: Any, blocks: int, stream: int) -> None:
+    def launch(self, launch: driver.Launch, blocks: int, stream: int) -> None:
         if blocks == 0:
             return
         self.calls.append("launch")
@@ -116,7 +126,7 @@ class Device:
 
     # As a user of a graph would do it.
 
-    def capture(self, function: Any) -> Graph:
+    def capture(self, function: Callable[[], object]) -> Graph:
         self.graph = graph = Graph()
         try:
             function()
@@ -151,14 +161,18 @@ class Place(device_arrays.DevicePlace):
             raise TypeError(f"{called} is a {type(leaf).__name__}, expected an array on {self.label}.")
         return places.HOST.memory(called, np.asarray(leaf))
 
+    def __init__(self, device: Device) -> None:
+        super().__init__(device)
+        self._emulated = device
+
     def stream(self) -> int:
-        return self.device.current_stream
+        return self._emulated.current_stream
 
     def view(self, array: Any, kind: str) -> Any:
         return array if kind == "bfloat16" else array.view(kind)
 
     def empty_bytes(self, nbytes: int) -> Any:
-        if self.device.room_for is not None and nbytes > self.device.room_for:
+        if self._emulated.room_for is not None and nbytes > self._emulated.room_for:
             raise RuntimeError("out of memory")
         raw = np.full(nbytes + 256, 0xAB, np.uint8)
         first = -raw.ctypes.data % 256
@@ -166,6 +180,10 @@ class Place(device_arrays.DevicePlace):
 
     def contiguous(self, array: Any) -> Any:
         return array if array.flags.c_contiguous else np.ascontiguousarray(array).view(Array)
+
+    def widened(self, called: str, array: Any, name: str, dtype: str) -> Any:
+        decode, _ = FORMATS[name].make(np.where)
+        return np.asarray(decode(np.asarray(array).view(np.uint16)), dtype).reshape(array.shape).view(Array)
 
 
 DEVICES = Device(0), Device(1)
@@ -181,6 +199,6 @@ def on_device(array: np.ndarray, offset: int = 0, kind: type = Array) -> Any:
     array = np.asarray(array)
     raw = np.full(array.nbytes + 512, 0xAB, np.uint8)
     first = -raw.ctypes.data % 256 + offset * array.itemsize
-    out = raw[first : first + array.nbytes].view(array.dtype).reshape(array.shape).view(kind)
+    out: Any = raw[first : first + array.nbytes].view(array.dtype).reshape(array.shape).view(kind)
     out[...] = array
     return out

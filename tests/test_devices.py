@@ -70,7 +70,7 @@ def test_a_plain_step(with_stub):
         rows = integers(table, 3, 5)
         for row, k in zip(rows, tree):
             columns = [leaves[k], grads[k], opt.state["exp_avg"][k], opt.state["exp_avg_sq"][k]]
-            assert row[1:].tolist() == [x._address for x in columns]
+            assert row[1:].tolist() == [x.address for x in columns]
         seen = {e: [] for e in range(3)}
         for leaf, start, size, _ in integers(pieces, count, 4):
             assert 0 < size <= 1024
@@ -78,7 +78,7 @@ def test_a_plain_step(with_stub):
         assert [sorted(seen[e]) for e in range(3)] == [list(range(x.size)) for x in tree.values()]
         again = fastlr.flatten(tree, device="cuda").unflatten()
         opt.step(again)
-        assert launches()[1].parameters[0] == table and integers(table, 3, 5)[0, 2] == again["w"]._address
+        assert launches()[1].parameters[0] == table and integers(table, 3, 5)[0, 2] == again["w"].address
         """)
 
 

@@ -282,7 +282,7 @@ class TestInterrupted:
 
         opt.step({"w": 8 * G})
         with monkeypatch.context() as patch:
-            patch.setattr("fastlr.step.plans.Plan.run", run)
+            patch.setattr("fastlr.step.plans.HostPlan.run", run)
             with pytest.raises(KeyboardInterrupt):
                 opt.step({"w": 16 * G})
         assert opt.loss_scale.scale == 16.0

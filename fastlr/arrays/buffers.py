@@ -26,7 +26,9 @@ class FlatBuffer(Mapping[str, Any]):
 
     Attributes:
         data: all elements in order, shape `(n,)`, 64-byte aligned; an array of the library that the leaves are of.
-        population: number of models, or None; the leaves of a population have that many rows.
+        population: number of models, or None; then the first dimension of every leaf is the model.
+        structure: of the tree that was flattened.
+        shapes: of the leaves, in order.
     """
 
     def __init__(
@@ -35,8 +37,8 @@ class FlatBuffer(Mapping[str, Any]):
         self.data = data
         self._place = places.of(data)
         self.population = population
-        self._structure = structure
-        self._shapes = tuple(shapes)
+        self.structure = structure
+        self.shapes = tuple(shapes)
         self._ends = ends = np.cumsum([0, *(int(np.prod(s, dtype=np.int64)) for s in shapes)])
         self._views = {
             path: data[a:b].reshape(shape)
@@ -45,7 +47,7 @@ class FlatBuffer(Mapping[str, Any]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles get aligned memory of their own, with views of it."""
-        return _remade, (self._structure, self._shapes, self.data, self.population)
+        return _remade, (self.structure, self.shapes, self.data, self.population)
 
     @property
     def dtype(self) -> np.dtype:
@@ -81,16 +83,16 @@ class FlatBuffer(Mapping[str, Any]):
         if place.label == self._place.label:
             return self
         data = place.allocate(self.size, self.dtype)
-        place.copy(data, self._place.to_host(self.data))
+        place.upload(data, self._place.download(self.data))
         return self.like(data)
 
     def like(self, data: Any) -> FlatBuffer:
         """The same leaves over other memory."""
-        return FlatBuffer(self._structure, self._shapes, data, self.population)
+        return FlatBuffer(self.structure, self.shapes, data, self.population)
 
     def unflatten(self) -> Any:
         """The tree that was flattened, with views of this buffer as its leaves."""
-        return self._structure.build(self._views.values())
+        return self.structure.build(self._views.values())
 
     def __getitem__(self, path: str | int) -> Any:
         """A view of the leaf at a path, or the buffer of the leaves below it."""
@@ -99,11 +101,11 @@ class FlatBuffer(Mapping[str, Any]):
             return self._views[path]
         inside = [k for k, p in enumerate(self._views) if p.startswith(path + ".")]
         try:
-            structure = self._structure.below(path)
+            structure = self.structure.below(path)
         except KeyError:
             raise KeyError(self._unknown(path)) from None
         first, last = (self._ends[inside[0]], self._ends[inside[-1] + 1]) if inside else (0, 0)
-        return FlatBuffer(structure, [self._shapes[k] for k in inside], self.data[first:last], self.population)
+        return FlatBuffer(structure, [self.shapes[k] for k in inside], self.data[first:last], self.population)
 
     def _unknown(self, path: str) -> str:
         close = difflib.get_close_matches(path, self._views, n=1)
@@ -127,10 +129,10 @@ class FlatBuffer(Mapping[str, Any]):
             raise ValueError(f"{path!r} has shape {tuple(leaf.shape)}, got {tuple(array.shape)}; nothing is broadcast.")
         if self._place is HOST:
             np.copyto(leaf, array, casting="same_kind")
+        elif places.of(array) is HOST:
+            self._place.upload(leaf, array.astype(self.dtype, "C", "same_kind"))
         else:
-            self._place.copy(
-                leaf, array if places.of(array) is not HOST else array.astype(self.dtype, "C", "same_kind")
-            )
+            self._place.copy(leaf, array)
 
     def __iter__(self) -> Iterator[str]:
         """The paths."""
@@ -153,7 +155,7 @@ class FlatBuffer(Mapping[str, Any]):
 
 
 def _path(key: Any) -> str:
-    """The path that a key stands for; of what stands for none, something to show."""
+    """The path that a key means; for what cannot be a key, a text to show in a message."""
     return str(key) if isinstance(key, str | int | np.integer) else checks.shown(key)
 
 
@@ -165,10 +167,10 @@ def _remade(structure: Structure, shapes: Sequence[tuple[int, ...]], data: Any, 
 
 
 def place_called(device: str) -> Place:
-    """The place that a user names; on a GPU, that of arrays of no library.
+    """The place with a name that users write; on a GPU, the one of arrays that belong to no library.
 
     Raises:
-        ValueError: if it is no name of a place.
+        ValueError: if no place has this name.
         DeviceError: if there is no such GPU.
     """
     if device == "cpu":
@@ -224,11 +226,11 @@ def flatten(
     used = found if source is HOST else ()
     buffer = FlatBuffer(structure, shapes, target.allocate(size, dtype, 0, alloc, used), population)
     for path, leaf in zip(structure.paths, leaves, strict=True):
-        view, content = buffer._views[path], source.contiguous(leaf)
+        view, content = buffer[path], source.contiguous(leaf)
         if target is HOST:
-            view[...] = source.to_host(content)
+            view[...] = source.download(content)
         elif source is target and population is None:
             target.copy(view, content)
         else:
-            target.copy(view, np.array(np.broadcast_to(source.to_host(content), tuple(view.shape))))
+            target.upload(view, np.broadcast_to(source.download(content), tuple(view.shape)))
     return buffer

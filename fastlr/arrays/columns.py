@@ -80,7 +80,7 @@ class Parameters:
     def __init__(self, source: Any) -> None:
         self.source = source
         if isinstance(source, FlatBuffer):
-            self.structure, tree, self.population = source._structure, source.unflatten(), source.population
+            self.structure, tree, self.population = source.structure, source.unflatten(), source.population
         else:
             self.structure, tree, self.population = Structure(source), source, None
         self.leaves: list[Any] = [leaf for _, leaf in leaves_with_paths(tree)]
@@ -132,7 +132,7 @@ class Parameters:
             kinds: the dtypes that its leaves may have; None: the parameters'.
         """
         if isinstance(tree, FlatBuffer):
-            if tree._structure.paths != self.paths:
+            if tree.structure.paths != self.paths:
                 raise ValueError(f"{name} is a buffer of other leaves than params. Make it from the same structure.")
             tree = tree.unflatten()
         leaves = [tree] if self.is_array else self.structure.leaves(tree, name)
@@ -225,7 +225,7 @@ class Columns:
                 raise ValueError(f"{pair} share memory. Pass memory of its own for each.")
             ends[argument] = max(end, ends.get(argument, 0))
         for scale in given.get(LR_SCALE.name, ()):
-            numbers = self._place.to_host(scale)
+            numbers = self._place.download(scale)
             if not (np.isfinite(numbers) & (numbers >= 0)).all():
                 raise ValueError(f"{LR_SCALE.argument} must be non-negative and finite everywhere.")
 
@@ -272,5 +272,5 @@ class Columns:
         narrow = to_float32(np.where) if self._parameters.dtype == np.float64 else np.asarray
         with np.errstate(all="ignore"):
             return [
-                encode(narrow(leaf if isinstance(leaf, np.ndarray) else self._place.to_host(leaf))) for leaf in leaves
+                encode(narrow(leaf if isinstance(leaf, np.ndarray) else self._place.download(leaf))) for leaf in leaves
             ]

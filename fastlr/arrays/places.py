@@ -1,4 +1,4 @@
-"""Where arrays live: what an optimizer needs to know of them, whatever library they are of."""
+"""Where arrays live: what an optimizer needs to know about them, whichever library made them."""
 
 from __future__ import annotations
 
@@ -53,17 +53,17 @@ class Memory:
 
 
 def is_plain(array: Any) -> bool:
-    """Whether an array means the numbers in its memory and nothing else: no mask, no unit, no arithmetic of its own."""
+    """Whether an array is just the numbers in its memory: no mask, no units, no subclass with its own arithmetic."""
     if isinstance(array, np.ndarray):
         return type(array) in (np.ndarray, np.memmap)
     return not hasattr(array, "units")
 
 
 def check_plain(called: str, array: Any) -> None:
-    """Check that an array means the numbers in its memory and nothing else.
+    """Check that an array is just the numbers in its memory, see `is_plain`.
 
     Raises:
-        TypeError: if it is more; the message says what to pass.
+        TypeError: if it is not; the message says what to pass.
     """
     if is_plain(array):
         return
@@ -118,11 +118,15 @@ class Place(abc.ABC):
 
     @abc.abstractmethod
     def copy(self, to: Any, source: Any) -> None:
-        """Copy all elements from an array of this place or of the host, of the same shape and dtype."""
+        """Copy all elements of an array in the same memory, of the same shape and dtype."""
 
     @abc.abstractmethod
-    def to_host(self, array: Any) -> np.ndarray:
-        """A copy as a NumPy array; two-byte floats as their bits."""
+    def upload(self, to: Any, source: np.ndarray) -> None:
+        """Copy all elements of an array on the host, of the same shape; two-byte floats as their bits."""
+
+    @abc.abstractmethod
+    def download(self, array: Any) -> np.ndarray:
+        """A copy as a NumPy array on the host; two-byte floats as their bits."""
 
     @abc.abstractmethod
     def as_format(self, bits: Any, name: str) -> Any:
@@ -187,11 +191,15 @@ class Host(Place):
         """Set all elements to a number."""
         array.fill(value)
 
-    def copy(self, to: np.ndarray, source: Any) -> None:
+    def copy(self, to: np.ndarray, source: np.ndarray) -> None:
         """Copy all elements."""
         to[...] = source
 
-    def to_host(self, array: np.ndarray) -> np.ndarray:
+    def upload(self, to: np.ndarray, source: np.ndarray) -> None:
+        """Copy all elements."""
+        to[...] = source
+
+    def download(self, array: np.ndarray) -> np.ndarray:
         """A copy."""
         return array.copy()
 
@@ -261,7 +269,7 @@ FINDERS: list[Callable[[Any], Place | None]] = []
 
 
 def of(leaf: Any) -> Place:
-    """The place of an array; the host for whatever is not known."""
+    """The place of an array; the host for anything that no library's finder knows."""
     if isinstance(leaf, np.ndarray) and type(leaf) is np.ndarray:
         return HOST
     for find in FINDERS:
@@ -289,5 +297,5 @@ def common_place(name: str, paths: Sequence[str], leaves: Sequence[Any]) -> Plac
 
 
 def storage_of(kind: str) -> str:
-    """The dtype that stands in memory for a dtype or format."""
+    """The dtype in memory of a dtype or format: of two-byte floats that of their bits."""
     return FORMATS[kind].storage if kind in FORMATS else kind

@@ -1,8 +1,9 @@
-"""Arrays on a GPU, of whatever library: PyTorch, CuPy, Numba, anything with an array interface or DLPack."""
+"""Arrays on a GPU from any library: PyTorch, CuPy, Numba, anything with a CUDA array interface or DLPack."""
 
 from __future__ import annotations
 
 import abc
+import contextlib
 import functools
 import math
 import sys
@@ -12,15 +13,16 @@ from typing import Any
 import numpy as np
 
 from ..arrays import places
-from ..arrays.places import HOST, Alloc, Memory, Place
+from ..arrays.places import Alloc, Memory, Place
 from ..kernels.formats import FORMATS
 from . import driver as devices
+from .driver import Device
 
 __all__ = ["DeviceArray", "DevicePlace", "on_device"]
 
 
 class DevicePlace(Place):
-    """Memory of one GPU, and the library that its arrays are of.
+    """The memory of one GPU, and the library whose arrays are in it.
 
     Args:
         device: the GPU.
@@ -29,7 +31,7 @@ class DevicePlace(Place):
         device: the GPU.
     """
 
-    def __init__(self, device: Any) -> None:
+    def __init__(self, device: Device) -> None:
         self.device, self.label = device, device.label
 
     @abc.abstractmethod
@@ -75,19 +77,21 @@ class DevicePlace(Place):
         if value == 0:
             self.device.clear(memory.address, memory.nbytes, self.stream())
         else:
-            self.copy(array, np.full(memory.shape, value, places.storage_of(memory.kind)))
+            self.upload(array, np.full(memory.shape, value, places.storage_of(memory.kind)))
 
     def copy(self, to: Any, source: Any) -> None:
-        """Copy all elements from an array of this GPU or of the host."""
+        """Copy all elements of an array of any library on this GPU."""
         target = self.memory("", to)
-        if isinstance(source, np.ndarray | np.generic) and places.of(source) is HOST:
-            numbers = np.ascontiguousarray(source, places.storage_of(target.kind))
-            self.device.upload(target.address, numbers, self.stream())
-        else:
-            self.device.copy(target.address, places.of(source).address(source), target.nbytes, self.stream())
+        self.device.copy(target.address, places.of(source).address(source), target.nbytes, self.stream())
 
-    def to_host(self, array: Any, stream: int | None = None) -> np.ndarray:
-        """A copy as a NumPy array; waits for the stream, by default the current one."""
+    def upload(self, to: Any, source: np.ndarray) -> None:
+        """Copy all elements of an array on the host; two-byte floats as their bits."""
+        target = self.memory("", to)
+        numbers = np.ascontiguousarray(source, places.storage_of(target.kind))
+        self.device.upload(target.address, numbers, self.stream())
+
+    def download(self, array: Any, stream: int | None = None) -> np.ndarray:
+        """A copy as a NumPy array on the host; waits for the stream, by default the current one."""
         memory = self.memory("", array)
         out = np.empty(memory.shape, places.storage_of(memory.kind))
         self.device.download(out, memory.address, self.stream() if stream is None else stream)
@@ -98,18 +102,33 @@ class DevicePlace(Place):
         return self.view(bits, name)
 
     def quick_address(self, leaf: Any, shape: tuple[int, ...], kind: str) -> int | None:
-        """The address of an array that is certainly of this place, shape and dtype, in order; else None."""
+        """The address of a C-contiguous array if it is quick to see that it has this place, shape and dtype."""
         return None
 
     def readable(self, leaf: Any) -> Any:
         """An array that is only read, as `memory` takes it."""
         return leaf
 
-    def contiguous(self, array: Any) -> Any:
-        """The array itself if its elements stand in order.
+    def using(self, stream: int) -> contextlib.AbstractContextManager[Any]:
+        """A context in which the library works in a stream, where it can."""
+        return contextlib.nullcontext()
+
+    def widened(self, called: str, array: Any, name: str, dtype: str) -> Any:
+        """Numbers of a two-byte format, or their bits, as an array of a float dtype.
 
         Raises:
-            ValueError: if they do not, and the library has no copy to offer.
+            TypeError: if the library cannot convert them.
+        """
+        raise TypeError(
+            f"{called} is {name}, but other leaves are not, and an array that belongs to no library cannot be "
+            f"converted to {dtype}. Pass gradients of one dtype."
+        )
+
+    def contiguous(self, array: Any) -> Any:
+        """The array itself if it is C-contiguous, else a copy that is.
+
+        Raises:
+            ValueError: if the library cannot copy it.
         """
         if self.memory("", array).contiguous:
             return array
@@ -122,7 +141,7 @@ class _Torch(DevicePlace):
     kind_of_array = "PyTorch tensor"
     make_contiguous = "tensor.contiguous()"
 
-    def __init__(self, device: Any, where: Any) -> None:
+    def __init__(self, device: Device, where: Any) -> None:
         super().__init__(device)
         self._torch, self._where = sys.modules["torch"], where
 
@@ -143,7 +162,7 @@ class _Torch(DevicePlace):
         return Memory(address, shape, kind, leaf.numel() * leaf.element_size(), contiguous, aligned, True)
 
     def quick_address(self, leaf: Any, shape: tuple[int, ...], kind: str) -> int | None:
-        """The address of a tensor that is certainly of this place, shape and dtype, in order; else None."""
+        """As `DevicePlace.quick_address`."""
         good = (
             isinstance(leaf, self._torch.Tensor)
             and leaf.dtype is getattr(self._torch, kind)
@@ -159,8 +178,21 @@ class _Torch(DevicePlace):
         return leaf.detach() if leaf.requires_grad else leaf
 
     def contiguous(self, array: Any) -> Any:
-        """The tensor itself if its elements stand in order, else a copy."""
+        """The tensor itself if it is C-contiguous, else a copy that is."""
         return array.contiguous()
+
+    def using(self, stream: int) -> contextlib.AbstractContextManager[Any]:
+        """A context in which PyTorch works in a stream."""
+        if stream == self.stream():
+            return contextlib.nullcontext()
+        cuda = self._torch.cuda
+        known = cuda.ExternalStream(stream, self._where) if stream else cuda.default_stream(self._where)
+        context: contextlib.AbstractContextManager[Any] = cuda.stream(known)
+        return context
+
+    def widened(self, called: str, array: Any, name: str, dtype: str) -> Any:
+        """As `DevicePlace.widened`."""
+        return array.view(getattr(self._torch, name)).to(getattr(self._torch, dtype))
 
     def address(self, array: Any) -> int:
         """The address of a tensor's first element."""
@@ -185,7 +217,7 @@ class _CuPy(DevicePlace):
     kind_of_array = "CuPy array"
     make_contiguous = "cupy.ascontiguousarray(...)"
 
-    def __init__(self, device: Any) -> None:
+    def __init__(self, device: Device) -> None:
         super().__init__(device)
         self._cupy = sys.modules["cupy"]
 
@@ -198,8 +230,21 @@ class _CuPy(DevicePlace):
         return Memory(address, leaf.shape, str(leaf.dtype), leaf.nbytes, leaf.flags.c_contiguous, aligned, True)
 
     def contiguous(self, array: Any) -> Any:
-        """The array itself if its elements stand in order, else a copy."""
-        return self._cupy.ascontiguousarray(array)
+        """The array itself if it is C-contiguous, else a copy that is."""
+        return self._cupy.ascontiguousarray(array).reshape(array.shape)
+
+    def using(self, stream: int) -> contextlib.AbstractContextManager[Any]:
+        """A context in which CuPy works in a stream."""
+        if stream == self.stream():
+            return contextlib.nullcontext()
+        context: contextlib.AbstractContextManager[Any] = self._cupy.cuda.ExternalStream(stream, self.device.ordinal)
+        return context
+
+    def widened(self, called: str, array: Any, name: str, dtype: str) -> Any:
+        """As `DevicePlace.widened`; a bfloat16 is the upper half of a float32, which every CuPy knows."""
+        if name == "bfloat16":
+            return (array.view("uint16").astype("uint32") << 16).view("float32").astype(dtype)
+        return array.view(name).astype(dtype)
 
     def address(self, array: Any) -> int:
         """The address of an array's first element."""
@@ -227,12 +272,16 @@ class DeviceArray:
     a library that fastlr does not allocate with.
 
     Attributes:
+        device: the GPU.
+        address: of the first element.
         shape: in elements.
         dtype: NumPy's.
     """
 
-    def __init__(self, device: Any, owner: Any, address: int, shape: tuple[int, ...], dtype: Any) -> None:
-        self._device, self._owner, self._address = device, owner, address
+    def __init__(
+        self, device: Device, owner: _Allocation, address: int, shape: tuple[int, ...], dtype: np.typing.DTypeLike
+    ) -> None:
+        self.device, self._owner, self.address = device, owner, address
         self.shape, self.dtype = tuple(shape), np.dtype(dtype)
 
     @property
@@ -256,7 +305,7 @@ class DeviceArray:
         return {
             "shape": self.shape,
             "typestr": self.dtype.str,
-            "data": (self._address, False),
+            "data": (self.address, False),
             "strides": None,
             "version": 3,
             "stream": 1,
@@ -273,24 +322,24 @@ class DeviceArray:
         first, last, step = part.indices(self.shape[0])
         if step != 1:
             raise ValueError("a DeviceArray is contiguous: slices have no step.")
-        at = self._address + first * self.itemsize
-        return DeviceArray(self._device, self._owner, at, (max(0, last - first),), self.dtype)
+        at = self.address + first * self.itemsize
+        return DeviceArray(self.device, self._owner, at, (max(0, last - first),), self.dtype)
 
     def reshape(self, shape: Any) -> DeviceArray:
         """The same elements in another shape; a view."""
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
         if int(np.prod(shape, dtype=np.int64)) != self.size:
             raise ValueError(f"{self.size} elements do not fit the shape {shape}.")
-        return DeviceArray(self._device, self._owner, self._address, shape, self.dtype)
+        return DeviceArray(self.device, self._owner, self.address, shape, self.dtype)
 
     def view(self, dtype: Any) -> DeviceArray:
         """The same bytes of a flat array as another dtype."""
         dtype = np.dtype(dtype)
-        return DeviceArray(self._device, self._owner, self._address, (self.nbytes // dtype.itemsize,), dtype)
+        return DeviceArray(self.device, self._owner, self.address, (self.nbytes // dtype.itemsize,), dtype)
 
     def numpy(self) -> np.ndarray:
         """A copy on the host."""
-        return on_device(self._device).to_host(self)
+        return on_device(self.device).download(self)
 
     def __reduce__(self) -> Any:
         """Refuse pickles, which would be of an address."""
@@ -298,13 +347,13 @@ class DeviceArray:
 
     def __repr__(self) -> str:
         """Shape, dtype and GPU."""
-        return f"DeviceArray(shape={self.shape}, dtype={self.dtype}, device={self._device.label})"
+        return f"DeviceArray(shape={self.shape}, dtype={self.dtype}, device={self.device.label})"
 
 
 class _Allocation:
     """Memory of a GPU that is given back when nobody refers to it."""
 
-    def __init__(self, device: Any, nbytes: int) -> None:
+    def __init__(self, device: Device, nbytes: int) -> None:
         self._device, self.address = device, device.allocate(nbytes)
 
     def __del__(self) -> None:
@@ -313,7 +362,7 @@ class _Allocation:
 
 
 class _Bare(DevicePlace):
-    """Arrays that say where they are by an interface; buffers are `DeviceArray`s."""
+    """Arrays that tell their address by an interface; what we allocate are `DeviceArray`s."""
 
     kind_of_array = "device array"
     make_contiguous = "a contiguous copy"
@@ -327,15 +376,15 @@ class _Bare(DevicePlace):
 
     def address(self, array: Any) -> int:
         """The address of an array's first element."""
-        return array._address if isinstance(array, DeviceArray) else self.memory("", array).address
+        return array.address if isinstance(array, DeviceArray) else self.memory("", array).address
 
     def quick_address(self, leaf: Any, shape: tuple[int, ...], kind: str) -> int | None:
-        """The address of an array that is certainly of this place, shape and dtype; else None."""
-        good = type(leaf) is DeviceArray and leaf._device is self.device and leaf.shape == shape and leaf.dtype == kind
-        return leaf._address if good else None
+        """As `DevicePlace.quick_address`."""
+        good = type(leaf) is DeviceArray and leaf.device is self.device and leaf.shape == shape and leaf.dtype == kind
+        return leaf.address if good else None
 
     def stream(self) -> int:
-        """The legacy default stream, which waits for those of the host's other work."""
+        """The legacy default stream, which is in order with all blocking streams."""
         return 0
 
     def view(self, array: Any, kind: str) -> Any:
@@ -387,8 +436,8 @@ def _cupy_place(ordinal: int) -> _CuPy:
 
 
 @functools.cache
-def on_device(device: Any) -> _Bare:
-    """The place of arrays of no library on a GPU."""
+def on_device(device: Device) -> _Bare:
+    """The place of arrays that belong to no library on a GPU."""
     return _Bare(device)
 
 
@@ -401,7 +450,7 @@ def _find(leaf: Any) -> Place | None:
     if cupy is not None and isinstance(leaf, cupy.ndarray):
         return _cupy_place(leaf.device.id)
     if isinstance(leaf, DeviceArray):
-        return on_device(leaf._device)
+        return on_device(leaf.device)
     found = None
     if not isinstance(leaf, np.ndarray):
         found = _by_interface(leaf)

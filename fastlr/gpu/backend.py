@@ -14,7 +14,7 @@ from ..kernels.staging import Staged
 from ..kernels.tiles import Storage
 from ..loss_scale import LossScale
 from ..step.gradients import Given, Gradients
-from ..step.plans import Plan
+from ..step.plans import Entries, Plan
 from ..step.rows import Counts, Rows
 from ..step.scheduled import Formula, Scheduled
 from .arrays import DevicePlace
@@ -64,25 +64,27 @@ class GpuBackend:
         return DeviceGradients(parameters, written, self._alloc, self._grad_dtype, given, True)
 
     def rows(
-        self, configuration: np.ndarray, frozen: np.ndarray, counts: Counts, partition: np.ndarray | None
+        self,
+        configuration: np.ndarray,
+        frozen: np.ndarray,
+        counts: Counts,
+        partition: np.ndarray | None,
+        staged: Staged,
+        loss_scale: LossScale | None,
     ) -> DeviceRows:
         """As `Backend.rows`."""
-        return DeviceRows(configuration, frozen, counts, partition)
-
-    def install(
-        self, rows: Rows, staged: Staged, table: np.ndarray, h: np.ndarray, models: int, loss_scale: LossScale | None
-    ) -> None:
-        """As `Backend.install`."""
-        assert isinstance(rows, DeviceRows)
-        rows.install(self.place, staged, table, h, models, loss_scale, self._capturable)
+        return DeviceRows(configuration, frozen, counts, partition, self.place, staged, loss_scale, self._capturable)
 
     def formulas(self, scheduled: Scheduled) -> tuple[Formula, ...]:
         """As `Backend.formulas`."""
         return scheduled.formulas()
 
-    def plan(self, *args: Any, **more: Any) -> Plan:
+    def plan(
+        self, entries: Entries, rows: Rows, staged: Staged, advance: np.ndarray, grad_format: str, partial: bool
+    ) -> Plan:
         """As `Backend.plan`."""
-        return DevicePlan(*args, place=self.place, capturable=self._capturable, **more)
+        assert isinstance(rows, DeviceRows)
+        return DevicePlan(entries, rows, staged, advance, grad_format, partial, self.place, self._capturable)
 
     def kernel(self, staged: Staged, storage: Storage, formulas: tuple[Formula, ...]) -> StepKernels:
         """As `Backend.kernel`."""
@@ -90,7 +92,6 @@ class GpuBackend:
 
     def prepare(self, kernel: StepKernels, rows: Rows) -> float:
         """As `Backend.prepare`."""
-        assert isinstance(rows, DeviceRows)
         kernel.prepare(rows.decided_by_host)
         return float(kernel.compile_s)
 

@@ -1,7 +1,7 @@
-"""GPUs through the CUDA driver: memory by address, streams, and launches that are packed beforehand.
+"""What a step asks of a GPU (`Device`), and the CUDA driver that does it (`Gpu`).
 
-Nothing here waits for a GPU but `download` and `upload_now`. The package cuda-bindings, which numba-cuda brings along,
-is imported when a GPU is asked for.
+Memory goes by its address, streams by their handles, and launches are packed beforehand. The package cuda-bindings,
+which comes with numba-cuda, is imported when somebody asks for a GPU.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ import ctypes
 import functools
 import importlib.util
 import threading
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from .. import checks
 
-__all__ = ["DeviceError", "Gpu", "Launch", "gpu", "problem"]
+__all__ = ["Device", "DeviceError", "Gpu", "Launch", "gpu", "problem"]
 
 _INSTALL = 'pip install "fastlr-kernels[cuda13]" (or [cuda12], for a driver older than 580)'
 
 
-_TABLE_BYTES, _HELD = 1 << 20, 64  # uploads up to this size, of which so many are kept for a while
+_TABLE_BYTES, _HELD = 1 << 20, 64  # uploads up to this size are copied first; so many copies are kept
 
 
 class DeviceError(RuntimeError):
-    """A GPU that is missing, or that refused something; nothing has been changed by the call that raises it."""
+    """A GPU is missing, or it refused something; the call that raises this has changed nothing."""
 
 
 @functools.cache
@@ -80,16 +80,16 @@ def gpu(ordinal: int = 0) -> Gpu:
     return Gpu(ordinal)
 
 
-def stream_handle(stream: Any, device: Any) -> int:
+def stream_handle(stream: Any, device: Device) -> int:
     """The handle of a stream of any library.
 
     Args:
         stream: what the user gave.
-        device: the GPU that it must be of.
+        device: the GPU that it must belong to.
 
     Raises:
-        TypeError: if it is no stream.
-        ValueError: if it is one of another GPU, as far as it says.
+        TypeError: if it is not a stream.
+        ValueError: if it says that it belongs to another GPU.
     """
     where = getattr(stream, "device_id", getattr(getattr(stream, "device", None), "index", None))
     if isinstance(where, int) and where not in (-1, device.ordinal):
@@ -121,15 +121,97 @@ class Launch:
         self.packed = ctypes.addressof(self._pointers)
 
 
-class Gpu:
-    """One GPU.
+@runtime_checkable
+class Device(Protocol):
+    """What a step needs from a GPU. `Gpu` is the real one; the tests have another that runs on the CPU.
+
+    Everything happens in the order of the stream that it is given; only `download` and `upload_now` wait.
+
+    Attributes:
+        ordinal: its number among those that the process may see.
+        label: "cuda:0" and so on.
+        cc: its compute capability.
+    """
+
+    ordinal: int
+    label: str
+    cc: tuple[int, int]
+
+    def __hash__(self) -> int:
+        """A GPU is equal to itself alone."""
+        return id(self)
+
+    def allocate(self, nbytes: int) -> int:
+        """The address of memory that the caller owns until it calls `free`; aligned to 256 bytes.
+
+        Raises:
+            MemoryError: if there is not enough; the message says how much there is.
+        """
+
+    def free(self, address: int) -> None:
+        """Give memory back."""
+
+    def table_memory(self, nbytes: int, capturing: bool, stream: int | None = None) -> tuple[int, int]:
+        """Memory for tables: its address and size. It stays allocated and is used again after `release_tables`.
+
+        Args:
+            nbytes: the size needed.
+            capturing: whether a graph is being captured.
+            stream: the only stream that will use it, if that is known. Memory that only this stream has used before
+                can then be used again without waiting, since a stream does one thing after the other.
+        """
+
+    def release_tables(self, memory: tuple[int, int], stream: int | None = None) -> None:
+        """Let others use table memory, with the only stream that used it, if that is known."""
+
+    def upload(self, address: int, array: np.ndarray, stream: int) -> None:
+        """Copy from the host; the array may be changed once this returns."""
+
+    def upload_now(self, address: int, array: np.ndarray) -> None:
+        """Copy from the host and wait, while another stream is being captured into a graph."""
+
+    def download(self, array: np.ndarray, address: int, stream: int) -> None:
+        """Copy to the host, and wait."""
+
+    def copy(self, to: int, source: int, nbytes: int, stream: int) -> None:
+        """Copy within the GPU's memory."""
+
+    def clear(self, address: int, nbytes: int, stream: int) -> None:
+        """Write zeros."""
+
+    def owner(self, address: int) -> int | None:
+        """The number of the GPU that an address belongs to; None if it belongs to none."""
+
+    def kernel(self, make: Callable[[Any], Any], name: str, content: Sequence[object]) -> tuple[Any, int]:
+        """The handle of a kernel, compiled or from the cache, and the threads in its blocks.
+
+        Args:
+            make: makes the kernel's body for a `grid.Target`.
+            name: of the rule, for the names of files in the cache.
+            content: everything that its code depends on.
+
+        Raises:
+            DeviceError: if it cannot be compiled or loaded.
+        """
+
+    def enter(self) -> None:
+        """Prepare the calling thread for launches."""
+
+    def launch(self, launch: Launch, blocks: int, stream: int) -> None:
+        """Start a kernel; nothing for 0 blocks."""
+
+    def capturing(self, stream: int) -> bool:
+        """Whether a stream is being captured into a graph."""
+
+    def synchronize(self, stream: int) -> None:
+        """Wait for a stream."""
+
+
+class Gpu(Device):
+    """One GPU, by the CUDA driver.
 
     Args:
         ordinal: its number among those that the process may see.
-
-    Attributes:
-        label: "cuda:0" and so on.
-        cc: its compute capability.
     """
 
     def __init__(self, ordinal: int) -> None:
@@ -139,13 +221,14 @@ class Gpu:
         self.ordinal, self.label = ordinal, f"cuda:{ordinal}"
         handle = self._ask(driver.cuDeviceGet(ordinal))
         attribute = driver.CUdevice_attribute
-        self.cc = tuple(
-            self._ask(driver.cuDeviceGetAttribute(a, handle))
+        major, minor = (
+            int(self._ask(driver.cuDeviceGetAttribute(a, handle)))
             for a in (
                 attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
                 attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
             )
         )
+        self.cc = major, minor
         # The context that PyTorch, CuPy, JAX and Numba use as well.
         self._context = self._ask(driver.cuDevicePrimaryCtxRetain(handle))
         self._handle = handle
@@ -164,8 +247,8 @@ class Gpu:
             raise DeviceError(f"{self.label}: the CUDA driver says {status.name}: {described}.")
         return values[0] if len(values) == 1 else None
 
-    def _enter(self) -> None:
-        """Make the GPU's context the calling thread's."""
+    def enter(self) -> None:
+        """Make the GPU's context the current one of the calling thread."""
         _, now = self._driver.cuCtxGetCurrent()
         if int(now) != int(self._context):
             self._ask(self._driver.cuCtxSetCurrent(self._context))
@@ -178,12 +261,8 @@ class Gpu:
     # Memory
 
     def allocate(self, nbytes: int) -> int:
-        """The address of memory that belongs to the caller until he frees it; aligned to 256 bytes.
-
-        Raises:
-            MemoryError: if there is not enough; the message says how much there is.
-        """
-        self._enter()
+        """As `Device.allocate`."""
+        self.enter()
         status, address = self._driver.cuMemAlloc(max(1, nbytes))
         if status == self._driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
             raise MemoryError(f"{self.label} has no room for {nbytes:,} bytes; {self.room()}.")
@@ -199,38 +278,31 @@ class Gpu:
         self._driver.cuMemFree(address)
 
     def table_memory(self, nbytes: int, capturing: bool, stream: int | None = None) -> tuple[int, int]:
-        """Memory for tables, kept for the life of the process and used again: address and size.
-
-        Args:
-            nbytes: how much at least.
-            capturing: whether a graph is being captured.
-            stream: the only stream that will use it, if it is known: then what this stream alone has used before is
-                used again without waiting, since a stream does one thing after the other.
-        """
+        """As `Device.table_memory`."""
         size = 1 << max(8, (nbytes - 1).bit_length())
         with self._lock:
             fitting = (k for k, (_, room, last) in enumerate(self._spare) if room == size and last == stream)
-            place = None if capturing else next(fitting, None)
-            found = self._spare.pop(place) if place is not None else None
-        if found is None:
+            index = None if capturing else next(fitting, None)
+            spare = self._spare.pop(index) if index is not None else None
+        if spare is None:
             with _Relaxed(self._driver):
                 return self.allocate(size), size
         if stream is None:
-            self._ask(self._driver.cuCtxSynchronize())  # a kernel of whoever had it may not be done
-        return found[:2]
+            self._ask(self._driver.cuCtxSynchronize())  # a kernel of the previous user may still run
+        return spare[:2]
 
     def release_tables(self, memory: tuple[int, int], stream: int | None = None) -> None:
-        """Hand table memory back for others to use, with the only stream that used it, if it is known."""
+        """As `Device.release_tables`."""
         with self._lock:
             self._spare.append((*memory, stream))
 
     def upload(self, address: int, array: np.ndarray, stream: int) -> None:
-        """Copy from the host in the order of a stream; the array may be changed once this returns.
+        """As `Device.upload`.
 
-        Some systems read the host's memory only when the stream gets there: a table is copied first, more than that is
-        waited for.
+        Some systems read the host's memory only when the stream gets there: a small array is copied first, and a
+        larger one waited for.
         """
-        self._enter()
+        self.enter()
         if array.nbytes <= _TABLE_BYTES:
             array = array.copy()
             self._held.append(array)
@@ -239,8 +311,8 @@ class Gpu:
             self._ask(self._driver.cuStreamSynchronize(stream))
 
     def upload_now(self, address: int, array: np.ndarray) -> None:
-        """Copy from the host and wait, beside a stream that is being captured."""
-        self._enter()
+        """As `Device.upload_now`."""
+        self.enter()
         driver = self._driver
         with _Relaxed(driver):
             if self._own_stream is None:
@@ -249,40 +321,34 @@ class Gpu:
             self._ask(driver.cuStreamSynchronize(self._own_stream))
 
     def download(self, array: np.ndarray, address: int, stream: int) -> None:
-        """Copy to the host, after all that was asked of a stream before; waits for it."""
-        self._enter()
+        """As `Device.download`."""
+        self.enter()
         if array.nbytes:
             self._ask(self._driver.cuMemcpyDtoHAsync(array.ctypes.data, address, array.nbytes, stream))
             self._ask(self._driver.cuStreamSynchronize(stream))
 
     def copy(self, to: int, source: int, nbytes: int, stream: int) -> None:
-        """Copy from one place on the GPU to another, in the order of a stream."""
-        self._enter()
+        """As `Device.copy`."""
+        self.enter()
         if nbytes:
             self._ask(self._driver.cuMemcpyDtoDAsync(to, source, nbytes, stream))
 
     def clear(self, address: int, nbytes: int, stream: int) -> None:
-        """Zeros, in the order of a stream."""
-        self._enter()
+        """As `Device.clear`."""
+        self.enter()
         if nbytes:
             self._ask(self._driver.cuMemsetD8Async(address, 0, nbytes, stream))
 
     def owner(self, address: int) -> int | None:
-        """The number of the GPU that an address belongs to; None if it is none's."""
+        """As `Device.owner`."""
         attribute = self._driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
         status, ordinal = self._driver.cuPointerGetAttribute(attribute, address)
         return int(ordinal) if status == self._driver.CUresult.CUDA_SUCCESS else None
 
     # Kernels
 
-    def kernel(self, make: Any, name: str, content: Sequence[object]) -> tuple[Any, int]:
-        """The handle of a kernel, compiled or from the cache, and the threads of its blocks.
-
-        Args:
-            make: `make(target)`, its body.
-            name: of the rule, for the names of files in the cache.
-            content: what its code depends on.
-        """
+    def kernel(self, make: Callable[[Any], Any], name: str, content: Sequence[object]) -> tuple[Any, int]:
+        """As `Device.kernel`."""
         from ..kernels import cuda
 
         try:
@@ -298,10 +364,10 @@ class Gpu:
         """The handle of a kernel; the same image is loaded once.
 
         Raises:
-            DeviceError: if the driver does not take it.
+            DeviceError: if the driver refuses it.
         """
         if image.code not in self._modules:
-            self._enter()
+            self.enter()
             with _Relaxed(self._driver):
                 try:
                     module = self._ask(self._driver.cuModuleLoadData(image.code))
@@ -316,7 +382,7 @@ class Gpu:
         return self._modules[image.code]
 
     def launch(self, launch: Launch, blocks: int, stream: int) -> None:
-        """Start a kernel in a stream."""
+        """As `Device.launch`."""
         if blocks:
             answer = self._driver.cuLaunchKernel(
                 launch.function, blocks, 1, 1, launch.threads, 1, 1, 0, stream, launch.packed, 0
@@ -324,18 +390,14 @@ class Gpu:
             if answer[0] != 0:
                 self._ask(answer)
 
-    def enter(self) -> None:
-        """Call before launches."""
-        self._enter()
-
     def capturing(self, stream: int) -> bool:
-        """Whether a stream is being captured into a graph."""
+        """As `Device.capturing`."""
         status, state = self._driver.cuStreamIsCapturing(stream)
         return bool(status == self._driver.CUresult.CUDA_SUCCESS and int(state) != 0)
 
     def synchronize(self, stream: int) -> None:
-        """Wait for a stream."""
-        self._enter()
+        """As `Device.synchronize`."""
+        self.enter()
         self._ask(self._driver.cuStreamSynchronize(stream))
 
 

@@ -1,4 +1,4 @@
-"""Where the gradients of a step are on a GPU, of whatever library."""
+"""Where the gradients of a step are on a GPU: checked, read in place where they can be, copied where not."""
 
 from __future__ import annotations
 
@@ -15,16 +15,24 @@ __all__ = ["DeviceGradients"]
 
 
 class DeviceGradients(Gradients):
-    """The same for gradients on a GPU, of whatever library; arguments as for `Gradients`."""
+    """Finds the addresses of gradients on a GPU, of any library; arguments as for `Gradients`.
 
+    As on the CPU, a gradient is copied first if it cannot be read where it is, and converted if the others have another
+    dtype; what a library cannot do is refused.
+
+    Attributes:
+        stream: of the step that is being prepared, in whose order copies are made; None: the caller's current one.
+    """
+
+    stream: int | None = None
     _at: DevicePlace
 
-    def _found(self, path: str, leaf: Any, shapes: Sequence[Any]) -> tuple[int, Any, str]:
-        """The address of a gradient, the array there, and its format.
+    def _checked(self, path: str, leaf: Any, shapes: Sequence[Any]) -> tuple[Any, str]:
+        """A gradient of this GPU, and its format.
 
         Raises:
             TypeError: if it is not on this GPU or has another dtype.
-            ValueError: if it has another shape or shares memory with what the step writes.
+            ValueError: if it has another shape.
         """
         called = checks.called(path, "grads")
         place = places.of(leaf)
@@ -43,27 +51,49 @@ class DeviceGradients(Gradients):
         if memory.shape not in shapes:
             expected = " or ".join(str(shape) for shape in shapes if shape is not None)
             raise ValueError(f"{called} has shape {memory.shape}, expected {expected}.")
-        checks.aligned(called, memory)
-        if not memory.contiguous:
-            leaf = place.contiguous(leaf)
+        return leaf, self._formats[memory.kind]
+
+    def _readable(self, path: str, leaf: Any, kind: str, common: str, first: int) -> tuple[int, Any]:
+        """The address where a gradient can be read in a format, and the array there: its own, or a copy.
+
+        Args:
+            path: of the leaf.
+            leaf: the gradient.
+            kind: its format.
+            common: the format it is needed in.
+            first: where it stands among all elements.
+
+        Raises:
+            TypeError: if it has to be converted, and its library cannot.
+            ValueError: if it has to be gathered, and its library cannot.
+        """
+        called, place = checks.called(path, "grads"), places.of(leaf)
+        assert isinstance(place, DevicePlace)
+        stream = self._at.stream() if self.stream is None else self.stream
+        memory = place.memory(called, leaf)
+        if kind != common or not memory.contiguous:
+            with place.using(stream):
+                leaf = leaf if kind == common else place.widened(called, leaf, kind, common)
+                leaf = place.contiguous(leaf)
             memory = place.memory(called, leaf)
-        if self.overlaps(memory.address, memory.nbytes):
-            raise ValueError(
-                f"{called} shares memory with the parameters or with what else the step writes. Pass a copy of it."
-            )
-        return memory.address, leaf, self._formats[memory.kind]
+        if memory.aligned and not self.overlaps(memory.address, memory.nbytes):
+            return memory.address, leaf
+        gathered = self._gather(common)
+        address = self._at.address(gathered) + first * (2 if common in FORMATS else self._dtype.itemsize)
+        self._at.device.copy(address, memory.address, memory.nbytes, stream)
+        return address, (gathered, leaf)
 
     def look(self, found: list[Any], flat: bool, wanted: str) -> list[int] | None:
-        """The addresses of gradients that are certainly of a format, in order and apart from what a step writes.
+        """The addresses of gradients, if it is quick to see that all can be read in place.
 
         Args:
             found: the gradients, None where a leaf has none.
             flat: whether they are one array that holds all in order.
-            wanted: the format.
+            wanted: their format.
 
         Returns:
-            An address for each, 0 where there is none; None if one needs a closer look, or an array of the caller's is
-            not where it was.
+            An address for each, 0 where there is none; None if `leaves` or `flat` has to look at them, or an array of
+            the caller's has moved.
         """
         if [self._at.address(array) for _, array, _ in self._given] != [m.address for m in self._given_memory]:
             return None
@@ -84,26 +114,22 @@ class DeviceGradients(Gradients):
 
     def flat(self, grads: Any) -> tuple[int, list[Any], str]:
         """As `Gradients.flat`."""
-        address, leaf, kind = self._found("", grads, ((self._size,), self._only_shape))
-        return address, [leaf], kind
+        leaf, kind = self._checked("", grads, ((self._size,), self._only_shape))
+        address, array = self._readable("", leaf, kind, kind, 0)
+        return address, [array], kind
 
     def leaves(self, leaves: list[Any]) -> tuple[list[int], list[Any], str]:
-        """As `Gradients.leaves`.
-
-        Raises:
-            TypeError: as `_found`, or if dtypes are mixed.
-            ValueError: as `_found`.
-        """
-        found = [
-            None if leaf is None else self._found(path, leaf, (tuple(shape),))
+        """As `Gradients.leaves`."""
+        checked = [
+            None if leaf is None else self._checked(path, leaf, (tuple(shape),))
             for path, leaf, shape in zip(self._paths, leaves, self._shapes, strict=True)
         ]
-        kinds = dict.fromkeys(one[2] for one in found if one is not None)
-        if len(kinds) > 1:
-            raise TypeError(
-                f"grads has leaves of {' and '.join(kinds)}. On a GPU all gradients of a step have one dtype."
-            )
-        arrays = [None if one is None else one[1] for one in found]
-        where_they_are = all(array is leaf for array, leaf in zip(arrays, leaves, strict=True))
-        at = [0 if one is None else one[0] for one in found]
-        return at, leaves if where_they_are else arrays, next(iter(kinds), self._name)
+        kinds = {kind for _, kind in filter(None, checked)}
+        common = kinds.pop() if len(kinds) == 1 else self._name
+        settled = [
+            (0, None) if one is None else self._readable(path, *one, common, first)
+            for path, one, first in zip(self._paths, checked, self._first.tolist(), strict=True)
+        ]
+        arrays = [array for _, array in settled]
+        in_place = all(array is leaf for array, leaf in zip(arrays, leaves, strict=True))
+        return [address for address, _ in settled], leaves if in_place else arrays, common

@@ -10,7 +10,7 @@ from ..kernels import grid
 from ..kernels.staging import Staged
 from ..kernels.tiles import Storage
 from ..step.scheduled import Formula
-from .driver import Launch
+from .driver import Device, Launch
 
 __all__ = ["StepKernels"]
 
@@ -35,7 +35,7 @@ class StepKernels:
 
     def __init__(
         self,
-        device: Any,
+        device: Device,
         staged: Staged,
         storage: Storage,
         tuning: grid.Tuning | None = None,
@@ -95,6 +95,6 @@ class StepKernels:
 
 
 def _last_line(error: Exception) -> str:
-    """What an error says, in a line."""
+    """The line of an error that says what is wrong."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return next((line for line in lines if "rror" in line or "annot" in line or "ntyped" in line), (lines or ["?"])[0])

@@ -1,61 +1,73 @@
-"""What a step on a GPU found out: there until somebody asks."""
+"""The results of a step on a GPU, which stay there until somebody asks."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..kernels.layout import CLOCK
 from ..step.info import Layout, StepInfo
 from ..step.scheduled import Rates
+from .driver import Device
 from .tables import Tables
 
-__all__ = ["DeviceStepInfo", "Results"]
+__all__ = ["DeviceStepInfo", "Result", "Results"]
+
+
+class Result(NamedTuple):
+    """One result of a step.
+
+    Attributes:
+        address: on the GPU.
+        array: where it goes on the host.
+        memory: what keeps the memory on the GPU.
+    """
+
+    address: int
+    array: np.ndarray
+    memory: Tables | None
 
 
 class Results:
-    """What a step found out, on the GPU until somebody asks.
+    """The results of a step, on the GPU until somebody asks.
 
     Args:
         device: the GPU.
         stream: that the step was made in.
         steps: the number of the step, if the host knows it.
-        found: addresses of the counters of the optimizer, the reports, the sums over leaves and the loss scales, an
-            array of the size of each, and what keeps their memory.
-        live: whether it tells of the last step at any time, rather than of one.
+        results: counters of the optimizer, reports, sums over leaves and loss scales.
+        live: whether they are always those of the last step, rather than of one step.
     """
 
-    def __init__(
-        self, device: Any, stream: int, steps: int | None, found: list[tuple[int, np.ndarray, Any]], live: bool
-    ) -> None:
+    def __init__(self, device: Device, stream: int, steps: int | None, results: list[Result], live: bool) -> None:
         self._device, self._stream = device, stream
-        self._steps, self._found, self._live = steps, found, live
-        self._taken = False
+        self._steps, self._results, self._live = steps, results, live
+        self._downloaded = False
 
     def keep(self, stream: int) -> None:
-        """Put the results aside before the next step overwrites them."""
-        if self._taken:
+        """Copy the results to other memory on the GPU before the next step overwrites them."""
+        if self._downloaded:
             return
-        device, self._stream = self._device, stream
-        kept = Tables(device, {k: array for k, (_, array, _) in enumerate(self._found)}, False, stream)
-        for k, (address, array, _) in enumerate(self._found):
-            device.copy(kept.address(k), address, array.nbytes, stream)
-        self._found = [(kept.address(k), array, kept) for k, (_, array, _) in enumerate(self._found)]
+        self._stream = stream
+        kept = Tables(self._device, {k: result.array for k, result in enumerate(self._results)}, False, stream)
+        for k, result in enumerate(self._results):
+            self._device.copy(kept.address(k), result.address, result.array.nbytes, stream)
+            self._results[k] = Result(kept.address(k), result.array, kept)
 
-    def take(self) -> list[np.ndarray]:
+    def download(self) -> list[np.ndarray]:
         """The arrays, filled; waits for the GPU."""
-        if not self._taken:
-            for address, array, _ in self._found:
-                self._device.download(array, address, self._stream)
-            self._taken = not self._live
-        return [array for _, array, _ in self._found]
+        if not self._downloaded:
+            for result in self._results:
+                self._device.download(result.array, result.address, self._stream)
+            self._downloaded = not self._live
+        return [result.array for result in self._results]
 
     @property
     def steps(self) -> int:
         """The number of the step."""
-        return self._steps if self._steps is not None else int(self.take()[0][CLOCK])
+        return self._steps if self._steps is not None else int(self.download()[0][CLOCK])
 
 
 class DeviceStepInfo(StepInfo):
@@ -84,13 +96,13 @@ class DeviceStepInfo(StepInfo):
 
     @property
     def _reports(self) -> np.ndarray:
-        return self._results.take()[1]
+        return self._results.download()[1]
 
     @property
     def _sums(self) -> np.ndarray:
-        return self._results.take()[2]
+        return self._results.download()[2]
 
     @property
     def _grad_scale(self) -> Any:
-        used = self._results.take()[3]
+        used = self._results.download()[3]
         return self._given_scale * used if used.size else self._given_scale

@@ -1,9 +1,8 @@
-"""Rows whose counters a GPU advances, and tables in its memory."""
+"""Rows whose counters a GPU advances, and their tables in its memory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -20,43 +19,51 @@ __all__ = ["DeviceRows"]
 
 
 class DeviceRows(Rows):
-    """Rows whose counters a GPU advances; arguments as for `Rows`."""
+    """Rows whose counters a GPU advances; they get their memory there with the first step.
 
-    latest: Callable[[], Results | None] | None = None  # of the step made last, of whatever plan
-    block: Tables | None = None
-    host_knows, device_knows = True, False
-    settings_known = False
-    captured = False  # whether a graph knows where the tables are
-    stream = 0  # of the step made last: what it found out is there in the order of this stream
+    Args:
+        configuration: as for `Rows`.
+        frozen: as for `Rows`.
+        counts: as for `Rows`.
+        partition: as for `Rows`.
+        place: where the parameters are.
+        staged: the rule.
+        loss_scale: whose state is on the GPU.
+        capturable: whether steps may be made that the host does not see.
 
-    def install(
+    Attributes:
+        block: the tables on the GPU; None before the first step.
+        device_knows: whether the GPU has the counters as they are.
+        host_counts: whether the host can tell what a step adds to the counters.
+        latest: the results of the last step, of any plan, if somebody still has them.
+        stream: of the last step; the counters are up to date in the order of this stream.
+    """
+
+    def __init__(
         self,
+        configuration: np.ndarray,
+        frozen: np.ndarray,
+        counts: Counts,
+        partition: np.ndarray | None,
         place: DevicePlace,
         staged: Staged,
-        table: np.ndarray,
-        h: np.ndarray,
-        models: int,
         loss_scale: LossScale | None,
         capturable: bool,
     ) -> None:
-        """Give the rows memory on a GPU, for a staged rule and its settings.
-
-        Args:
-            place: where.
-            staged: the rule.
-            table: settings of each row, as the host has them.
-            h: room for what `decide` returns.
-            models: number of models.
-            loss_scale: whose state is on the GPU.
-            capturable: whether steps may be made that the host does not see.
-        """
-        self._place, self._staged, self._table, self._loss_scale = place, staged, table, loss_scale
-        # The host knows all that `decide` needs, and hands over what comes out.
+        super().__init__(configuration, frozen, counts, partition)
+        self._place, self._staged, self._loss_scale = place, staged, loss_scale
+        self._replays = False  # whether graphs may be replayed, which the host does not see
         self.decided_by_host = not capturable and len(self) == 1 and not (staged.quantities or staged.reports)
-        # The host can count as well as the GPU.
         self.host_counts = not capturable and "finite" not in staged.reports and not staged.scalars
-        self._models = models
-        self._tables: dict[Any, np.ndarray] = {
+        self.block: Tables | None = None
+        self.device_knows = self.settings_known = False
+        self.latest: Callable[[], Results | None] | None = None
+        self.stream = 0
+
+    def install(self, table: np.ndarray, h: np.ndarray) -> None:
+        """As `Rows.install`."""
+        super().install(table, h)
+        self._tables: dict[int, np.ndarray] = {
             grid.SETTINGS: table,
             grid.COUNTS: self.counters,
             grid.H: h,
@@ -64,19 +71,19 @@ class DeviceRows(Rows):
             grid.FLAGS: np.zeros(3, np.int64),
             grid.MODELS_OF_ROWS: self.model.astype(np.int64),
         }
-        if loss_scale is not None:
-            self._tables[grid.LOSS_RULE] = np.array(loss_scale.rule, np.float64)
+        if self._loss_scale is not None:
+            self._tables[grid.LOSS_RULE] = np.array(self._loss_scale.rule, np.float64)
 
     def settings(self) -> list[float]:
         """What `decide` takes of the first row."""
-        return self._table[0, : len(self._staged.uniforms)].tolist()
+        return self.table[0, : len(self._staged.uniforms)].tolist()
 
     def board(self) -> dict[int, int]:
-        """Addresses of the tables, by their places in a board."""
+        """Addresses of the tables, by their slots on the board of `finish`."""
         assert self.block is not None
-        found = {key: self.block.address(key) for key in self._tables}
-        found[grid.LOSS] = self._loss_scale.address if self._loss_scale is not None else 0
-        return found
+        addresses = {key: self.block.address(key) for key in self._tables}
+        addresses[grid.LOSS] = self._loss_scale.address if self._loss_scale is not None else 0
+        return addresses
 
     def ready(self, stream: int, capturing: bool) -> None:
         """Bring what the GPU has up to date."""
@@ -96,40 +103,34 @@ class DeviceRows(Rows):
             self._loss_scale.stream = stream
 
     def keep_latest(self, stream: int) -> None:
-        """Before the results of the last step are overwritten, put them aside if somebody may still ask for them."""
+        """Before the results of the last step are overwritten, keep them if somebody may still ask for them."""
         latest = self.latest() if self.latest is not None else None
         if latest is not None:
             latest.keep(stream)
             self.latest = None
 
-    def push(self) -> None:
+    def upload(self) -> None:
         """Bring what the GPU has up to date, in the order of the current stream."""
         if self.block is not None:
             self.ready(self._place.stream(), False)
 
     def replace(self, new: Rows) -> bool:
-        """Take over the counts of other rows, if the same leaves share them; whether it was possible."""
-        fits = all(
-            np.array_equal(getattr(self, name), getattr(new, name))
-            for name in ("index", "configuration", "model", "frozen")
-        )
-        if fits:
-            self.counters[:], self.scalars[:] = new.counters, new.scalars
+        """As `Rows.replace`."""
+        replaced = super().replace(new)
+        if replaced:
             self.host_knows, self.device_knows = not self._replays, False
-        return fits
+        return replaced
 
     def advanced(self, advance: np.ndarray) -> None:
         """A step whose counting the host can follow has been made."""
         self.counters[:, T] += advance[:, STEPS]
         self.counters[advance[:, TICKS] != 0, CLOCK] = self.counters[-1, CLOCK] + advance[-1, TICKS]
 
-    def pull(self) -> None:
+    def download(self) -> None:
         """Learn from the GPU what only it knows; waits for it."""
         if not self.host_knows and self.block is not None:
             self.block.download([grid.COUNTS, grid.SCALARS], self.stream)
             self.host_knows = not self._replays
-
-    _replays = False
 
     def replayed(self) -> None:
         """From now on steps may be made that the host does not see."""
@@ -138,10 +139,10 @@ class DeviceRows(Rows):
     @property
     def steps(self) -> int:
         """Steps of the optimizer; waits for the GPU if only it knows."""
-        self.pull()
+        self.download()
         return int(self.counters[-1, CLOCK])
 
     def counts(self) -> Counts:
         """What has been counted; waits for the GPU if only it knows."""
-        self.pull()
+        self.download()
         return super().counts()

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from .driver import Device
+
 __all__ = ["Tables"]
 
 _ALIGNMENT = 256
@@ -18,13 +20,13 @@ class Tables:
 
     Args:
         device: the GPU.
-        tables: the content of each; their arrays are kept, so that later uploads have what stands in them then.
+        tables: the content of each; the arrays are kept, and each upload copies what is in them at that time.
         capturing: whether a graph is being captured.
         stream: the only stream that will use them, if it is known.
     """
 
     def __init__(
-        self, device: Any, tables: Mapping[Any, np.ndarray], capturing: bool, stream: int | None = None
+        self, device: Device, tables: Mapping[Any, np.ndarray], capturing: bool, stream: int | None = None
     ) -> None:
         self._device, self.tables = device, tables
         self._offsets, size = {}, 0

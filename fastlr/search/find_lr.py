@@ -186,7 +186,7 @@ class Trial:
         self._opt, self._ratios, self._before = opt, _ratios(opt), opt.snapshot()
         self._hyper = {g: dict(g._values) for g in (opt.groups.defaults, *opt.groups.values())}
         self._own = opt._gradients.own
-        self._kept = None if self._own is None else opt._params.place.to_host(self._own)
+        self._kept = None if self._own is None else opt._params.place.download(self._own)
         self._accumulated = opt._accumulated
 
     def set(self, lr: float) -> None:
@@ -211,7 +211,7 @@ class Trial:
             group._values.update(values)
         opt.restore(self._before)
         if self._kept is not None:
-            opt._params.place.copy(self._own, self._kept)
+            opt._params.place.upload(self._own, self._kept)
         elif opt._gradients.own is not None:
             opt._params.place.fill(opt._gradients.own, 0)
         opt._put(_accumulated=self._accumulated)

@@ -172,7 +172,7 @@ class _Flat:
         """
         params = self.parameters
         if isinstance(grads, FlatBuffer):
-            if grads._structure.paths != params.paths or grads._shapes != tuple(params.shapes):
+            if grads.structure.paths != params.paths or grads.shapes != tuple(params.shapes):
                 raise ValueError(f"{name} is a buffer of other leaves than params. Make it from the same structure.")
             grads = grads.data
         if params.is_array or not is_container(grads):

@@ -13,7 +13,7 @@ from ..kernels.staging import Staged
 from ..kernels.tiles import Storage
 from ..loss_scale import LossScale
 from .gradients import Given, Gradients
-from .plans import Plan
+from .plans import Entries, Plan
 from .rows import Counts, Rows
 from .scheduled import Formula, Scheduled
 
@@ -60,8 +60,10 @@ class Backend(Protocol):
     def formulas(self, scheduled: Scheduled) -> tuple[Formula, ...]:
         """The schedules that a kernel evaluates; those that are not among them are evaluated by the host."""
 
-    def plan(self, *args: Any, **more: Any) -> Plan:
-        """The plan of a selection; arguments as for `Plan`."""
+    def plan(
+        self, entries: Entries, rows: Rows, staged: Staged, advance: np.ndarray, grad_format: str, partial: bool
+    ) -> Plan:
+        """The plan of a selection of leaves; arguments as for `Plan`."""
 
     def kernel(self, staged: Staged, storage: Storage, formulas: tuple[Formula, ...]) -> Any:
         """The kernel of a staged rule, as the plans of this backend run it."""

@@ -16,7 +16,7 @@ from ..kernels.staging import Staged
 from ..kernels.tiles import Storage, compiles
 from ..loss_scale import LossScale
 from .gradients import Given, Gradients
-from .plans import Plan
+from .plans import Entries, HostPlan, Plan
 from .rows import Counts, Rows
 from .scheduled import Formula, Scheduled
 
@@ -65,9 +65,11 @@ class HostBackend:
         """None: the host evaluates schedules before the kernel."""
         return ()
 
-    def plan(self, *args: Any, **more: Any) -> Plan:
+    def plan(
+        self, entries: Entries, rows: Rows, staged: Staged, advance: np.ndarray, grad_format: str, partial: bool
+    ) -> Plan:
         """As `Backend.plan`."""
-        return Plan(*args, **more)
+        return HostPlan(entries, rows, staged, advance, grad_format, partial)
 
     def kernel(self, staged: Staged, storage: Storage, formulas: tuple[Formula, ...]) -> Kernel:
         """As `Backend.kernel`."""

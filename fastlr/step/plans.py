@@ -1,12 +1,14 @@
 """Plans: which memory a step touches, as two tables of integers.
 
-`leaves[leaf] = (row, address of p, of g, of each state, ...)` and `tiles[tile] = (leaf, start, count)`. A row is the
-place of a group's counters and hyperparameters; in a population each model has rows of its own. Addresses are taken
-here and nowhere else, from arrays that the optimizer has checked and keeps alive.
+`leaves[entry] = (row, address of p, of g, of each state, ...)` and `tiles[tile] = (entry, start, count)`. A row holds
+the counters and hyperparameters that several leaves share; in a population each model has its own rows. An entry is a
+leaf of a model, or several that can be treated as one. Addresses come from arrays that the optimizer has checked and
+keeps alive.
 """
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,6 +28,8 @@ from .threads import ask_helpers
 
 if TYPE_CHECKING:
     from .gradients import Gradients
+
+__all__ = ["Column", "Entries", "HostPlan", "Plan", "Scope"]
 
 _GRADIENT = FIRST_ADDRESS + 1
 
@@ -56,63 +60,50 @@ class Column:
         return cls(np.array([place.address(a) for a in arrays], np.int64), itemsize)
 
 
-class Plan:
-    """The tables of a step, and what a running step needs beside them.
+class Entries:
+    """The tables of leaves and tiles: first the entries that a step updates, then those that it only averages.
 
     Args:
         sizes: elements of each leaf of one model.
         columns: as `kernels.tiles.Storage.columns` has them.
-        rows: of the leaves.
+        index: the row of each leaf and model.
         kept: whether the step updates a leaf of a model, shape `(leaves, models)`.
         averaged: whether the step only averages it.
-        advance: see `Rows.advance`.
-        staged: the rule.
-        table: hyperparameters per row, float64.
-        h: scratch for what `decide` returns, per row.
-        kind: the format of the gradients.
-        merge: leaves stand one after the other in every column, so that neighbours of one row can be one entry.
-        partial: whether it is a step of a part.
+        merge: make one entry of neighbors that share a row; their elements must be adjacent in every column.
 
     Attributes:
-        tables: the arguments of a kernel before the generation.
-        advance: what the step adds to the counters.
-        reports: what `decide` reported of each row.
-        leaf_sums: the sums over each entry.
-        entry: the entry of each leaf and model, -1 where there is none; only if sums are taken.
-        updated_tiles: how many of the tiles, which come first, are of leaves that are updated; the others are only
-            averaged.
+        leaves, tiles: the tables.
+        updated: how many entries are updated.
+        updated_tiles: how many tiles they have.
+        starts: the first leaf and model of each entry that is updated, counted through all models of all leaves.
+        tiles_of: the number of tiles of each of them.
+        leaf: the leaf of each of them.
+        inside: how many bytes after the start of that leaf's gradient its gradient starts.
+        in_flat: how many bytes after the start of all gradients, if these are one array.
+        elements: how many elements there are, the averaged ones included.
+        itemsizes: bytes of an element of each column.
         left_out: first and last element, in the flat order, of what the step does not update.
-        layout: how to read what a step reported; None if it reports nothing.
     """
-
-    layout: Layout | None = None
 
     def __init__(
         self,
         sizes: Sequence[int],
         columns: Sequence[Column],
-        rows: Rows,
+        index: np.ndarray,
         kept: np.ndarray,
         averaged: np.ndarray,
-        advance: np.ndarray,
-        staged: Staged,
-        table: np.ndarray,
-        h: np.ndarray,
-        kind: str,
         merge: bool,
-        partial: bool,
     ) -> None:
-        self.kind, self.partial = kind, partial
         models = kept.shape[1]
         lengths = np.repeat(np.asarray(sizes, np.int64), models)
-        row = rows.index.reshape(-1)
+        row = index.reshape(-1)
         kept = kept.reshape(-1) & (lengths > 0)
         offsets = np.concatenate([[0], np.cumsum(lengths)])[:-1]
 
-        def entries(kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            """The first leaf (of a model) of each entry, and the elements of the entry."""
+        def cut(kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            """The first leaf and model of each entry, and the elements of the entry."""
             first = kept
-            if merge and not staged.quantities:
+            if merge:
                 same = np.zeros_like(kept)
                 same[1:] = kept[1:] & kept[:-1] & (row[1:] == row[:-1])
                 first = kept & ~same
@@ -120,23 +111,22 @@ class Plan:
             starts = np.flatnonzero(first)
             return starts, np.bincount(entry[kept], lengths[kept], minlength=len(starts)).astype(np.int64)
 
-        updated, sizes_of_updated = entries(kept)
-        others, sizes_of_others = entries(averaged.reshape(-1) & (lengths > 0))
-        starts, totals = np.concatenate([updated, others]), np.concatenate([sizes_of_updated, sizes_of_others])
-
+        self.starts, sizes_of_updated = cut(kept)
+        others, sizes_of_others = cut(averaged.reshape(-1) & (lengths > 0))
+        starts, totals = np.concatenate([self.starts, others]), np.concatenate([sizes_of_updated, sizes_of_others])
         leaf = starts // models
         inside = (starts % models) * lengths[starts]
+        self.itemsizes = [column.itemsize for column in columns]
         itemsize = columns[1].itemsize
-        count = len(updated)
-        self._leaf = leaf[:count]
-        self._inside = inside[:count] * itemsize
-        self._flat_offsets = offsets[updated] * itemsize
+        self.updated = count = len(self.starts)
+        self.leaf, self.inside = leaf[:count], inside[:count] * itemsize
+        self.in_flat = offsets[self.starts] * itemsize
         self.leaves = np.zeros((len(starts), 1 + len(columns)), np.int64)
         self.leaves[:, ROW] = row[starts]
         for k, column in enumerate(columns):
             if column.addresses is not None:
                 self.leaves[:, FIRST_ADDRESS + k] = column.addresses[leaf] + inside * column.itemsize
-        self.leaves[count:, _GRADIENT] = self.leaves[count:, FIRST_ADDRESS]  # what is only averaged has none
+        self.leaves[count:, _GRADIENT] = self.leaves[count:, FIRST_ADDRESS]  # what is only averaged has no gradient
 
         per = -(-totals // BLOCK)
         which = np.repeat(np.arange(len(starts)), per)
@@ -144,64 +134,90 @@ class Plan:
         self.tiles = np.ascontiguousarray(
             np.stack([which, begin, np.minimum(BLOCK, totals[which] - begin)], axis=1), np.int64
         )
-        self.updated_tiles = int(per[:count].sum())
+        self.tiles_of = per[:count]
+        self.updated_tiles = int(self.tiles_of.sum())
         self.elements = int(totals.sum())
-        self._work = self.elements * sum(c.itemsize for c in columns) + sum(
-            self.elements * c.itemsize for c in columns[: 2 * len(staged.measures)]
-        )
-        self._tables = (self.leaves, self.tiles, table, rows.counters, h)
-        self.next_generation = 1
-        self._last_phase = len(staged.measures)
-        self._located: Any = None
-        self._finder: arrays.Finder | None = None
-        self._threads = self._sharing = 0
-        average = self.elements / max(1, len(self.tiles))
-        self._chunk = max(1, int(BLOCK // max(1.0, average)))
-        self.advance = advance
         out = np.flatnonzero(~kept & (lengths > 0))
         self.left_out = list(zip(offsets[out].tolist(), (offsets[out] + lengths[out]).tolist(), strict=True))
-        self._make_sums(rows, staged, updated, per[:count], models)
 
-    def _make_sums(self, rows: Rows, staged: Staged, starts: np.ndarray, per: np.ndarray, models: int) -> None:
-        """Room for sums, and which entries each scope adds up, in the order of the leaves."""
-        entries, count = len(self.leaves), len(rows)
-        self.reports = np.zeros((count, len(staged.reports)))
-        self.leaf_sums = np.zeros((entries, staged.quantities))
-        more: dict[int, np.ndarray] = {
-            cpu.ADVANCE: self.advance,
-            cpu.SCALARS: rows.scalars,
-            cpu.NEW_SCALARS: np.zeros_like(rows.scalars),
-            cpu.SUMS: np.zeros((count, len(staged.sums))),
-            cpu.REPORTS: self.reports,
-            cpu.LEAF_SUMS: self.leaf_sums,
-        }
-        self._cell_counts = [0, 0]
+
+@dataclass(frozen=True)
+class Scope:
+    """Which entries are added up to the sums of a scope, where each sum is that of a cell: a group, or a model.
+
+    Attributes:
+        entries: those of the first cell, in the order of the leaves, then those of the next.
+        counts: how many each cell has.
+        cells: the cell of each row, -1 for a row none of whose cell is updated.
+    """
+
+    entries: np.ndarray
+    counts: np.ndarray
+    cells: np.ndarray
+
+    @classmethod
+    def of(cls, cell_of_entry: np.ndarray, cell_of_row: np.ndarray) -> Scope:
+        """The scope whose cells have these numbers."""
+        numbers, which = np.unique(cell_of_entry, return_inverse=True)
+        cells = np.searchsorted(numbers, cell_of_row)
+        known = cells < len(numbers)
+        known[known] = numbers[cells[known]] == cell_of_row[known]
+        counts = np.bincount(which, minlength=len(numbers))
+        return cls(np.argsort(which, kind="stable"), counts, np.where(known, cells, -1))
+
+    @classmethod
+    def both(cls, entries: Entries, rows: Rows) -> tuple[Scope, Scope]:
+        """The scope "group" and the scope "all"; each model has its own sums in both."""
+        models = rows.index.shape[1]
+        model = entries.starts % models
+        row = rows.index.reshape(-1)[entries.starts]
+        groups = cls.of(rows.configuration[row] * models + model, rows.configuration * models + rows.model)
+        return groups, cls.of(model, rows.model)
+
+
+class Plan(abc.ABC):
+    """What a running step needs: the tables of leaves and tiles, and what it counts and reports.
+
+    Args:
+        entries: the tables.
+        rows: of the leaves, with their tables of settings (`Rows.install`).
+        staged: the rule.
+        advance: see `Rows.advance`.
+        kind: the format of the gradients.
+        partial: whether it is a step of a part.
+
+    Attributes:
+        entries: the tables.
+        leaves, tiles, updated_tiles, left_out: see `Entries`.
+        kind, partial, advance: as given.
+        reports: what `decide` reported of each row.
+        entry: the entry of each leaf and model, -1 where there is none; None if no sums are taken.
+        layout: how to read what a step reported; None if it reports nothing.
+        gradients: the addresses of the gradients of entries that are updated; a view of the table of leaves.
+        next_generation: names the next step, see `has_made`.
+        pointed: how often addresses of gradients have been entered.
+    """
+
+    layout: Layout | None = None
+
+    def __init__(
+        self, entries: Entries, rows: Rows, staged: Staged, advance: np.ndarray, kind: str, partial: bool
+    ) -> None:
+        self.entries, self.rows, self.staged, self.kind, self.partial = entries, rows, staged, kind, partial
+        self.leaves, self.tiles, self.updated_tiles = entries.leaves, entries.tiles, entries.updated_tiles
+        self.left_out, self.advance = entries.left_out, advance
+        self.gradients = self.leaves[: entries.updated, _GRADIENT]
+        self.reports = np.zeros((len(rows), len(staged.reports)))
         self.entry: np.ndarray | None = None
         if staged.quantities:
-            members = np.zeros((2, entries), np.int64)
-            bounds = np.zeros((2, entries + 1), np.int64)
-            cells = np.full((2, count), -1, np.int64)
-            model = starts % models
-            groups = rows.configuration[rows.index.reshape(-1)[starts]] * models + model
-            for k, cell in enumerate((groups, model)):
-                names, which = np.unique(cell, return_inverse=True)
-                members[k, : len(starts)] = np.argsort(which, kind="stable")
-                bounds[k, : len(names) + 1] = np.concatenate([[0], np.cumsum(np.bincount(which, minlength=len(names)))])
-                of_row = rows.configuration * models + rows.model if k == 0 else rows.model
-                place = np.searchsorted(names, of_row)
-                known = place < len(names)
-                known[known] = names[place[known]] == of_row[known]
-                cells[k, known] = place[known]
-                self._cell_counts[k] = len(names)
-            more[cpu.PARTIALS] = np.zeros((len(self.tiles) + 1, staged.quantities))
-            more[cpu.WORK] = np.zeros(entries + 1)
-            more[cpu.FIRST] = np.full(entries + 1, self.updated_tiles)
-            more[cpu.FIRST][: len(starts)] = np.cumsum(per) - per
-            more[cpu.MEMBERS], more[cpu.BOUNDS], more[cpu.CELLS] = members, bounds, cells
-            self.entry = np.full(rows.index.size, -1, np.int64)
-            self.entry[starts] = np.arange(len(starts))
-            self.entry = self.entry.reshape(rows.index.shape)
-        self._more = more
+            entry = np.full(rows.index.size, -1, np.int64)
+            entry[entries.starts] = np.arange(entries.updated)
+            self.entry = entry.reshape(rows.index.shape)
+        self.next_generation = 1
+        self.pointed = 0
+        self._located: Any = None
+
+    # Gradients
 
     def locate_gradients(self, addresses: Any) -> None:
         """Enter addresses that somebody else has found, unless it is the same object as in the step before."""
@@ -217,10 +233,15 @@ class Plan:
             flat: whether they are one array that holds all in order.
         """
         self._located = None  # an interrupt must not leave new addresses under an old name
-        places = addresses + self._flat_offsets if flat else np.asarray(addresses, np.int64)[self._leaf] + self._inside
-        self.leaves[: len(self._leaf), _GRADIENT] = places
+        entries = self.entries
+        self.pointed += 1
+        if flat:
+            self.gradients[:] = addresses + entries.in_flat
+        else:
+            self.gradients[:] = np.asarray(addresses, np.int64)[entries.leaf] + entries.inside
 
-    def expect(self, gradients: Gradients, given: list[Any], flat: bool) -> None:
+    @abc.abstractmethod
+    def expect(self, gradients: Any, given: list[Any], flat: bool) -> None:
         """Find such gradients by `find` from now on.
 
         Args:
@@ -228,13 +249,115 @@ class Plan:
             given: those of this step, each read where it is, None where there is none.
             flat: whether they are one array that holds all in order.
         """
-        inside = self._flat_offsets if flat else self._inside
-        source = np.zeros_like(self._leaf) if flat else self._leaf
-        column = self.leaves[: len(self._leaf), _GRADIENT]
-        self._finder = gradients.finder(given, flat, source, inside, column)
+
+    @abc.abstractmethod
+    def find(self, given: list[Any]) -> bool:
+        """Look at gradients, and enter their addresses if all are like those before; whether they are."""
+
+    # A step
+
+    @abc.abstractmethod
+    def run(self, kernel: Any, threads: int, stream: int | None = None) -> None:
+        """Carry out the step.
+
+        Args:
+            kernel: the compiled rule.
+            threads: how many may take part, on the CPU.
+            stream: to step in, on a GPU; None: the caller's current one.
+        """
+
+    @abc.abstractmethod
+    def has_made(self, generation: int) -> bool:
+        """Whether the step of a generation was carried out."""
+
+    @abc.abstractmethod
+    def info(self, rows: Rows, lrs: Any, grad_scale: Any) -> StepInfo:
+        """What the step that was just made did."""
+
+    # Steps of a part
+
+    def number(self, rows: Rows) -> int:
+        """The number of steps before the one that this is, or is a part of; -1 for a part before the first step.
+
+        Steps of all parts are one step: a part begins a new one if a leaf of it has been in the last one.
+        """
+        steps: int = rows.counters.item(-1, CLOCK)
+        if not self.partial:
+            return steps
+        clocks = rows.counters[:-1, CLOCK][self.advance[:-1, :ASIDE].any(axis=1)]
+        begins = clocks.size > 0 and clocks.max() >= steps
+        return steps if begins else steps - 1
+
+    def count_part(self, rows: Rows, number: int) -> None:
+        """Let the step of a part be, or be a part of, the one that comes after `number` others.
+
+        Where only the GPU knows the counters, the kernel finds out.
+        """
+        if rows.host_knows:
+            self.advance[-1, TICKS] = number + 1 - rows.counters[-1, CLOCK]
+
+
+class HostPlan(Plan):
+    """A step on the CPU's threads; arguments as for `Plan`.
+
+    Attributes:
+        tables: the arguments of a kernel before the generation.
+        leaf_sums: the sums over each entry.
+    """
+
+    def __init__(
+        self, entries: Entries, rows: Rows, staged: Staged, advance: np.ndarray, kind: str, partial: bool
+    ) -> None:
+        super().__init__(entries, rows, staged, advance, kind, partial)
+        sizes = entries.itemsizes
+        self._work = entries.elements * (sum(sizes) + sum(sizes[: 2 * len(staged.measures)]))  # bytes moved
+        self.leaf_sums = np.zeros((len(self.leaves), staged.quantities))
+        self._tables = (self.leaves, self.tiles, rows.table, rows.counters, rows.h)
+        self._last_phase = len(staged.measures)
+        self._finder: arrays.Finder | None = None
+        self._threads = self._sharing = 0
+        average = entries.elements / max(1, len(self.tiles))
+        self._chunk = max(1, int(BLOCK // max(1.0, average)))
+        self._make_sums()
+
+    def _make_sums(self) -> None:
+        """What the kernel finds by the control block: counters, reports, and room for sums."""
+        rows, staged, entries = self.rows, self.staged, self.entries
+        count = len(rows)
+        further: dict[int, np.ndarray] = {
+            cpu.ADVANCE: self.advance,
+            cpu.SCALARS: rows.scalars,
+            cpu.NEW_SCALARS: np.zeros_like(rows.scalars),
+            cpu.SUMS: np.zeros((count, len(staged.sums))),
+            cpu.REPORTS: self.reports,
+            cpu.LEAF_SUMS: self.leaf_sums,
+        }
+        self._cell_counts = [0, 0]
+        if staged.quantities:
+            size = len(self.leaves)
+            members, bounds = np.zeros((2, size), np.int64), np.zeros((2, size + 1), np.int64)
+            cells = np.full((2, count), -1, np.int64)
+            for k, scope in enumerate(Scope.both(entries, rows)):
+                members[k, : entries.updated] = scope.entries
+                bounds[k, 1 : len(scope.counts) + 1] = np.cumsum(scope.counts)
+                cells[k] = scope.cells
+                self._cell_counts[k] = len(scope.counts)
+            first = np.full(size + 1, self.updated_tiles)
+            first[: entries.updated] = np.cumsum(entries.tiles_of) - entries.tiles_of
+            further[cpu.PARTIALS] = np.zeros((len(self.tiles) + 1, staged.quantities))
+            further[cpu.WORK], further[cpu.FIRST] = np.zeros(size + 1), first
+            further[cpu.MEMBERS], further[cpu.BOUNDS], further[cpu.CELLS] = members, bounds, cells
+        self._further = further
+
+    def expect(self, gradients: Gradients, given: list[Any], flat: bool) -> None:
+        """As `Plan.expect`."""
+        entries = self.entries
+        inside = entries.in_flat if flat else entries.inside
+        source = np.zeros_like(entries.leaf) if flat else entries.leaf
+        self._finder = gradients.finder(given, flat, source, inside, self.gradients)
 
     def find(self, given: list[Any]) -> bool:
-        """Look at gradients, and enter their addresses if all are as those before; whether they are."""
+        """As `Plan.find`."""
         finder, self._located = self._finder, None
         return finder is not None and finder.look(finder.board, id(given)) == arrays.FOUND
 
@@ -251,27 +374,11 @@ class Plan:
         kernel.run(*self.tables, generation)
 
     def has_made(self, generation: int) -> bool:
-        """Whether the step of a generation was carried out."""
+        """As `Plan.has_made`."""
         return self._threads > 0 and int(self._control[CLOSED]) == generation + self._last_phase
 
-    def number(self, rows: Rows) -> int:
-        """The number of steps before the one that this is, or is a part of; -1 for a part of nothing before the first.
-
-        Steps of all parts are one step: a part begins a new one if a leaf of it has been in the last one.
-        """
-        steps: int = rows.counters.item(-1, CLOCK)
-        if not self.partial:
-            return steps
-        clocks = rows.counters[:-1, CLOCK][self.advance[:-1, :ASIDE].any(axis=1)]
-        begins = clocks.size > 0 and clocks.max() >= steps
-        return steps if begins else steps - 1
-
-    def count_part(self, rows: Rows, number: int) -> None:
-        """Let the step of a part be, or be a part of, the one that comes after `number` others."""
-        self.advance[-1, TICKS] = number + 1 - rows.counters[-1, CLOCK]
-
     def info(self, rows: Rows, lrs: Any, grad_scale: Any) -> StepInfo:
-        """What the step that was just made did."""
+        """As `Plan.info`."""
         steps: int = rows.counters.item(-1, CLOCK)
         if self.layout is None:
             return StepInfo(steps, lrs)
@@ -285,8 +392,8 @@ class Plan:
         skip = -(control.ctypes.data // 8) % LINE
         self._control = control[skip : skip + size]
         self._control[CHUNK], self._control[SHARES] = self._chunk, self._sharing
-        for place, array in self._more.items():
-            self._control[place] = checks.address(array)
+        for slot, array in self._further.items():
+            self._control[slot] = checks.address(array)
         self._control[cpu.CELL_COUNTS : cpu.CELL_COUNTS + 2] = self._cell_counts
         self._control[cpu.PAST] = self._work > _WORTH_STREAMING
         self._control[cpu.UPDATED] = self.updated_tiles

@@ -1,4 +1,4 @@
-"""Rows: which leaves, of which model, share counters and hyperparameters in the tables of a step."""
+"""Rows: which leaves, and of which model, share counters and hyperparameters in the tables of a step."""
 
 from __future__ import annotations
 
@@ -103,21 +103,20 @@ class Rows:
         configuration, model, frozen: of each row.
         counters: `(rows + 1, 4)`, updated by kernels; the last row is the optimizer's own, whose clock counts steps.
         scalars: `(rows, scalars)`, updated by kernels.
+        table: the settings of each row, float64; see `install`.
+        h: room for what `decide` returns for each row.
+        host_knows: whether `counters` and `scalars` are up to date here; never False on the CPU.
+        settings_known: whether the kernels have `table` as it is here; never False on the CPU.
+        captured: whether a captured graph has the addresses of these tables.
+        decided_by_host: whether Python calls `decide`, rather than a kernel; only for steps on a GPU.
     """
 
-    # Of rows on a GPU, see there.
-    settings_known = host_knows = True
-    captured = decided_by_host = False
-
-    def pull(self) -> None:
-        """Learn what only a GPU knows."""
-
-    def push(self) -> None:
-        """Let a GPU know what the host does."""
-
-    def replace(self, new: Rows) -> bool:
-        """Take over the counts of other rows; whether it was possible."""
-        return False
+    table: np.ndarray
+    h: np.ndarray
+    host_knows = True
+    settings_known = True
+    captured = False
+    decided_by_host = False
 
     def __init__(
         self, configuration: np.ndarray, frozen: np.ndarray, counts: Counts, partition: np.ndarray | None
@@ -145,6 +144,24 @@ class Rows:
     def __len__(self) -> int:
         """Number of rows, without the optimizer's own."""
         return len(self.configuration)
+
+    def install(self, table: np.ndarray, h: np.ndarray) -> None:
+        """Use these tables from now on; see the attributes."""
+        self.table, self.h = table, h
+
+    def upload(self) -> None:
+        """Let a GPU have what was changed here; nothing to do on the CPU."""
+
+    def download(self) -> None:
+        """Learn what only a GPU knows; nothing to do on the CPU."""
+
+    def replace(self, new: Rows) -> bool:
+        """Take over the counts of other rows if the same leaves share them; whether that was possible."""
+        same = ("index", "configuration", "model", "frozen")
+        if not all(np.array_equal(getattr(self, name), getattr(new, name)) for name in same):
+            return False
+        self.counters[:], self.scalars[:] = new.counters, new.scalars
+        return True
 
     @property
     def steps(self) -> int:

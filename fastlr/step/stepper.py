@@ -27,12 +27,12 @@ from ..kernels.formats import FORMATS
 from ..kernels.layout import CLOCK
 from ..kernels.tiles import Storage
 from ..schedules import Schedule
-from ..state import OptimizerState, make_rows
+from ..state import OptimizerState, rows_of
 from . import threads
 from .accumulation import Accumulation
 from .gradients import Located
 from .info import Layout, StepInfo
-from .plans import Column, Plan
+from .plans import Column, Entries, Plan
 from .program import Program, UnequalError
 from .rows import Counts
 from .scheduled import Rates, Scheduled, examine
@@ -126,7 +126,9 @@ class Stepper:
         if any(scope == "leaf" for _, scope in staged.sums):
             partition = parameters.one_by_one
         counts = state.rows.counts() if counts is None else counts
-        rows = make_rows(backend, state.groups, counts, staged.shared, partition)
+        configuration, frozen = rows_of(state.groups, counts)
+        agreed = counts.agreed(staged.shared, configuration)
+        rows = backend.rows(configuration, frozen, agreed, partition, staged, state.loss_scale)
         self.state, self.program = replace(state, rows=rows), program
         self.rows, self.accumulation, self._partition = rows, accumulation, partition
         self._options, self._backend = state.options, backend
@@ -144,7 +146,7 @@ class Stepper:
         self.table = np.zeros((len(rows), columns))
         self._h = np.zeros((len(rows), staged.slots), parameters.dtype)
         self._take_settings(scheduled, version)
-        backend.install(rows, staged, self.table, self._h, parameters.models, state.loss_scale)
+        rows.install(self.table, self._h)
         self._formulas = () if rows.decided_by_host else formulas
         self._finds_rate = "rate" in staged.scalars
         self._divides_by_loss_scale = state.loss_scale is not None and not backend.on_device
@@ -221,7 +223,7 @@ class Stepper:
         kept = copy.copy(self)
         kept.state = replace(new.state, rows=self.rows)
         kept._take_settings(kept._follow(), kept.state.groups.version)
-        kept.rows.push()
+        kept.rows.upload()
         return kept
 
     def warn_of_graphs(self) -> None:
@@ -274,7 +276,7 @@ class Stepper:
 
     def push(self) -> None:
         """Let graphs that have been captured see the settings as they are."""
-        self.rows.push()
+        self.rows.upload()
 
     def _step(self) -> int:
         """The number of steps made, as the host knows it."""
@@ -357,6 +359,7 @@ class Stepper:
             if seen is not None:
                 things = [thing if part else None for thing, part in zip(things, seen, strict=True)]
         part = None if active is None and seen is None else (active, seen)
+        self.state.gradients.stream = stream
         plan = self._recent.get((flat, part)) if unscaled == self.program.unscaled else None
         if plan is not None and plan.find(things):
             stepper, kept = self, things
@@ -413,7 +416,7 @@ class Stepper:
     def _data_of(self, buffer: FlatBuffer) -> Any:
         """The array of a buffer of gradients."""
         parameters = self.state.parameters
-        if buffer._structure.paths != parameters.paths or buffer._shapes != tuple(parameters.shapes):
+        if buffer.structure.paths != parameters.paths or buffer.shapes != tuple(parameters.shapes):
             raise ValueError("grads was made from a different structure than params. Make it from the same one.")
         return buffer.data
 
@@ -500,7 +503,7 @@ class Stepper:
     def _rates_found(self) -> Mapping[str, Any]:
         """The learning rate of each group, where the rule finds it itself: its state `rate`."""
         rows, parameters = self.rows, self.state.parameters
-        rows.pull()
+        rows.download()
         rates = rows.scalars[rows.index, self.program.staged.scalars.index("rate")]  # of each leaf and model
         at = {path: k for k, path in enumerate(parameters.paths)}
         groups = self.state.groups
@@ -520,20 +523,12 @@ class Stepper:
         updated = active[:, None] & ~rows.frozen[rows.index]
         averaged = seen[:, None] & ~updated & bool(self.program.staged.average)
         partial = selection.seen is not None
-        plan = self._backend.plan(
-            [size // parameters.models for size in parameters.sizes],
-            columns,
-            rows,
-            updated,
-            averaged,
-            rows.advance(active, seen),
-            self.program.staged,
-            self.table,
-            self._h,
-            kind=selection.format,
-            merge=selection.flat and parameters.is_flat and not state.columns.external,
-            partial=partial,
-        )
+        sizes = [size // parameters.models for size in parameters.sizes]
+        staged = self.program.staged
+        merge = selection.flat and parameters.is_flat and not state.columns.external and not staged.quantities
+        entries = Entries(sizes, columns, rows.index, updated, averaged, merge)
+        advance = rows.advance(active, seen)
+        plan = self._backend.plan(entries, rows, staged, advance, selection.format, partial)
         if partial:  # what a partial step does not see is not left out, it comes later
             leaf = np.searchsorted(parameters.starts, [first for first, _ in plan.left_out], side="right") - 1
             plan.left_out = [span for span, k in zip(plan.left_out, leaf, strict=True) if seen[k]]
