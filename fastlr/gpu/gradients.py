@@ -24,7 +24,6 @@ class DeviceGradients(Gradients):
         stream: of the step that is being prepared, in whose order copies are made; None: the caller's current one.
     """
 
-    stream: int | None = None
     _at: DevicePlace
 
     def _checked(self, path: str, leaf: Any, shapes: Sequence[Any]) -> tuple[Any, str]:

@@ -40,22 +40,16 @@ class Backend(Protocol):
             given: the caller's arrays that a step uses beside the gradients.
         """
 
-    def rows(self, configuration: np.ndarray, frozen: np.ndarray, counts: Counts, partition: np.ndarray | None) -> Rows:
-        """The rows of leaves; arguments as for `Rows`."""
-
-    def install(
-        self, rows: Rows, staged: Staged, table: np.ndarray, h: np.ndarray, models: int, loss_scale: LossScale | None
-    ) -> None:
-        """Give rows their memory where the step is carried out.
-
-        Args:
-            rows: the rows.
-            staged: the rule.
-            table: the settings of each row.
-            h: room for what `decide` returns.
-            models: number of models.
-            loss_scale: whose state is kept there.
-        """
+    def rows(
+        self,
+        configuration: np.ndarray,
+        frozen: np.ndarray,
+        counts: Counts,
+        partition: np.ndarray | None,
+        staged: Staged,
+        loss_scale: LossScale | None,
+    ) -> Rows:
+        """The rows of leaves for a staged rule; the other arguments as for `Rows`."""
 
     def formulas(self, scheduled: Scheduled) -> tuple[Formula, ...]:
         """The schedules that a kernel evaluates; those that are not among them are evaluated by the host."""

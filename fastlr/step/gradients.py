@@ -60,7 +60,10 @@ class Gradients:
 
     Attributes:
         own: memory for gradients in one array, allocated by `allocate_own`; None before.
+        stream: of the step that is being prepared, in whose order a GPU copies; None: the caller's current one.
     """
+
+    stream: int | None = None
 
     def __init__(
         self,

@@ -52,14 +52,17 @@ class HostBackend:
         quick = self._name == "numba"
         return Gradients(parameters, written, self._alloc, self._grad_dtype, given, quick)
 
-    def rows(self, configuration: np.ndarray, frozen: np.ndarray, counts: Counts, partition: np.ndarray | None) -> Rows:
+    def rows(
+        self,
+        configuration: np.ndarray,
+        frozen: np.ndarray,
+        counts: Counts,
+        partition: np.ndarray | None,
+        staged: Staged,
+        loss_scale: LossScale | None,
+    ) -> Rows:
         """As `Backend.rows`."""
         return Rows(configuration, frozen, counts, partition)
-
-    def install(
-        self, rows: Rows, staged: Staged, table: np.ndarray, h: np.ndarray, models: int, loss_scale: LossScale | None
-    ) -> None:
-        """Nothing: rows are where the host steps."""
 
     def formulas(self, scheduled: Scheduled) -> tuple[Formula, ...]:
         """None: the host evaluates schedules before the kernel."""
