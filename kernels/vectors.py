@@ -12,7 +12,6 @@ import hashlib
 import itertools
 import os
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from numba import types
@@ -38,7 +37,7 @@ def _halve(lanes):
 
 
 @functools.cache
-def _pass(name: str, dtype: str) -> Any:
+def _pass(name: str, dtype: str) -> Callable[..., None]:
     """A pass `run(out, x, a, y, z, sums, first, last)` over some blocks, compiled or from the cache."""
     digest = hashlib.sha256(f"{name} {dtype}".encode()).hexdigest()[:16]
     halve = compiled(_halve, digest)
@@ -73,13 +72,12 @@ def _pass(name: str, dtype: str) -> Any:
     vector = types.Array(number, 1, "C")
     sums = types.Array(types.float64, 2, "C")
     run = compiled({"move_and_dot": move_and_dot, "dot": dot, "move": move}[name], digest)
-    run._cache = KernelCache("vectors", name, dtype)
-    run.compile(types.void(vector, vector, number, vector, vector, sums, types.int64, types.int64))
-    run.disable_compile()
+    signature = types.void(vector, vector, number, vector, vector, sums, types.int64, types.int64)
+    KernelCache("vectors", name, dtype).compile(run, signature)
     return run
 
 
-def _by_numpy(name: str) -> Any:
+def _by_numpy(name: str) -> Callable[..., None]:
     """The same pass by NumPy, with the same bits."""
 
     def run(out, x, a, y, z, sums, first, last):
@@ -103,7 +101,7 @@ def _pool(threads: int, process: int) -> concurrent.futures.ThreadPoolExecutor:
 _fold: Callable[..., None] = fold
 
 
-def _run(name: str, out: Any, x: Any, a: float, y: Any, z: Any, threads: int) -> float:
+def _run(name: str, out: np.ndarray, x: np.ndarray, a: float, y: np.ndarray, z: np.ndarray, threads: int) -> float:
     """Carry out a pass; the sum over all blocks."""
     blocks = max(1, -(-x.size // BLOCK))
     sums = np.zeros((blocks, 1))
@@ -124,9 +122,9 @@ def _run(name: str, out: Any, x: Any, a: float, y: Any, z: Any, threads: int) ->
         with contextlib.suppress(RuntimeError):  # no thread can be started: this one takes what is left
             helping.extend(_pool(threads, os.getpid()).submit(take_shares) for _ in range(parts - 1))
         take_shares()
-        for one in helping:
-            if not one.cancel():
-                one.result()
+        for task in helping:
+            if not task.cancel():
+                task.result()
     _fold(sums, 0, blocks, 0)
     return float(sums[0, 0])
 
