@@ -12,20 +12,20 @@ was measured and decides. Which thread does which tile does not show in the resu
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numba import types
 
-from . import primitives, sums
+from . import sums
 from .caching import KernelCache
 from .layout import ADVANCES, ASIDE, CLOCK, COUNT, FIRST_ADDRESS, GO, LEAF, ROW, SHARED, SKIPPED, START, T
 from .memory import atomic_load, atomic_store, elements, fetch_add, pause, row, sched_yield, table
 from .primitives import SCOPES
 from .staging import Staged, define
-from .tiles import ELEMENT, Storage, average_loop, compiled, digest_of, measure_loop, update_loop, zero_of
+from .tiles import Storage, average_loop, calls_of, compiled, digest_of, measure_loop, update_loop, zero_of
 
 # Places in the control block, in int64s: each that threads write has a cache line of its own. The phase is written
 # before the step is opened and read after that. In the fourth line, addresses and sizes of a plan's further tables.
@@ -65,10 +65,10 @@ def _sweep(staged: Staged, storage: Storage, digest: str) -> Any:
     columns, slots, quantities = len(storage.columns(staged)), staged.slots, staged.quantities
     addresses_at, slots_at, setting_at = row("int64", columns), row(storage.compute, slots), row("int64", 1)
     size = np.dtype(storage.compute).itemsize
-    last, may_skip, clears = len(staged.measures), "finite" in staged.reports, storage.clear
+    last, may_skip, clears = len(staged.measures), staged.may_skip, storage.clear
     averages = bool(staged.average)
     average = average_loop(staged, storage) if averages else None
-    starts = (*np.cumsum([0, *(len(m.kinds) for m in staged.measures)]).tolist(),)
+    starts = staged.spans
     _, store_g = elements(storage.columns(staged), [], [1])
     zero = (zero_of(staged, storage),)
     loops = {f"loop_{k}": measure_loop(staged, k, storage) for k in range(last)}
@@ -116,11 +116,8 @@ def _sweep(staged: Staged, storage: Storage, digest: str) -> Any:
 
 def _decision(staged: Staged, digest: str) -> Any:
     """`decide` for every row in the step, and for others whose clock or shared state depends on it."""
-    may_skip, asides = "finite" in staged.reports, staged.asides
-    namespace = {**ELEMENT, "real_power": math.pow}
-    if "power(" in staged.decide.replace("real_power(", ""):
-        namespace["power"] = compiled(primitives.power, digest)
-    decide = compiled(define(staged.decide, "decide", namespace), digest)
+    may_skip, asides = staged.may_skip, staged.asides
+    decide = compiled(define(staged.decide, "decide", calls_of(staged.decide, digest)), digest)
     uniforms, scalars, added = len(staged.uniforms), len(staged.scalars), len(staged.sums)
     slots, reports = staged.slots, len(staged.reports)
     uniforms_at, scalars_at, sums_at = (row("float64", n) for n in (uniforms, scalars, added))
@@ -149,14 +146,14 @@ def _decision(staged: Staged, digest: str) -> Any:
     return compiled(decide_rows, digest)
 
 
-def _addition(staged: Staged, kinds: Sequence[str], digest: str) -> Any:
+def _addition(staged: Staged, digest: str) -> Any:
     """Add up the blocks of some quantities: leaf by leaf, then over the scopes that `decide` asks for."""
     every, added = staged.quantities, len(staged.sums)
     fold = compiled(sums.fold, digest)
     integers, floats = table("int64"), table("float64")
     asked = staged.sums or ((0, SCOPES[0]),)
     sources, scopes = tuple(q for q, _ in asked), tuple(SCOPES.index(scope) for _, scope in asked)
-    roots = tuple(kinds[q] == "norm" for q in sources)
+    roots = tuple(staged.kinds[q] == "norm" for q in sources)
 
     def add_up(leaves, tiles, h, control, low, high):
         entries, rows = len(leaves), len(h)
@@ -198,7 +195,7 @@ def _addition(staged: Staged, kinds: Sequence[str], digest: str) -> Any:
 def _commit(staged: Staged, digest: str) -> Any:
     """Advance the counters and scalar state of the rows that were updated."""
     scalars = len(staged.scalars)
-    may_skip, asides = "finite" in staged.reports, staged.asides
+    may_skip, asides = staged.may_skip, staged.asides
     flags = (*(SHARED.get(scope, 0) for scope in staged.shared), 0)
     integers, floats = table("int64"), table("float64")
 
@@ -237,10 +234,9 @@ def build(staged: Staged, storage: Storage) -> Kernel:
     measures, quantities = len(staged.measures), staged.quantities
     sweep = _sweep(staged, storage, digest)
     decide_rows, commit = _decision(staged, digest), _commit(staged, digest)
-    kinds = [*(kind for m in staged.measures for kind in m.kinds), *["norm"] * len(staged.emitted)]
-    bounds = tuple(np.cumsum([0, *(len(m.kinds) for m in staged.measures), len(staged.emitted)]).tolist())
-    add_up = _addition(staged, kinds, digest) if quantities else None
-    finite = staged.reports.index("finite") if "finite" in staged.reports else -1
+    bounds = staged.spans
+    add_up = _addition(staged, digest) if quantities else None
+    finite = staged.reports.index("finite") if staged.may_skip else -1
     reports = len(staged.reports)
     floats = table("float64")
 

@@ -198,7 +198,7 @@ def _each(phase: Any, arguments: int, threads: int, wait: bool = True) -> Any:
     return _function(define(text, "run", {"phase": phase, "cuda": cuda, "int64": np.int64}))
 
 
-TARGET = Target(_function, _where, _lanes, _elements, _row, _put, _each)
+TARGET = Target(_function, _where, _lanes, _elements, _row, _put, _each, gpu=True)
 
 # No contraction of a product and a sum, and IEEE roots and divisions, which are the default: the same bits as a CPU.
 _LINK = ("-fma=0",)

@@ -19,7 +19,6 @@ Sums have the shape of `kernels.sums`: a thread owns `width` neighbouring lanes 
 
 from __future__ import annotations
 
-import ast
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,12 +27,12 @@ from typing import Any
 import numpy as np
 from numba import types
 
-from . import loss_scaling, primitives
+from . import functions, loss_scaling
 from .layout import ADVANCES, ASIDE, CLOCK, COUNTERS, FIRST_ADDRESS, GO, SHARED, SKIPPED, STEPS, TICKS, T
 from .primitives import SCOPES
-from .staging import Staged, define
+from .staged import Code, Staged, define
 from .sums import BLOCK, LANES
-from .tiles import ELEMENT, Storage, accessors, averages, element_text, loaded, zero_of
+from .tiles import Storage, accessors, averages, element_text, loaded, zero_of
 
 # Places in the board of a step, in int64s: addresses of its tables, and their sizes.
 (
@@ -107,6 +106,7 @@ class Target:
             where it is called, not where they are needed.
         put: `put(kind)`: a function that writes a number to an address.
         each: `each(phase, arguments, threads, wait)`: a function that carries out a phase in all threads of a block.
+        gpu: whether it is a GPU's compiler.
     """
 
     function: Callable[[Callable[..., Any]], Any]
@@ -116,6 +116,7 @@ class Target:
     row: Callable[..., Any]
     put: Callable[..., Any]
     each: Callable[..., Any]
+    gpu: bool = False
 
 
 @dataclass(frozen=True)
@@ -169,14 +170,6 @@ def _shift_text(formats: Sequence[str], width: int) -> str:
     for k, (kind, size) in enumerate(zip(formats, sizes, strict=True)):
         lines.append(f"    off |= (addresses[{k}] + (start - s) * {size}) & {access_bytes(kind, width) - 1}")
     return "\n".join([*lines, "    return s if off == 0 else -1"])
-
-
-def reads_slots(measure: str) -> bool:
-    """Whether a measure needs what `decide` returns."""
-    function = ast.parse(measure).body[0]
-    assert isinstance(function, ast.FunctionDef)
-    unpacked = {n.id for n in ast.walk(function.body[0]) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-    return any(isinstance(n, ast.Name) and n.id in unpacked for part in function.body[1:] for n in ast.walk(part))
 
 
 def _listed(parts: Sequence[str]) -> str:
@@ -299,15 +292,19 @@ def _float64(x):
     return np.float64(x)
 
 
-def _staged_functions(target: Target, staged: Staged, storage: Storage) -> dict[str, Any]:
-    """What the text of staged functions calls."""
+def _calls_of(target: Target, code: Code) -> dict[str, Any]:
+    return functions.for_kernels(code.calls, target.where, target.function, target.gpu)
+
+
+def _staged_functions(target: Target, staged: Staged, storage: Storage, code: Code) -> dict[str, Any]:
+    """What a staged function of an element calls, and what goes around it."""
     convert = {name: target.function(f) for name, f in accessors(storage, target.where).items()}
-    return {**ELEMENT, **convert, "where": target.where, "float64": np.float64, "zero": zero_of(staged, storage)}
+    return {**_calls_of(target, code), **convert, "float64": np.float64, "zero": zero_of(staged, storage)}
 
 
 def _updated(target: Target, staged: Staged, storage: Storage) -> tuple[list[int], Callable[..., Any]]:
     """The columns that the update reads, and `value(c, h)` for `_walk`."""
-    namespace = _staged_functions(target, staged, storage)
+    namespace = _staged_functions(target, staged, storage, staged.update)
     namespace["update"] = target.function(define(staged.update, "update", namespace))
     used, arguments = loaded(staged, storage, staged.update)
     namespace["element"] = target.function(define(element_text(staged, storage, arguments), "element", namespace))
@@ -324,8 +321,8 @@ def _updated(target: Target, staged: Staged, storage: Storage) -> tuple[list[int
 
 def _measured(target: Target, staged: Staged, storage: Storage, number: int) -> tuple[list[int], Callable[..., Any]]:
     """The columns that a measure reads, and `value(c, h)` for `_walk`."""
-    namespace = _staged_functions(target, staged, storage)
     source = staged.measures[number].source
+    namespace = _staged_functions(target, staged, storage, source)
     namespace["measure"] = target.function(define(source, "measure", namespace))
     used, arguments = loaded(staged, storage, source)
     text = f"def value(c, h):\n    return 0, measure({', '.join(arguments)}, h)"
@@ -456,9 +453,9 @@ def _clear(target: Target, staged: Staged, storage: Storage) -> Callable[..., An
 def measure(target: Target, staged: Staged, storage: Storage, number: int, tuning: Tuning) -> Body:
     """A reading pass: the sums over each tile of what it measures."""
     read, value = _measured(target, staged, storage, number)
-    first = sum(len(m.kinds) for m in staged.measures[:number])
+    first = staged.spans[number]
     kinds = staged.measures[number].kinds
-    name, needed = f"measure_{number}", reads_slots(staged.measures[number].source)
+    name, needed = f"measure_{number}", staged.measures[number].source.reads_slots
     return _sum_kernel(target, name, staged, storage, read, [], value, kinds, first, False, needed, tuning)
 
 
@@ -479,10 +476,10 @@ def update(target: Target, staged: Staged, storage: Storage, tuning: Tuning, by_
     `(leaves, tiles, count, *slots)`.
     """
     read, value = _updated(target, staged, storage)
-    written, may_skip = storage.written(staged), "finite" in staged.reports
+    written, may_skip = storage.written(staged), staged.may_skip
     if staged.emitted:
-        first = staged.quantities - len(staged.emitted)
-        kinds = ["norm"] * len(staged.emitted)
+        first = staged.spans[-2]
+        kinds = staged.kinds[first:]
         return _sum_kernel(
             target, "update", staged, storage, read, written, value, kinds, first, may_skip, True, tuning
         )
@@ -492,17 +489,17 @@ def update(target: Target, staged: Staged, storage: Storage, tuning: Tuning, by_
 
 def average(target: Target, staged: Staged, storage: Storage, tuning: Tuning, by_value: bool) -> Body:
     """The kernel that averages leaves which are not updated; arguments as those of an update that emits no sums."""
+    assert staged.average is not None
     read, arguments = loaded(staged, storage, staged.average)
-    namespace = {
-        "average": target.function(define(staged.average, "average", _staged_functions(target, staged, storage)))
-    }
+    namespace = _staged_functions(target, staged, storage, staged.average)
+    namespace["average"] = target.function(define(staged.average, "average", namespace))
     text = f"def value(c, h):\n    return average({', '.join(arguments)}, h), 0"
     value, written = target.function(define(text, "value", namespace)), averages(staged)
 
     def nothing(addresses, start, stop, mine, step):
         pass
 
-    may_skip, clear = "finite" in staged.reports, target.function(nothing)
+    may_skip, clear = staged.may_skip, target.function(nothing)
     return _piece_kernel(target, "average", staged, storage, read, written, value, may_skip, clear, tuning, by_value)
 
 
@@ -580,7 +577,7 @@ def finish(target: Target, staged: Staged, storage: Storage, formulas: Sequence[
         formulas: settings that follow from the number of the step (`fastlr.step.scheduled.Formula`).
     """
     quantities = staged.quantities
-    may_skip, asides = "finite" in staged.reports, staged.asides
+    may_skip, asides = staged.may_skip, staged.asides
     threads = FINISH_THREADS
     at = target.row("int64", 1)
     number_at = target.row("float64", 1)
@@ -728,8 +725,7 @@ def _decide_row(target: Target, staged: Staged, storage: Storage, formulas: Sequ
     compute = storage.compute
     size = np.dtype(compute).itemsize
     settings = max(1, len(staged.uniforms)) + sum(f.count for f in formulas)
-    kinds = [*(kind for m in staged.measures for kind in m.kinds), *["norm"] * len(staged.emitted)]
-    powers = {"power": target.function(primitives.power), "real_power": math.pow}
+    kinds = staged.kinds
     quantities = staged.quantities
     number = target.row("float64", 1)
 
@@ -742,7 +738,7 @@ def _decide_row(target: Target, staged: Staged, storage: Storage, formulas: Sequ
         return math.sqrt(total(cells, quantity, root))
 
     namespace: dict[str, Any] = {
-        "decide": target.function(define(staged.decide, "decide", {**ELEMENT, **powers})),
+        "decide": target.function(define(staged.decide, "decide", _calls_of(target, staged.decide))),
         "integer": target.row("int64", 1),
         "number": number,
         "uniforms": target.row("float64", settings),
@@ -792,7 +788,7 @@ def _decide_row(target: Target, staged: Staged, storage: Storage, formulas: Sequ
     if reports:
         text.append(f"    report = {table(REPORTS, 8 * reports)}")
         text += [f"    put(report + {8 * k}, float64(v[{slots + scalars + k}]))" for k in range(reports)]
-    finite = f"float64(v[{slots + scalars + staged.reports.index('finite')}])" if "finite" in staged.reports else "1.0"
+    finite = f"float64(v[{slots + scalars + staged.reports.index('finite')}])" if staged.may_skip else "1.0"
     if scalars:
         text += [f"    if kept != 0 and {finite} != 0.0:", f"        new = {table(SCALARS, 8 * scalars)}"]
         for k, scope in enumerate(staged.shared):

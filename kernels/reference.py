@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from . import cpu, primitives, sums
+from . import cpu, functions, sums
 from .atomic import commit
 from .cpu import Kernel
 from .layout import ADVANCES, ASIDE, CLOCK, COUNT, FIRST_ADDRESS, GO, LEAF, ROW, SHARED, SKIPPED, START, T
@@ -17,18 +17,6 @@ from .memory import view
 from .primitives import SCOPES
 from .staging import Staged, define
 from .tiles import Storage, accessors, averages
-
-_NUMPY = {
-    "sqrt": np.sqrt,
-    "abs": np.abs,
-    "where": np.where,
-    "exp": np.exp,
-    "log": np.log,
-    "tanh": np.tanh,
-    "sin": np.sin,
-    "cos": np.cos,
-}
-
 
 _fold: Callable[..., None] = sums.fold
 
@@ -44,7 +32,7 @@ class _Tables:
         quantities = staged.quantities
         self.advance = array(cpu.ADVANCE, "int64", rows + 1, ADVANCES)
         self.aside = self.advance[:-1, ASIDE] * staged.asides
-        self.deciding = (self.advance[:-1, 1 if "finite" in staged.reports else 0] != 0) | (self.aside != 0)
+        self.deciding = (self.advance[:-1, 1 if staged.may_skip else 0] != 0) | (self.aside != 0)
         self.scalars = array(cpu.SCALARS, "float64", rows, len(staged.scalars))
         self.sums = array(cpu.SUMS, "float64", rows, len(staged.sums))
         self.reports = array(cpu.REPORTS, "float64", rows, len(staged.reports))
@@ -66,15 +54,16 @@ def _folded(values: np.ndarray) -> float:
 def build(staged: Staged, storage: Storage) -> Kernel:
     """A step with the arguments of `kernels.cpu`, without compiling anything."""
     began = time.perf_counter()
-    powers = {"power": primitives.power, "real_power": primitives.real_power}
-    decide = define(staged.decide, "decide", {**_NUMPY, **powers})
-    update = define(staged.update, "update", _NUMPY)
-    measures = [define(m.source, "measure", _NUMPY) for m in staged.measures]
-    average = define(staged.average, "average", _NUMPY) if staged.average else None
+    decide = define(staged.decide, "decide", functions.for_float64(staged.decide.calls))
+    update = define(staged.update, "update", functions.for_arrays(staged.update.calls))
+    measures = [define(m.source, "measure", functions.for_arrays(m.source.calls)) for m in staged.measures]
+    average = None
+    if staged.average is not None:
+        average = define(staged.average, "average", functions.for_arrays(staged.average.calls))
     convert: dict[str, Callable[..., Any]] = accessors(storage, np.where)
     columns, states = storage.columns(staged), len(staged.states)
     uniforms, slots, scalars = len(staged.uniforms), staged.slots, len(staged.scalars)
-    kinds = [kind for m in staged.measures for kind in m.kinds] + ["norm"] * len(staged.emitted)
+    kinds = staged.kinds
     flags = np.array([SHARED.get(scope, 0) for scope in staged.shared], np.int64)
 
     def load(leaf: np.ndarray, tile: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -140,7 +129,7 @@ def build(staged: Staged, storage: Storage) -> Kernel:
                 new_scalars = decide_rows(table, counters, h, tables)
                 first = quantities.stop
             go = np.ones(len(h), np.int64)
-            if "finite" in staged.reports:
+            if staged.may_skip:
                 go = np.not_equal(tables.reports[:, staged.reports.index("finite")], 0.0).astype(np.int64)
             writes: list[tuple[Any, Any, Any]] = []  # as compiled steps, all or none
             for k, tile in enumerate(updated):

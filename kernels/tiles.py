@@ -4,9 +4,7 @@ A loop is `tile(addresses, h, start, stop, out, past)`: the addresses of the col
 of elements, where sums go, and whether a column that is only written goes past the caches.
 """
 
-import ast
 import hashlib
-import math
 import types as types_module
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,11 +13,11 @@ from typing import Any
 import numpy as np
 from numba import config, njit
 
-from .binding import AVERAGES
+from . import functions
 from .formats import FORMATS, to_float32
 from .memory import elements, lanes, outbox, where
 from .notices import warn_once
-from .staging import Staged, define
+from .staged import AVERAGES, Code, Staged, define
 from .sums import LANES
 
 # Values are added up in parts of some rows, a row being as many as there are lanes, so that lanes are loaded and stored
@@ -82,15 +80,9 @@ def compiled(function: Callable[..., Any], digest: str) -> Any:
     return njit(**FLAGS)(own)
 
 
-ELEMENT = {
-    "sqrt": math.sqrt,
-    "abs": abs,
-    "exp": math.exp,
-    "log": math.log,
-    "tanh": math.tanh,
-    "sin": math.sin,
-    "cos": math.cos,
-}
+def calls_of(code: Code, digest: str) -> dict[str, Callable[..., Any]]:
+    """What a staged function calls, for the processor."""
+    return functions.for_kernels(code.calls, where, lambda function: compiled(function, digest))
 
 
 def digest_of(staged: Staged, storage: Storage) -> str:
@@ -118,22 +110,10 @@ def reading(staged: Staged, storage: Storage) -> list[str]:
     return read
 
 
-def _used(source: str, arguments: Sequence[str]) -> list[int]:
-    """Which arguments of a staged function its statements read."""
-    function = ast.parse(source).body[0]
-    names = {n.id for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
-    return [k for k, name in enumerate(arguments) if name in names]
-
-
-def used_columns(staged: Staged, source: str) -> list[int]:
-    """The columns that a staged function of an element reads."""
-    return _used(source, ["p", "g", *staged.states, *staged.inputs])
-
-
-def loaded(staged: Staged, storage: Storage, source: str) -> tuple[list[int], list[str]]:
+def loaded(staged: Staged, storage: Storage, code: Code) -> tuple[list[int], list[str]]:
     """The columns that a staged function uses, and its arguments in terms of the tuple `c` of what they hold."""
     arguments = reading(staged, storage)
-    used = used_columns(staged, source) or [0]
+    used = staged.columns_read(code) or [0]
     for k, argument in enumerate(arguments):
         place = used.index(k) if k in used else used.index(used[0])
         arguments[k] = argument.replace(f"c[{k}]", f"c[{place}]") if k in used else f"c[{place}]"
@@ -162,7 +142,7 @@ def element_text(staged: Staged, storage: Storage, arguments: Sequence[str]) -> 
 
 def _element(staged: Staged, storage: Storage, digest: str) -> Callable[..., Any]:
     """`element(c, h)`, compiled; see `element_text`."""
-    update = compiled(define(staged.update, "update", {**ELEMENT, "where": where}), digest)
+    update = compiled(define(staged.update, "update", calls_of(staged.update, digest)), digest)
     convert = {name: compiled(f, digest) for name, f in accessors(storage, where).items()}
     namespace = {**convert, "zero": zero_of(staged, storage), "float64": np.float64, "update": update}
     return compiled(define(element_text(staged, storage, reading(staged, storage)), "element", namespace), digest)
@@ -238,9 +218,10 @@ def update_loop(staged: Staged, storage: Storage) -> Any:
 
 def average_loop(staged: Staged, storage: Storage) -> Any:
     """The loop over one tile of a leaf that is not updated, as `update_loop`: only its averages are written."""
+    assert staged.average is not None
     digest, formats = digest_of(staged, storage), storage.columns(staged)
     read, arguments = loaded(staged, storage, staged.average)
-    average = compiled(define(staged.average, "average", {**ELEMENT, "where": where}), digest)
+    average = compiled(define(staged.average, "average", calls_of(staged.average, digest)), digest)
     text = f"def element(c, h):\n    return average({', '.join(arguments)}, h)"
     element = compiled(define(text, "element", {"average": average}), digest)
     load, store = elements(formats, read, averages(staged))
@@ -268,7 +249,7 @@ def measure_loop(staged: Staged, number: int, storage: Storage) -> Any:
     )
     place, clear, add, add_rows, finish = adding.place, adding.clear, adding.add, adding.add_rows, adding.finish
     add_columns = adding.add_columns
-    namespace = {**ELEMENT, "where": where, "float64": np.float64}
+    namespace = {**calls_of(measure.source, digest), "float64": np.float64}
     if storage.gradient in FORMATS:
         namespace["decode_g"] = compiled(accessors(storage, where)["decode_g"], digest)
     namespace["measure"] = compiled(define(measure.source, "measure", namespace), digest)

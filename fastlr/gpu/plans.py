@@ -9,16 +9,14 @@ can; where it cannot (a step may be skipped, a graph may be replayed), whoever a
 from __future__ import annotations
 
 import ctypes
-import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from ..kernels import grid
+from ..kernels import functions, grid
 from ..kernels.layout import CLOCK, COUNT, COUNTERS, FIRST_ADDRESS, LEAF, ROW, STEPS, TICKS, T
-from ..kernels.primitives import power, real_power, sqrt
 from ..kernels.staging import Staged, define
 from ..step.gradients import Gradients
 from ..step.info import StepInfo
@@ -245,13 +243,13 @@ class DevicePlan(Plan):
         made.update_blocks = made.tile_blocks if staged.emitted else pieces
         made.update = kernels.launch("update", self._arguments(made, "pieces", pieces))
         made.measures = [kernels.launch(f"measure_{k}", self._arguments(made, "tiles", tiles)) for k in range(last)]
-        ends = np.cumsum([0, *(len(m.kinds) for m in staged.measures), len(staged.emitted)]).tolist()
+        ends = staged.spans
         for k in range(last):
             commit = grid.COMMIT if k == last - 1 else 0
             made.finishes.append(finish(ends[k], ends[k + 1], grid.ADD | grid.DECIDE | commit))
         if not last:
             made.first = finish(0, 0, grid.DECIDE | grid.COMMIT)
-        elif grid.reads_slots(staged.measures[0].source):
+        elif staged.measures[0].source.reads_slots:
             made.first = finish(0, 0, grid.DECIDE)
         if staged.emitted:
             made.after = finish(ends[last], ends[last + 1], grid.ADD)
@@ -417,11 +415,8 @@ class _Launches:
 
 def _host_decide(staged: Staged) -> Callable[[int, Sequence[float], Sequence[float]], Any]:
     """`decide` on the host, for one row: what the kernel takes, then the new state of the group."""
-    powers = {"power": power, "real_power": real_power}
-    plain = {n: getattr(math, n) for n in ("exp", "log", "tanh", "sin", "cos")}
-    fast = define(staged.decide, "decide", {**plain, **powers, "sqrt": sqrt, "abs": abs})
-    functions = {n: getattr(np, n) for n in ("exp", "log", "tanh", "sin", "cos", "sqrt", "abs")}
-    careful = define(staged.decide, "decide", {**functions, **powers})
+    fast = define(staged.decide, "decide", functions.for_numbers(staged.decide.calls))
+    careful = define(staged.decide, "decide", functions.for_float64(staged.decide.calls))
 
     def decide(t: int, settings: Sequence[float], scalars: Sequence[float]) -> Any:
         try:

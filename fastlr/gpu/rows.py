@@ -54,7 +54,7 @@ class DeviceRows(Rows):
         # The host knows all that `decide` needs, and hands over what comes out.
         self.decided_by_host = not capturable and len(self) == 1 and not (staged.quantities or staged.reports)
         # The host can count as well as the GPU.
-        self.host_counts = not capturable and "finite" not in staged.reports and not staged.scalars
+        self.host_counts = not capturable and not staged.may_skip and not staged.scalars
         self._models = models
         self._tables: dict[Any, np.ndarray] = {
             grid.SETTINGS: table,
