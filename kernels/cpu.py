@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from numba import types
 
-from . import primitives, sums
+from . import counting, primitives, sums
 from .caching import KernelCache
-from .layout import ADVANCES, ASIDE, CLOCK, COUNT, FIRST_ADDRESS, GO, LEAF, ROW, SHARED, SKIPPED, START, T
-from .memory import atomic_load, atomic_store, elements, fetch_add, pause, row, sched_yield, table
+from .layout import ADVANCES, ASIDE, CLOCK, COUNT, FIRST_ADDRESS, GO, LEAF, ROW, SHARED, SKIPPED, START, STEPS, TICKS, T
+from .memory import atomic_load, atomic_store, elements, fetch_add, pause, row, sched_yield, table, where
 from .primitives import SCOPES
 from .staging import Staged, define
 from .tiles import ELEMENT, Storage, average_loop, compiled, digest_of, measure_loop, update_loop, zero_of
@@ -114,9 +114,13 @@ def _sweep(staged: Staged, storage: Storage, digest: str) -> Any:
     return compiled(take_tiles, digest)
 
 
+def _counting(staged: Staged) -> counting.Counting:
+    return counting.make(where, "finite" in staged.reports, staged.asides)
+
+
 def _decision(staged: Staged, digest: str) -> Any:
     """`decide` for every row in the step, and for others whose clock or shared state depends on it."""
-    may_skip, asides = "finite" in staged.reports, staged.asides
+    decides = compiled(_counting(staged).decides, digest)
     namespace = {**ELEMENT, "real_power": math.pow}
     if "power(" in staged.decide.replace("real_power(", ""):
         namespace["power"] = compiled(primitives.power, digest)
@@ -132,7 +136,7 @@ def _decision(staged: Staged, digest: str) -> Any:
         new_scalars = floats(control[NEW_SCALARS], rows, scalars)
         report = floats(control[REPORTS], rows, reports)
         for r in range(rows):
-            if advance[r, 0] != 0 or (may_skip and advance[r, 1] != 0) or (asides and advance[r, ASIDE] != 0):
+            if decides(advance[r, STEPS], advance[r, TICKS], advance[r, ASIDE]):
                 values = decide(
                     counters[r, T] + 1,
                     *uniforms_at(np.int64(settings.ctypes.data) + r * uniforms * 8),
@@ -198,7 +202,7 @@ def _addition(staged: Staged, kinds: Sequence[str], digest: str) -> Any:
 def _commit(staged: Staged, digest: str) -> Any:
     """Advance the counters and scalar state of the rows that were updated."""
     scalars = len(staged.scalars)
-    may_skip, asides = "finite" in staged.reports, staged.asides
+    _, goes, counted, skips, keeps, total, _ = _counting(staged).mapped(lambda f: compiled(f, digest))
     flags = (*(SHARED.get(scope, 0) for scope in staged.shared), 0)
     integers, floats = table("int64"), table("float64")
 
@@ -207,25 +211,20 @@ def _commit(staged: Staged, digest: str) -> Any:
         advance = integers(control[ADVANCE], rows + 1, ADVANCES)
         old, new = floats(control[SCALARS], rows, scalars), floats(control[NEW_SCALARS], rows, scalars)
         stepping = going = 0
-        now = counters[rows, CLOCK] + advance[rows, 1]  # the same for all rows, however long one was left out
+        gain = advance[rows, TICKS]
+        now = counters[rows, CLOCK] + gain  # the same for all rows, however long one was left out
         for r in range(rows):
-            aside = advance[r, ASIDE] if asides else 0
-            go = counters[r, GO] if may_skip and (advance[r, 1] != 0 or aside != 0) else 1
-            if advance[r, 0] != 0:
-                stepping += 1
-                going += go
-                counters[r, SKIPPED] += 1 - go
-                for k in range(scalars * go):
+            steps, ticks, aside = advance[r, STEPS], advance[r, TICKS], advance[r, ASIDE]
+            go = goes(ticks, aside, counters[r, GO])
+            t, clock = counters[r, T], counters[r, CLOCK]
+            counters[r, T], counters[r, CLOCK] = counted(t, clock, steps * go, ticks * go, now)
+            counters[r, SKIPPED] = skips(counters[r, SKIPPED], steps, go)
+            for k in range(scalars):
+                if keeps(steps, aside, go, flags[k]):
                     old[r, k] = new[r, k]
-            elif aside != 0 and go != 0:
-                for k in range(scalars):
-                    if aside & flags[k] != 0:
-                        old[r, k] = new[r, k]
-            counters[r, T] += advance[r, 0] * go
-            if advance[r, 1] != 0 and go != 0:
-                counters[r, CLOCK] = now
-        if going > 0 or stepping == 0:
-            counters[rows, CLOCK] += advance[rows, 1]
+            stepping += steps
+            going += steps * go
+        counters[rows, CLOCK] = total(counters[rows, CLOCK], gain, stepping, going)
 
     return compiled(commit, digest)
 
