@@ -21,11 +21,13 @@ from numba import types
 
 from . import counting, primitives, sums
 from .caching import KernelCache
+from .element import ELEMENT
 from .layout import ADVANCES, ASIDE, CLOCK, COUNT, FIRST_ADDRESS, GO, LEAF, ROW, SHARED, SKIPPED, START, STEPS, TICKS, T
 from .memory import atomic_load, atomic_store, elements, fetch_add, pause, row, sched_yield, table, where
 from .primitives import SCOPES
 from .staging import Staged, define
-from .tiles import ELEMENT, Storage, average_loop, compiled, digest_of, measure_loop, update_loop, zero_of
+from .storage import Storage, zero_of
+from .tiles import average_loop, compiled, digest_of, measure_loop, update_loop
 
 # Places in the control block, in int64s: each that threads write has a cache line of its own. The phase is written
 # before the step is opened and read after that. In the fourth line, addresses and sizes of a plan's further tables.
@@ -60,6 +62,31 @@ class Kernel:
     takes_helpers: bool
 
 
+def _loop(staged: Staged, storage: Storage, digest: str) -> Any:
+    """`loop(phase, addresses, h, start, stop, out, past)`: the loop of a phase over one tile."""
+    update = update_loop(staged, storage)
+
+    def loop(phase: int, addresses: Any, h: Any, start: int, stop: int, out: int, past: int) -> None:
+        update(addresses, h, start, stop, out, past)
+
+    loop = compiled(loop, digest)
+    for k in reversed(range(len(staged.measures))):
+        loop = compiled(_chosen(k, measure_loop(staged, k, storage), loop), digest)
+    return loop
+
+
+def _chosen(number: int, measure: Any, later: Any) -> Callable[..., None]:
+    """The loop of the measure of a number in its phase, that of `later` in others."""
+
+    def loop(phase: int, addresses: Any, h: Any, start: int, stop: int, out: int, past: int) -> None:
+        if phase == number:
+            measure(addresses, h, start, stop, out, past)
+        else:
+            later(phase, addresses, h, start, stop, out, past)
+
+    return loop
+
+
 def _sweep(staged: Staged, storage: Storage, digest: str) -> Any:
     """Take tiles and run the loop of a phase over each."""
     columns, slots, quantities = len(storage.columns(staged)), staged.slots, staged.quantities
@@ -67,19 +94,24 @@ def _sweep(staged: Staged, storage: Storage, digest: str) -> Any:
     size = np.dtype(storage.compute).itemsize
     last, may_skip, clears = len(staged.measures), "finite" in staged.reports, storage.clear
     averages = bool(staged.average)
-    average = average_loop(staged, storage) if averages else None
+    average: Any = average_loop(staged, storage) if averages else None
     starts = (*np.cumsum([0, *(len(m.kinds) for m in staged.measures)]).tolist(),)
     _, store_g = elements(storage.columns(staged), [], [1])
     zero = (zero_of(staged, storage),)
-    loops = {f"loop_{k}": measure_loop(staged, k, storage) for k in range(last)}
-    loop = loops[f"loop_{last}"] = update_loop(staged, storage)
-    if last:
-        arguments = "addresses, h, first, stop, out, past"
-        lines = [f"def loop(phase, {arguments}):"]
-        lines += [f"    if phase == {k}:\n        return loop_{k}({arguments})" for k in range(last)]
-        loop = compiled(define("\n".join([*lines, f"    return loop_{last}({arguments})"]), "loop", loops), digest)
+    loop = _loop(staged, storage, digest)
 
-    def take_tiles(phase, leaves, tiles, counters, h, base, partials, chunk, shares, mine):
+    def take_tiles(
+        phase: int,
+        leaves: Any,
+        tiles: Any,
+        counters: Any,
+        h: Any,
+        base: int,
+        partials: int,
+        chunk: int,
+        shares: int,
+        mine: int,
+    ) -> None:
         past = setting_at(base + 8 * PAST)[0]
         updated = setting_at(base + 8 * UPDATED)[0] if averages else len(tiles)
         many = updated if phase < last else len(tiles)
@@ -106,10 +138,7 @@ def _sweep(staged: Staged, storage: Storage, digest: str) -> Any:
                         average(addresses, values, start, start + count)
                         continue
                     out = partials + (tile_index * quantities + starts[phase]) * 8
-                    if last:
-                        loop(phase, addresses, values, start, start + count, out, past)
-                    else:
-                        loop(addresses, values, start, start + count, out, past)
+                    loop(phase, addresses, values, start, start + count, out, past)
 
     return compiled(take_tiles, digest)
 
@@ -130,7 +159,7 @@ def _decision(staged: Staged, digest: str) -> Any:
     uniforms_at, scalars_at, sums_at = (row("float64", n) for n in (uniforms, scalars, added))
     integers, floats = table("int64"), table("float64")
 
-    def decide_rows(settings, counters, h, control):
+    def decide_rows(settings: Any, counters: Any, h: Any, control: Any) -> None:
         rows = len(h)
         advance = integers(control[ADVANCE], rows + 1, ADVANCES)
         new_scalars = floats(control[NEW_SCALARS], rows, scalars)
@@ -162,7 +191,7 @@ def _addition(staged: Staged, kinds: Sequence[str], digest: str) -> Any:
     sources, scopes = tuple(q for q, _ in asked), tuple(SCOPES.index(scope) for _, scope in asked)
     roots = tuple(kinds[q] == "norm" for q in sources)
 
-    def add_up(leaves, tiles, h, control, low, high):
+    def add_up(leaves: Any, tiles: Any, h: Any, control: Any, low: int, high: int) -> None:
         entries, rows = len(leaves), len(h)
         partials = floats(control[PARTIALS], len(tiles) + 1, every)
         leaf_sums = floats(control[LEAF_SUMS], entries, every)
@@ -206,7 +235,7 @@ def _commit(staged: Staged, digest: str) -> Any:
     flags = (*(SHARED.get(scope, 0) for scope in staged.shared), 0)
     integers, floats = table("int64"), table("float64")
 
-    def commit(counters, control):
+    def commit(counters: Any, control: Any) -> None:
         rows = len(counters) - 1
         advance = integers(control[ADVANCE], rows + 1, ADVANCES)
         old, new = floats(control[SCALARS], rows, scalars), floats(control[NEW_SCALARS], rows, scalars)
@@ -238,12 +267,12 @@ def build(staged: Staged, storage: Storage) -> Kernel:
     decide_rows, commit = _decision(staged, digest), _commit(staged, digest)
     kinds = [*(kind for m in staged.measures for kind in m.kinds), *["norm"] * len(staged.emitted)]
     bounds = tuple(np.cumsum([0, *(len(m.kinds) for m in staged.measures), len(staged.emitted)]).tolist())
-    add_up = _addition(staged, kinds, digest) if quantities else None
+    add_up: Any = _addition(staged, kinds, digest) if quantities else None
     finite = staged.reports.index("finite") if "finite" in staged.reports else -1
     reports = len(staged.reports)
     floats = table("float64")
 
-    def step(leaves, tiles, settings, counters, h, control, generation):
+    def step(leaves: Any, tiles: Any, settings: Any, counters: Any, h: Any, control: Any, generation: int) -> None:
         base = np.int64(control.ctypes.data)
         if generation > 0:
             decide_rows(settings, counters, h, control)

@@ -16,7 +16,7 @@ from .layout import ADVANCES, CLOCK, COUNT, FIRST_ADDRESS, GO, LEAF, ROW, SHARED
 from .memory import view
 from .primitives import SCOPES
 from .staging import Staged, define
-from .tiles import Storage, accessors, averages
+from .storage import Storage, accessors, averages
 
 _NUMPY = {
     "sqrt": np.sqrt,
@@ -74,7 +74,7 @@ def build(staged: Staged, storage: Storage) -> Kernel:
     columns, states = storage.columns(staged), len(staged.states)
     uniforms, slots, scalars = len(staged.uniforms), staged.slots, len(staged.scalars)
     kinds = [kind for m in staged.measures for kind in m.kinds] + ["norm"] * len(staged.emitted)
-    rule = counting.make(np.where, "finite" in staged.reports, staged.asides)
+    tally = counting.make(np.where, "finite" in staged.reports, staged.asides)
     flags = np.array([SHARED.get(scope, 0) for scope in staged.shared], np.int64)
 
     def load(leaf: np.ndarray, tile: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -92,7 +92,7 @@ def build(staged: Staged, storage: Storage) -> Kernel:
 
     def decide_rows(table: np.ndarray, counters: np.ndarray, h: np.ndarray, tables: _Tables) -> np.ndarray:
         new = tables.scalars.copy()
-        for r in np.flatnonzero(rule.decides(tables.steps, tables.ticks, tables.aside)):
+        for r in np.flatnonzero(tally.decides(tables.steps, tables.ticks, tables.aside)):
             values = decide(int(counters[r, T]) + 1, *table[r, :uniforms], *tables.scalars[r], *tables.sums[r])
             h[r], new[r] = values[:slots], values[slots : slots + scalars]
             tables.reports[r] = values[slots + scalars :]
@@ -170,13 +170,13 @@ def build(staged: Staged, storage: Storage) -> Kernel:
         steps, ticks, aside = tables.steps, tables.ticks, tables.aside
         gain = tables.advance[-1, TICKS]
         now = counters[-1, CLOCK] + gain
-        going, counted = rule.goes(ticks, aside, go), counters.copy()
+        going, counted = tally.goes(ticks, aside, go), counters.copy()
         counted[:-1, GO] = go
         t, clock = counters[:-1, T], counters[:-1, CLOCK]
-        counted[:-1, T], counted[:-1, CLOCK] = rule.counted(t, clock, steps * going, ticks * going, now)
-        counted[:-1, SKIPPED] = rule.skips(counters[:-1, SKIPPED], steps, going)
-        counted[-1, CLOCK] = rule.total(counters[-1, CLOCK], gain, steps.sum(), (steps * going).sum())
-        scalars_of = rule.keeps(steps[:, None], aside[:, None], going[:, None], flags)
+        counted[:-1, T], counted[:-1, CLOCK] = tally.counted(t, clock, steps * going, ticks * going, now)
+        counted[:-1, SKIPPED] = tally.skips(counters[:-1, SKIPPED], steps, going)
+        counted[-1, CLOCK] = tally.total(counters[-1, CLOCK], gain, steps.sum(), (steps * going).sum())
+        scalars_of = tally.keeps(steps[:, None], aside[:, None], going[:, None], flags)
         writes += [(tables.scalars, scalars_of, new_scalars[scalars_of]), (counters, ..., counted)]
         commit([*writes, (control, cpu.CLOSED, generation + len(measures))])
 

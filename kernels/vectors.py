@@ -27,7 +27,7 @@ __all__ = ["combine", "dot", "move_and_dot"]
 _WORTH_SHARING = 1 << 20  # bytes below which one thread is done before another has begun
 
 
-def _halve(lanes):
+def _halve(lanes: Any) -> Any:
     """The sum of lanes, upper half onto lower, down to one."""
     half = LANES // 2
     while half > 0:
@@ -43,7 +43,7 @@ def _pass(name: str, dtype: str) -> Any:
     digest = hashlib.sha256(f"{name} {dtype}".encode()).hexdigest()[:16]
     halve = compiled(_halve, digest)
 
-    def move_and_dot(out, x, a, y, z, sums, first, last):
+    def move_and_dot(out: Any, x: Any, a: float, y: Any, z: Any, sums: Any, first: int, last: int) -> None:
         lanes = np.zeros(LANES)
         for b in range(first, last):
             lanes[:] = 0.0
@@ -55,7 +55,7 @@ def _pass(name: str, dtype: str) -> Any:
                     lanes[j] += np.float64(value) * np.float64(z[i + j])
             sums[b, 0] = halve(lanes)
 
-    def dot(out, x, a, y, z, sums, first, last):
+    def dot(out: Any, x: Any, a: float, y: Any, z: Any, sums: Any, first: int, last: int) -> None:
         lanes = np.zeros(LANES)
         for b in range(first, last):
             lanes[:] = 0.0
@@ -65,7 +65,7 @@ def _pass(name: str, dtype: str) -> Any:
                     lanes[j] += np.float64(x[i + j]) * np.float64(y[i + j])
             sums[b, 0] = halve(lanes)
 
-    def move(out, x, a, y, z, sums, first, last):
+    def move(out: Any, x: Any, a: float, y: Any, z: Any, sums: Any, first: int, last: int) -> None:
         for i in range(first * BLOCK, min(last * BLOCK, x.size)):
             out[i] = x[i] + a * y[i]
 
@@ -82,7 +82,7 @@ def _pass(name: str, dtype: str) -> Any:
 def _by_numpy(name: str) -> Any:
     """The same pass by NumPy, with the same bits."""
 
-    def run(out, x, a, y, z, sums, first, last):
+    def run(out: Any, x: Any, a: float, y: Any, z: Any, sums: Any, first: int, last: int) -> None:
         for b in range(first, last):
             part = slice(b * BLOCK, (b + 1) * BLOCK)
             left, right = (x, y) if name == "dot" else (out, z)
