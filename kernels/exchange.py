@@ -84,7 +84,7 @@ _word, _tensor, _half_words = row("int64", 1), row("int64", 6), 0xFFFFFFFF
 _set = put("int64")
 
 
-def _look(function, thing, box, out, k):
+def _look(function: int, thing: int, box: int, out: Any, k: int) -> int:
     """Describe a tensor in a row of the table; 0 if it has no memory."""
     if _describe(function, thing, box) != 0:
         _clear_error()
@@ -101,7 +101,7 @@ def _look(function, thing, box, out, k):
     return 1
 
 
-def _describe_all(function, things, box, out):
+def _describe_all(function: int, things: int, box: int, out: Any) -> int:
     """Describe tensors up to the first that cannot be described; returns how many those are."""
     for k in range(len(out)):
         if look(function, _word(things + 8 * k)[0], box, out, k) == 0:
@@ -109,7 +109,7 @@ def _describe_all(function, things, box, out):
     return len(out)
 
 
-def _holds(function, mapping, expected, outer, inner):
+def _holds(function: int, mapping: int, expected: Any, outer: int, inner: int) -> bool:
     """Whether a dict of dicts holds these very objects; see `Exchange.holds`."""
     k = 0
     _set(outer, 0)
@@ -125,7 +125,9 @@ def _holds(function, mapping, expected, outer, inner):
     return k == len(expected)
 
 
-def _compare(function, params, gradients, none, box, known, at, kind, found):
+def _compare(
+    function: int, params: int, gradients: int, none: int, box: int, known: Any, at: Any, kind: Any, found: Any
+) -> int:
     """Compare parameters and gradients with earlier descriptions; see `Exchange.compare`."""
     outcome = SAME
     for k in range(len(known)):

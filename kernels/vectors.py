@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import os
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numba import types
@@ -26,7 +27,7 @@ __all__ = ["combine", "dot", "move_and_dot"]
 _WORTH_SHARING = 1 << 20  # bytes below which one thread is done before another has begun
 
 
-def _halve(lanes):
+def _halve(lanes: Any) -> Any:
     """The sum of lanes, upper half onto lower, down to one."""
     half = LANES // 2
     while half > 0:
@@ -42,7 +43,7 @@ def _pass(name: str, dtype: str) -> Callable[..., None]:
     digest = hashlib.sha256(f"{name} {dtype}".encode()).hexdigest()[:16]
     halve = compiled(_halve, digest)
 
-    def move_and_dot(out, x, a, y, z, sums, first, last):
+    def move_and_dot(out: Any, x: Any, a: float, y: Any, z: Any, sums: Any, first: int, last: int) -> None:
         lanes = np.zeros(LANES)
         for b in range(first, last):
             lanes[:] = 0.0
@@ -54,7 +55,7 @@ def _pass(name: str, dtype: str) -> Callable[..., None]:
                     lanes[j] += np.float64(value) * np.float64(z[i + j])
             sums[b, 0] = halve(lanes)
 
-    def dot(out, x, a, y, z, sums, first, last):
+    def dot(out: Any, x: Any, a: float, y: Any, z: Any, sums: Any, first: int, last: int) -> None:
         lanes = np.zeros(LANES)
         for b in range(first, last):
             lanes[:] = 0.0
@@ -64,7 +65,7 @@ def _pass(name: str, dtype: str) -> Callable[..., None]:
                     lanes[j] += np.float64(x[i + j]) * np.float64(y[i + j])
             sums[b, 0] = halve(lanes)
 
-    def move(out, x, a, y, z, sums, first, last):
+    def move(out: Any, x: Any, a: float, y: Any, z: Any, sums: Any, first: int, last: int) -> None:
         for i in range(first * BLOCK, min(last * BLOCK, x.size)):
             out[i] = x[i] + a * y[i]
 
@@ -80,7 +81,7 @@ def _pass(name: str, dtype: str) -> Callable[..., None]:
 def _by_numpy(name: str) -> Callable[..., None]:
     """The same pass by NumPy, with the same bits."""
 
-    def run(out, x, a, y, z, sums, first, last):
+    def run(out: Any, x: Any, a: float, y: Any, z: Any, sums: Any, first: int, last: int) -> None:
         for b in range(first, last):
             part = slice(b * BLOCK, (b + 1) * BLOCK)
             left, right = (x, y) if name == "dot" else (out, z)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import weakref
 
@@ -16,11 +17,14 @@ import fastlr
 from fastlr.arrays import places
 from fastlr.gpu import arrays as device_arrays
 from fastlr.gpu import driver as devices
+from fastlr.gpu.device import Device
+from fastlr.gpu.driver import Gpu
 from fastlr.kernels import emulation as kernel_emulation
-from fastlr.kernels import grid
+from fastlr.kernels.finish import FORMULA_FUNCTIONS
 from fastlr.kernels.formats import FORMATS
 from fastlr.kernels.staging import define
 from fastlr.kernels.sums import BLOCK
+from fastlr.kernels.target import Target
 from fastlr.step.scheduled import distinguished
 
 STEPS = 4
@@ -843,7 +847,7 @@ def test_extreme_schedules_in_a_kernel():
         s.CosineRestarts(0.1, 3, growth=2, decay=0.9),
     ]
     source, _ = distinguished(tried)
-    function = kernel_emulation.TARGET.function(define(source, "value", grid._FORMULAS))
+    function = kernel_emulation.TARGET.function(define(source, "value", FORMULA_FUNCTIONS))
     for kind, schedule in enumerate(tried, 1):
         numbers = np.array([kind, *schedule._carried_out().numbers], np.float64)
         for n in (0, 1, 2, 10, 11, 3894, 10**6, 2**53 - 2, 2**53):
@@ -856,3 +860,20 @@ def test_a_function_that_numba_cannot_compile():
     with pytest.raises(ValueError, match="the function that lr follows cannot be compiled by Numba for a GPU"):
         opt.step(tree_map(lambda x: on_device(np.asarray(x)), opt.params))
     assert all(same(before[k], v) for k, v in opt.snapshot().items())
+
+
+def test_the_emulated_device_and_a_gpu_keep_the_same_contract():
+    """The type checker does not look at tests, so the emulation is compared here, by names and arguments."""
+
+    def called(function):
+        return [(p.name, p.default, p.kind) for p in inspect.signature(function).parameters.values()]
+
+    contract = {name: f for name, f in vars(Device).items() if inspect.isfunction(f) and not name.startswith("_")}
+    assert len(contract) > 10
+    for kind in (emulation.Device, Gpu):
+        for name, function in contract.items():
+            assert called(getattr(kind, name)) == called(function), (kind, name)
+    target = kernel_emulation.EmulatedTarget
+    for name, function in vars(Target).items():
+        if inspect.isfunction(function) and not name.startswith("_"):
+            assert called(getattr(target, name)) == called(function), name

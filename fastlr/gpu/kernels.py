@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..kernels import grid
+from ..kernels.finish import finish
 from ..kernels.staging import Staged
 from ..kernels.tiles import Storage
 from ..step.scheduled import Formula
+from .device import Device
 from .driver import Launch
 
 __all__ = ["StepKernels"]
@@ -35,7 +37,7 @@ class StepKernels:
 
     def __init__(
         self,
-        device: Any,
+        device: Device,
         staged: Staged,
         storage: Storage,
         tuning: grid.Tuning | None = None,
@@ -70,7 +72,7 @@ class StepKernels:
     def _maker(self, name: str) -> Callable[[grid.Target], grid.Body]:
         staged, storage, tuning = self.staged, self.storage, self.tuning
         if name == "finish":
-            return lambda target: grid.finish(target, staged, storage, self.formulas)
+            return lambda target: finish(target, staged, storage, self.formulas)
         if name.startswith("measure_"):
             return lambda target: grid.measure(target, staged, storage, int(name.removeprefix("measure_")), tuning)
         make = grid.average if name.startswith("average") else grid.update

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..kernels import grid
+from ..kernels import counting, grid
 from ..kernels.layout import CLOCK, STEPS, TICKS, T
 from ..kernels.staging import Staged
 from ..loss_scale import LossScale
@@ -17,6 +17,8 @@ from .results import Results
 from .tables import Tables
 
 __all__ = ["DeviceRows"]
+
+_COUNTING = counting.make(np.where, may_skip=False, asides=False)  # all that the host follows
 
 
 class DeviceRows(Rows):
@@ -120,8 +122,9 @@ class DeviceRows(Rows):
 
     def advanced(self, advance: np.ndarray) -> None:
         """A step whose counting the host can follow has been made."""
-        self.counters[:, T] += advance[:, STEPS]
-        self.counters[advance[:, TICKS] != 0, CLOCK] = self.counters[-1, CLOCK] + advance[-1, TICKS]
+        t, clock = self.counters[:, T], self.counters[:, CLOCK]
+        now = clock[-1] + advance[-1, TICKS]  # the own row of the optimizer counts as one that ticks
+        t[:], clock[:] = _COUNTING.counted(t, clock, advance[:, STEPS], advance[:, TICKS], now)
 
     def pull(self) -> None:
         """Learn from the GPU what only it knows; waits for it."""
