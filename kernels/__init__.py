@@ -1,1 +1,1 @@
-"""What gets compiled, and nothing else: rules, primitives, staging and the sweep that runs them."""
+"""What gets compiled and what compiles it: rules, their staging, and the kernels that run them."""

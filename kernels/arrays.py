@@ -2,11 +2,11 @@
 
 From Python the address of an array takes a microsecond or more, so it is tempting to remember addresses by the
 identity of an array. But the same array can have other memory at the next step (`resize`, `shape=`, `__setstate__`).
-Here every array is looked at anew at each step, in compiled code that keeps the GIL, which is faster than comparing
-identities. What is not exactly as expected is left to the caller, whose code is slower and has the messages.
+Here every array is inspected at each step, in compiled code that keeps the GIL, which is faster than comparing
+identities. Whatever is not exactly as expected is left to the caller, whose code is slower and has the error messages.
 
-The fields have been the same since NumPy 1.7 (numpy/ndarraytypes.h). They are tried on known arrays once; where they
-are elsewhere (another Python, no GIL), `is_available` says so and every array takes the slow way.
+The fields have been the same since NumPy 1.7 (numpy/ndarraytypes.h). They are checked once on sample arrays; where they
+are different (another Python, no GIL), `is_available` says so and every array goes through the slow code.
 """
 
 from __future__ import annotations
@@ -28,33 +28,33 @@ from .memory import row
 
 __all__ = ["FOUND", "Finder", "is_available", "prepare"]
 
-# Offsets in bytes: of the type in any Python object, and of what an array is.
+# Offsets in bytes: of the type in any Python object, and of the fields of an array.
 _TYPE, _DATA, _NDIM, _SHAPE, _DTYPE, _FLAGS = 8, 16, 24, 32, 56, 64
 _IN_ORDER, _WRITEABLE = 0x101, 0x400  # C_CONTIGUOUS | ALIGNED
 _HALF_WORD = 0xFFFFFFFF
 
 FOUND = 0
 
-# What the compiled function is told, in int64s: numbers, and addresses of tables.
+# Places in the board that the compiled function reads, in int64s: numbers, and addresses of tables.
 (
     ARRAY_TYPE,  # id(np.ndarray)
     NONE,  # id(None)
     COUNT,  # number of gradients
-    DTYPE,  # id of the dtype that they have
-    APART,  # where each was found last, apart from what a step writes
-    EXPECTED,  # for each: whether there is one, bytes, where in SHAPES the two shapes are of which it may have either
+    DTYPE,  # id of their dtype
+    APART,  # the last address of each, checked not to overlap what a step writes
+    EXPECTED,  # for each: whether there is one, its bytes, and the places in SHAPES of the two shapes it may have
     SHAPES,  # number of dimensions, then the dimensions
     STARTS,  # of the memory that a step writes, sorted
     ENDS,
     SPANS,
     ENTRIES,  # number of entries of the plan
-    SOURCE,  # for each entry, which gradient
-    INSIDE,  # and how many bytes after its begin
-    COLUMN,  # where the address goes, for the first entry
+    SOURCE,  # for each entry, the number of its gradient
+    INSIDE,  # and how many bytes after the gradient's start it begins
+    COLUMN,  # the place that takes the address, for the first entry
     STRIDE,  # bytes from one entry to the next
-    FIXED,  # number of arrays that must be as they were
+    FIXED,  # number of arrays that must not have changed
     IDENTITIES,  # id of each
-    KNOWN,  # address, id of the dtype, where the shape is in SHAPES, flags that it must have
+    KNOWN,  # the address, id of the dtype, place in SHAPES and required flags of each
     SIZE,
 ) = range(19)
 
@@ -87,8 +87,8 @@ def _look(board: Any, things: Any) -> Any:
             return k + 1
         if at(thing + _FLAGS, 0) & _IN_ORDER != _IN_ORDER:
             return k + 1
-        one, other = shapes + 8 * at(expected, 4 * k + 2), shapes + 8 * at(expected, 4 * k + 3)
-        if not has_shape(thing, one) and not has_shape(thing, other):
+        first, second = shapes + 8 * at(expected, 4 * k + 2), shapes + 8 * at(expected, 4 * k + 3)
+        if not has_shape(thing, first) and not has_shape(thing, second):
             return k + 1
         begin = at(thing + _DATA, 0)
         if begin != at(apart, k):
@@ -132,15 +132,13 @@ has_shape = numba.njit(error_model="numpy")(_has_shape)
 @functools.cache
 def _compiled() -> Any:
     run = numba.njit(error_model="numpy")(_look)  # keeps the GIL: it looks at Python objects
-    run._cache = KernelCache("arrays", "look")
-    run.compile(types.int64(types.int64, types.int64))
-    run.disable_compile()
+    KernelCache("arrays", "look").compile(run, types.int64(types.int64, types.int64))
     return run
 
 
 @functools.cache
 def is_available() -> bool:
-    """Whether arrays can be looked at here; compiles nothing."""
+    """Whether arrays can be inspected in this Python; compiles nothing."""
     if numba.config.DISABLE_JIT or sys.implementation.name != "cpython" or ctypes.sizeof(ctypes.c_void_p) != 8:
         return False
     if not getattr(sys, "_is_gil_enabled", lambda: True)() or np.ndarray.__basicsize__ < _FLAGS + 4:
@@ -153,15 +151,15 @@ def is_available() -> bool:
     frozen.flags.writeable = False
     for array in (np.zeros(()), np.zeros((2, 3), np.float32), np.zeros((4, 5)).T, np.zeros((0, 7))[:, ::2], frozen):
         shape = (ctypes.c_int64 * array.ndim).from_address(word(array, _SHAPE)) if array.ndim else ()
-        found = word(array, _TYPE), word(array, _DATA), word(array, _DTYPE), word(array, _FLAGS) & _HALF_WORD
-        right = id(np.ndarray), array.ctypes.data, id(array.dtype), array.flags.num
-        if found != right or word(array, _NDIM) & _HALF_WORD != array.ndim or tuple(shape) != array.shape:
+        fields = word(array, _TYPE), word(array, _DATA), word(array, _DTYPE), word(array, _FLAGS) & _HALF_WORD
+        expected = id(np.ndarray), array.ctypes.data, id(array.dtype), array.flags.num
+        if fields != expected or word(array, _NDIM) & _HALF_WORD != array.ndim or tuple(shape) != array.shape:
             return False
     return True
 
 
 def prepare() -> float:
-    """Compile what looks at arrays, or load it from the cache; the seconds that took."""
+    """Compile the function that inspects arrays, or load it from the cache; returns the seconds that took."""
     began = time.perf_counter()
     if is_available():
         _compiled()
@@ -169,28 +167,28 @@ def prepare() -> float:
 
 
 def flags_of(writeable: bool) -> int:
-    """The flags that an array must have to be read, or written, where it is."""
+    """The flags that an array needs to be read, or also written, in place."""
     return _IN_ORDER | (_WRITEABLE if writeable else 0)
 
 
 class Finder:
-    """Finds the gradients of a plan, and makes sure that other arrays are as they were.
+    """Finds the gradients of a plan, and checks that other arrays have not changed.
 
     Args:
-        shapes: of the gradients; for each one shape, or two of which it may have either.
-        active: whether there is a gradient; where not, None is expected.
+        shapes: for each gradient, the one or two shapes that it may have.
+        active: for each, whether there is one; otherwise None is expected.
         dtype: of the gradients.
-        spans: first and last addresses of the memory that a step writes, each sorted; gradients must be elsewhere.
-        source: for each entry of the plan, which gradient.
-        inside: and how many bytes after its begin.
+        spans: first and last addresses of the memory that a step writes, each sorted; gradients must not overlap it.
+        source: for each entry of the plan, the number of its gradient.
+        inside: for each entry, how many bytes after the gradient's start it begins.
         column: the column of the plan that takes the addresses, `(entries,)`, a view.
-        fixed: arrays that must be as they are now; kept alive.
-        writeable: whether each of them is written.
+        fixed: arrays that must stay as they are now; kept alive.
+        writeable: for each of them, whether a step writes it.
 
     Attributes:
         look: `look(board, id(things))`, for a list of one thing for each gradient, enters their addresses into the
             plan if all are as expected. It returns `FOUND`; or k + 1 if the k-th needs a closer look; or -k - 1 if the
-            k-th fixed array is not as it was.
+            k-th fixed array has changed.
         board: its first argument.
     """
 
@@ -206,21 +204,21 @@ class Finder:
         fixed: Sequence[np.ndarray],
         writeable: Sequence[bool],
     ) -> None:
-        places: dict[tuple[int, ...], int] = {}
+        offsets: dict[tuple[int, ...], int] = {}
         flat: list[int] = []
 
-        def place(shape: tuple[int, ...]) -> int:
-            if shape not in places:
-                places[shape] = len(flat)
+        def offset(shape: tuple[int, ...]) -> int:
+            if shape not in offsets:
+                offsets[shape] = len(flat)
                 flat.extend((len(shape), *shape))
-            return places[shape]
+            return offsets[shape]
 
         expected = []
-        for alternatives, there in zip(shapes, active, strict=True):
+        for alternatives, exists in zip(shapes, active, strict=True):
             nbytes = int(np.prod(alternatives[0], dtype=np.int64)) * dtype.itemsize
-            expected.append((there, nbytes, place(alternatives[0]), place(alternatives[-1])))
+            expected.append((exists, nbytes, offset(alternatives[0]), offset(alternatives[-1])))
         known = [
-            (a.ctypes.data, id(a.dtype), place(a.shape), flags_of(w)) for a, w in zip(fixed, writeable, strict=True)
+            (a.ctypes.data, id(a.dtype), offset(a.shape), flags_of(w)) for a, w in zip(fixed, writeable, strict=True)
         ]
         board = np.zeros(SIZE, np.int64)
         tables = {

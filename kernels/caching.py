@@ -110,8 +110,8 @@ def _warn(problem: object) -> None:
     warn_once(f"{problem} Until then each new process compiles again, one or two seconds per kernel.")
 
 
-def _others(status: os.stat_result) -> str | None:
-    """Who but this user and root can write to a file or folder, in words; None if nobody."""
+def _other_writers(status: os.stat_result) -> str | None:
+    """Who besides this user and root can write to a file or folder, in words; None if nobody can."""
     if status.st_uid not in (os.geteuid(), 0):
         return f"it belongs to another user (uid {status.st_uid})"
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
@@ -121,9 +121,9 @@ def _others(status: os.stat_result) -> str | None:
 
 @contextlib.contextmanager
 def _opened(place: Path) -> Iterator[int | None]:
-    """The folder of the cache, opened, if nobody else can have put anything there.
+    """The folder of the cache, opened, provided that nobody else can have put anything there.
 
-    What is checked is what has been opened, so it does not matter who can rename or exchange the folders above it.
+    The check is made on the open folder, so it does not matter who can rename or replace the folders above it.
 
     Returns:
         A descriptor; None on Windows, where the folders of users are their own.
@@ -137,7 +137,7 @@ def _opened(place: Path) -> Iterator[int | None]:
         return
     descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        if others := _others(os.fstat(descriptor)):
+        if others := _other_writers(os.fstat(descriptor)):
             raise CacheError(
                 f"the folder {place} is not used to keep compiled kernels: {others}, and what is in it is run. Set "
                 "FASTLR_CACHE_DIR to a folder of your own that nobody else can write to (chmod go-w)."
@@ -151,8 +151,8 @@ class Entry:
     """One file of the cache.
 
     Args:
-        name: the start of its name, for people.
-        content: what its content depends on, beside this package's sources and what `_surroundings` says.
+        name: the start of the file's name, for people.
+        content: what the file depends on, besides what `_surroundings` covers.
     """
 
     def __init__(self, name: str, *content: object) -> None:
@@ -164,13 +164,14 @@ class Entry:
             _warn(error)
 
     def load(self, decode: Callable[[bytes], _Kept]) -> _Kept | None:
-        """What was kept.
+        """Load what was written.
 
         Args:
-            decode: makes it out of its bytes.
+            decode: turns the bytes back into an object.
 
         Returns:
-            What `decode` returns; None if there is nothing, or nothing that can be used: it is made and kept anew.
+            What `decode` returns; None if there is no file, or none that can be used: the caller then makes the object
+            and writes it again.
         """
         data = b"" if self.file is None else self._read(self.file)
         head, body = data[: len(_MAGIC) + 32], data[len(_MAGIC) + 32 :]
@@ -188,7 +189,7 @@ class Entry:
                     return path.read_bytes()
                 descriptor = os.open(path.name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=inside)
                 with os.fdopen(descriptor, "rb") as file:
-                    if _others(os.fstat(descriptor)) is None:
+                    if _other_writers(os.fstat(descriptor)) is None:
                         return file.read()
         except CacheError as error:
             _warn(error)
@@ -197,7 +198,7 @@ class Entry:
         return b""
 
     def write(self, body: bytes) -> None:
-        """Keep something; without a folder to keep it in, warn once and go on."""
+        """Write to the file; if its folder cannot be used, warn once and go on."""
         if self.file is None:
             return
         place, temporary = self.file.parent, None
@@ -221,11 +222,14 @@ class Entry:
 
 
 class KernelCache:
-    """The place of one kernel for the processor on disk; takes the place of Numba's cache on a dispatcher.
+    """One kernel for the processor on disk; replaces Numba's own cache of a function.
 
     Args:
         name: the start of the file's name, for people.
         content: whatever else the machine code depends on.
+
+    Attributes:
+        hit: whether the kernel was loaded rather than compiled.
     """
 
     def __init__(self, name: str, *content: object) -> None:
@@ -233,8 +237,20 @@ class KernelCache:
         self.cache_path = "" if self._entry.file is None else str(self._entry.file.parent)
         self.hit = False
 
+    def compile(self, function: Any, signature: Any) -> None:
+        """Compile a function for one signature, or load it; from then on it takes no other.
+
+        Args:
+            function: what `numba.njit` returned. Its private `_cache` is set: Numba has no public way to say where
+                compiled code is kept.
+            signature: of Numba's types.
+        """
+        function._cache = self
+        function.compile(signature)
+        function.disable_compile()
+
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        """The compiled kernel, or None if there is none that can be used."""
+        """The compiled kernel, or None if none can be used; called by Numba, as the methods that follow."""
 
         def rebuild(body: bytes) -> Any:
             target_context.refresh()

@@ -12,20 +12,22 @@ was measured and decides. Which thread does which tile does not show in the resu
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numba import types
 
-from . import primitives, sums
+from . import counting, sums
 from .caching import KernelCache
-from .layout import ADVANCES, ASIDE, CLOCK, COUNT, FIRST_ADDRESS, GO, LEAF, ROW, SHARED, SKIPPED, START, T
-from .memory import atomic_load, atomic_store, elements, fetch_add, pause, row, sched_yield, table
+from .element import staged_function
+from .layout import ADVANCES, ASIDE, CLOCK, COUNT, FIRST_ADDRESS, GO, LEAF, ROW, SHARED, SKIPPED, START, STEPS, TICKS, T
+from .memory import atomic_load, atomic_store, elements, fetch_add, pause, row, sched_yield, table, where
 from .primitives import SCOPES
-from .staging import Staged, define
-from .tiles import ELEMENT, Storage, average_loop, compiled, digest_of, measure_loop, update_loop, zero_of
+from .staging import Staged
+from .storage import Storage, zero_of
+from .tiles import Compiler, average_loop, compiled, digest_of, measure_loop, update_loop
 
 # Places in the control block, in int64s: each that threads write has a cache line of its own. The phase is written
 # before the step is opened and read after that. In the fourth line, addresses and sizes of a plan's further tables.
@@ -60,26 +62,56 @@ class Kernel:
     takes_helpers: bool
 
 
+def _loop(staged: Staged, storage: Storage, digest: str) -> Any:
+    """`loop(phase, addresses, h, start, stop, out, past)`: the loop of a phase over one tile."""
+    update = update_loop(staged, storage)
+
+    def loop(phase: int, addresses: Any, h: Any, start: int, stop: int, out: int, past: int) -> None:
+        update(addresses, h, start, stop, out, past)
+
+    loop = compiled(loop, digest)
+    for k in reversed(range(len(staged.measures))):
+        loop = compiled(_chosen(k, measure_loop(staged, k, storage), loop), digest)
+    return loop
+
+
+def _chosen(number: int, measure: Any, later: Any) -> Callable[..., None]:
+    """The loop of the measure of a number in its phase, that of `later` in others."""
+
+    def loop(phase: int, addresses: Any, h: Any, start: int, stop: int, out: int, past: int) -> None:
+        if phase == number:
+            measure(addresses, h, start, stop, out, past)
+        else:
+            later(phase, addresses, h, start, stop, out, past)
+
+    return loop
+
+
 def _sweep(staged: Staged, storage: Storage, digest: str) -> Any:
     """Take tiles and run the loop of a phase over each."""
     columns, slots, quantities = len(storage.columns(staged)), staged.slots, staged.quantities
     addresses_at, slots_at, setting_at = row("int64", columns), row(storage.compute, slots), row("int64", 1)
     size = np.dtype(storage.compute).itemsize
-    last, may_skip, clears = len(staged.measures), "finite" in staged.reports, storage.clear
+    last, may_skip, clears = len(staged.measures), staged.may_skip, storage.clear
     averages = bool(staged.average)
-    average = average_loop(staged, storage) if averages else None
-    starts = (*np.cumsum([0, *(len(m.kinds) for m in staged.measures)]).tolist(),)
+    average: Any = average_loop(staged, storage) if averages else None
+    starts = staged.spans
     _, store_g = elements(storage.columns(staged), [], [1])
     zero = (zero_of(staged, storage),)
-    loops = {f"loop_{k}": measure_loop(staged, k, storage) for k in range(last)}
-    loop = loops[f"loop_{last}"] = update_loop(staged, storage)
-    if last:
-        arguments = "addresses, h, first, stop, out, past"
-        lines = [f"def loop(phase, {arguments}):"]
-        lines += [f"    if phase == {k}:\n        return loop_{k}({arguments})" for k in range(last)]
-        loop = compiled(define("\n".join([*lines, f"    return loop_{last}({arguments})"]), "loop", loops), digest)
+    loop = _loop(staged, storage, digest)
 
-    def take_tiles(phase, leaves, tiles, counters, h, base, partials, chunk, shares, mine):
+    def take_tiles(
+        phase: int,
+        leaves: Any,
+        tiles: Any,
+        counters: Any,
+        h: Any,
+        base: int,
+        partials: int,
+        chunk: int,
+        shares: int,
+        mine: int,
+    ) -> None:
         past = setting_at(base + 8 * PAST)[0]
         updated = setting_at(base + 8 * UPDATED)[0] if averages else len(tiles)
         many = updated if phase < last else len(tiles)
@@ -106,33 +138,31 @@ def _sweep(staged: Staged, storage: Storage, digest: str) -> Any:
                         average(addresses, values, start, start + count)
                         continue
                     out = partials + (tile_index * quantities + starts[phase]) * 8
-                    if last:
-                        loop(phase, addresses, values, start, start + count, out, past)
-                    else:
-                        loop(addresses, values, start, start + count, out, past)
+                    loop(phase, addresses, values, start, start + count, out, past)
 
     return compiled(take_tiles, digest)
 
 
+def _counting(staged: Staged) -> counting.Counting:
+    return counting.make(where, staged.may_skip, staged.asides)
+
+
 def _decision(staged: Staged, digest: str) -> Any:
     """`decide` for every row in the step, and for others whose clock or shared state depends on it."""
-    may_skip, asides = "finite" in staged.reports, staged.asides
-    namespace = {**ELEMENT, "real_power": math.pow}
-    if "power(" in staged.decide.replace("real_power(", ""):
-        namespace["power"] = compiled(primitives.power, digest)
-    decide = compiled(define(staged.decide, "decide", namespace), digest)
+    decides = compiled(_counting(staged).decides, digest)
+    decide = staged_function(Compiler(digest), staged.decide, "decide")
     uniforms, scalars, added = len(staged.uniforms), len(staged.scalars), len(staged.sums)
     slots, reports = staged.slots, len(staged.reports)
     uniforms_at, scalars_at, sums_at = (row("float64", n) for n in (uniforms, scalars, added))
     integers, floats = table("int64"), table("float64")
 
-    def decide_rows(settings, counters, h, control):
+    def decide_rows(settings: Any, counters: Any, h: Any, control: Any) -> None:
         rows = len(h)
         advance = integers(control[ADVANCE], rows + 1, ADVANCES)
         new_scalars = floats(control[NEW_SCALARS], rows, scalars)
         report = floats(control[REPORTS], rows, reports)
         for r in range(rows):
-            if advance[r, 0] != 0 or (may_skip and advance[r, 1] != 0) or (asides and advance[r, ASIDE] != 0):
+            if decides(advance[r, STEPS], advance[r, TICKS], advance[r, ASIDE]):
                 values = decide(
                     counters[r, T] + 1,
                     *uniforms_at(np.int64(settings.ctypes.data) + r * uniforms * 8),
@@ -149,16 +179,16 @@ def _decision(staged: Staged, digest: str) -> Any:
     return compiled(decide_rows, digest)
 
 
-def _addition(staged: Staged, kinds: Sequence[str], digest: str) -> Any:
+def _addition(staged: Staged, digest: str) -> Any:
     """Add up the blocks of some quantities: leaf by leaf, then over the scopes that `decide` asks for."""
     every, added = staged.quantities, len(staged.sums)
     fold = compiled(sums.fold, digest)
     integers, floats = table("int64"), table("float64")
     asked = staged.sums or ((0, SCOPES[0]),)
     sources, scopes = tuple(q for q, _ in asked), tuple(SCOPES.index(scope) for _, scope in asked)
-    roots = tuple(kinds[q] == "norm" for q in sources)
+    roots = tuple(staged.kinds[q] == "norm" for q in sources)
 
-    def add_up(leaves, tiles, h, control, low, high):
+    def add_up(leaves: Any, tiles: Any, h: Any, control: Any, low: int, high: int) -> None:
         entries, rows = len(leaves), len(h)
         partials = floats(control[PARTIALS], len(tiles) + 1, every)
         leaf_sums = floats(control[LEAF_SUMS], entries, every)
@@ -198,34 +228,29 @@ def _addition(staged: Staged, kinds: Sequence[str], digest: str) -> Any:
 def _commit(staged: Staged, digest: str) -> Any:
     """Advance the counters and scalar state of the rows that were updated."""
     scalars = len(staged.scalars)
-    may_skip, asides = "finite" in staged.reports, staged.asides
+    _, goes, counted, skips, keeps, total, _ = _counting(staged).mapped(lambda f: compiled(f, digest))
     flags = (*(SHARED.get(scope, 0) for scope in staged.shared), 0)
     integers, floats = table("int64"), table("float64")
 
-    def commit(counters, control):
+    def commit(counters: Any, control: Any) -> None:
         rows = len(counters) - 1
         advance = integers(control[ADVANCE], rows + 1, ADVANCES)
         old, new = floats(control[SCALARS], rows, scalars), floats(control[NEW_SCALARS], rows, scalars)
         stepping = going = 0
-        now = counters[rows, CLOCK] + advance[rows, 1]  # the same for all rows, however long one was left out
+        gain = advance[rows, TICKS]
+        now = counters[rows, CLOCK] + gain  # the same for all rows, however long one was left out
         for r in range(rows):
-            aside = advance[r, ASIDE] if asides else 0
-            go = counters[r, GO] if may_skip and (advance[r, 1] != 0 or aside != 0) else 1
-            if advance[r, 0] != 0:
-                stepping += 1
-                going += go
-                counters[r, SKIPPED] += 1 - go
-                for k in range(scalars * go):
+            steps, ticks, aside = advance[r, STEPS], advance[r, TICKS], advance[r, ASIDE]
+            go = goes(ticks, aside, counters[r, GO])
+            t, clock = counters[r, T], counters[r, CLOCK]
+            counters[r, T], counters[r, CLOCK] = counted(t, clock, steps * go, ticks * go, now)
+            counters[r, SKIPPED] = skips(counters[r, SKIPPED], steps, go)
+            for k in range(scalars):
+                if keeps(steps, aside, go, flags[k]):
                     old[r, k] = new[r, k]
-            elif aside != 0 and go != 0:
-                for k in range(scalars):
-                    if aside & flags[k] != 0:
-                        old[r, k] = new[r, k]
-            counters[r, T] += advance[r, 0] * go
-            if advance[r, 1] != 0 and go != 0:
-                counters[r, CLOCK] = now
-        if going > 0 or stepping == 0:
-            counters[rows, CLOCK] += advance[rows, 1]
+            stepping += steps
+            going += steps * go
+        counters[rows, CLOCK] = total(counters[rows, CLOCK], gain, stepping, going)
 
     return compiled(commit, digest)
 
@@ -237,14 +262,13 @@ def build(staged: Staged, storage: Storage) -> Kernel:
     measures, quantities = len(staged.measures), staged.quantities
     sweep = _sweep(staged, storage, digest)
     decide_rows, commit = _decision(staged, digest), _commit(staged, digest)
-    kinds = [*(kind for m in staged.measures for kind in m.kinds), *["norm"] * len(staged.emitted)]
-    bounds = tuple(np.cumsum([0, *(len(m.kinds) for m in staged.measures), len(staged.emitted)]).tolist())
-    add_up = _addition(staged, kinds, digest) if quantities else None
-    finite = staged.reports.index("finite") if "finite" in staged.reports else -1
+    bounds = staged.spans
+    add_up: Any = _addition(staged, digest) if quantities else None
+    finite = staged.reports.index("finite") if staged.may_skip else -1
     reports = len(staged.reports)
     floats = table("float64")
 
-    def step(leaves, tiles, settings, counters, h, control, generation):
+    def step(leaves: Any, tiles: Any, settings: Any, counters: Any, h: Any, control: Any, generation: int) -> None:
         base = np.int64(control.ctypes.data)
         if generation > 0:
             decide_rows(settings, counters, h, control)
@@ -296,7 +320,6 @@ def build(staged: Staged, storage: Storage) -> Kernel:
     control_kind = types.Array(types.int64, 1, "C")
     signature = types.void(integers_2d, integers_2d, floats_2d, integers_2d, compute, control_kind, types.int64)
     dispatcher = compiled(step, digest)
-    dispatcher._cache = cache = KernelCache(staged.name, staged, storage)
-    dispatcher.compile(signature)
-    dispatcher.disable_compile()
+    cache = KernelCache(staged.name, staged, storage)
+    cache.compile(dispatcher, signature)
     return Kernel(dispatcher, time.perf_counter() - began, cache.hit, takes_helpers=True)

@@ -22,8 +22,8 @@ from numba import cuda, types
 from numba.cuda.extending import intrinsic
 
 from . import caching
-from .grid import Body, Target, Tuning, access_bytes
 from .staging import define
+from .target import Body, Target, Tuning, access_bytes
 
 __all__ = ["TARGET", "Image", "image_of"]
 
@@ -31,10 +31,6 @@ _I64, _I32, _I16 = ir.IntType(64), ir.IntType(32), ir.IntType(16)
 _LLVM = {"float32": ir.FloatType(), "float64": ir.DoubleType(), "int64": _I64, "uint16": _I16}
 _BYTES = {kind: np.dtype(kind).itemsize for kind in _LLVM}
 _GLOBAL = 1  # the address space of a GPU's memory
-
-
-def _function(function: Callable[..., Any]) -> Any:
-    return cuda.jit(device=True, forceinline=True)(function)
 
 
 @intrinsic
@@ -53,32 +49,6 @@ def _pointer(builder: Any, address: Any, kind: Any) -> Any:
 
 def _place(builder: Any, address: Any, kind: str, index: Any) -> Any:
     return builder.add(address, builder.mul(index, ir.Constant(_I64, _BYTES[kind])))
-
-
-def _elements(formats: Sequence[str], read: Sequence[int], written: Sequence[int]) -> tuple[Any, Any]:
-    @intrinsic
-    def load(typing_context: Any, addresses: Any, i: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            values = []
-            for k in read:
-                at = _place(builder, builder.extract_value(args[0], k), formats[k], args[1])
-                values.append(builder.load(_pointer(builder, at, _LLVM[formats[k]]), align=_BYTES[formats[k]]))
-            return context.make_tuple(builder, signature.return_type, values)
-
-        return types.Tuple([getattr(types, formats[k]) for k in read])(addresses, types.int64), generate
-
-    @intrinsic
-    def store(typing_context: Any, addresses: Any, i: Any, values: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            for j, k in enumerate(written):
-                at = _place(builder, builder.extract_value(args[0], k), formats[k], args[1])
-                value = builder.extract_value(args[2], j)
-                builder.store(value, _pointer(builder, at, _LLVM[formats[k]]), align=_BYTES[formats[k]])
-
-        wanted = types.Tuple([getattr(types, formats[k]) for k in written])
-        return types.void(addresses, types.int64, wanted), generate
-
-    return load, store
 
 
 def _asm_load(builder: Any, address: Any, hint: str, nbytes: int, kind: str) -> list[Any]:
@@ -107,7 +77,7 @@ def _asm_load(builder: Any, address: Any, hint: str, nbytes: int, kind: str) -> 
 
 
 def _asm_store(builder: Any, address: Any, hint: str, kind: str, values: list[Any]) -> None:
-    """Neighbouring values of a kind at once."""
+    """Neighboring values of a kind at once."""
     if kind == "uint16":
         pairs = zip(values[::2], values[1::2], strict=True)
         sixteen = ir.Constant(_I32, 16)
@@ -123,82 +93,123 @@ def _asm_store(builder: Any, address: Any, hint: str, kind: str, values: list[An
     builder.asm(kind_of_call, text, ",".join(["l"] + [letter] * count) + ",~{memory}", [address, *values], True)
 
 
-def _lanes(
-    formats: Sequence[str], width: int, read: Sequence[int], written: Sequence[int], tuning: Tuning
-) -> tuple[Any, Any]:
-    @intrinsic
-    def load(typing_context: Any, addresses: Any, i: Any) -> Any:
-        one = types.Tuple([getattr(types, formats[k]) for k in read])
+class CudaTarget:
+    """What kernels are made of on an NVIDIA GPU, as `Target`."""
 
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            columns = []
-            for k in read:
-                at, kind = _place(builder, builder.extract_value(args[0], k), formats[k], args[1]), formats[k]
-                nbytes, column = access_bytes(kind, width), []
-                for offset in range(0, width * _BYTES[kind], nbytes):
-                    here = builder.add(at, ir.Constant(_I64, offset))
-                    column += _asm_load(builder, here, tuning.load, nbytes, kind)
-                columns.append(column)
-            lanes = [context.make_tuple(builder, one, [c[j] for c in columns]) for j in range(width)]
-            return context.make_tuple(builder, signature.return_type, lanes)
+    where: Any = _where
+    gpu = True
 
-        return types.UniTuple(one, width)(addresses, types.int64), generate
+    def function(self, function: Callable[..., Any]) -> Any:
+        """As `Target.function`."""
+        return cuda.jit(device=True, forceinline=True)(function)
 
-    @intrinsic
-    def store(typing_context: Any, addresses: Any, i: Any, values: Any) -> Any:
-        one = types.Tuple([getattr(types, formats[k]) for k in written])
+    def elements(self, formats: Sequence[str], read: Sequence[int], written: Sequence[int]) -> tuple[Any, Any]:
+        """As `Target.elements`."""
 
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            for j, k in enumerate(written):
-                at, kind = _place(builder, builder.extract_value(args[0], k), formats[k], args[1]), formats[k]
-                column = [builder.extract_value(args[2], (lane, j)) for lane in range(width)]
-                each = access_bytes(kind, width) // _BYTES[kind]
-                for first in range(0, width, each):
-                    here = builder.add(at, ir.Constant(_I64, first * _BYTES[kind]))
-                    _asm_store(builder, here, tuning.store, kind, column[first : first + each])
+        @intrinsic
+        def load(typing_context: Any, addresses: Any, i: Any) -> Any:
+            def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+                values = []
+                for k in read:
+                    at = _place(builder, builder.extract_value(args[0], k), formats[k], args[1])
+                    values.append(builder.load(_pointer(builder, at, _LLVM[formats[k]]), align=_BYTES[formats[k]]))
+                return context.make_tuple(builder, signature.return_type, values)
 
-        return types.void(addresses, types.int64, types.UniTuple(one, width)), generate
+            return types.Tuple([getattr(types, formats[k]) for k in read])(addresses, types.int64), generate
 
-    return load, store
+        @intrinsic
+        def store(typing_context: Any, addresses: Any, i: Any, values: Any) -> Any:
+            def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+                for j, k in enumerate(written):
+                    at = _place(builder, builder.extract_value(args[0], k), formats[k], args[1])
+                    value = builder.extract_value(args[2], j)
+                    builder.store(value, _pointer(builder, at, _LLVM[formats[k]]), align=_BYTES[formats[k]])
+
+            wanted = types.Tuple([getattr(types, formats[k]) for k in written])
+            return types.void(addresses, types.int64, wanted), generate
+
+        return load, store
+
+    def lanes(
+        self, formats: Sequence[str], width: int, read: Sequence[int], written: Sequence[int], tuning: Tuning
+    ) -> tuple[Any, Any]:
+        """As `Target.lanes`."""
+
+        @intrinsic
+        def load(typing_context: Any, addresses: Any, i: Any) -> Any:
+            one = types.Tuple([getattr(types, formats[k]) for k in read])
+
+            def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+                columns = []
+                for k in read:
+                    at, kind = _place(builder, builder.extract_value(args[0], k), formats[k], args[1]), formats[k]
+                    nbytes, column = access_bytes(kind, width), []
+                    for offset in range(0, width * _BYTES[kind], nbytes):
+                        here = builder.add(at, ir.Constant(_I64, offset))
+                        column += _asm_load(builder, here, tuning.load, nbytes, kind)
+                    columns.append(column)
+                lanes = [context.make_tuple(builder, one, [c[j] for c in columns]) for j in range(width)]
+                return context.make_tuple(builder, signature.return_type, lanes)
+
+            return types.UniTuple(one, width)(addresses, types.int64), generate
+
+        @intrinsic
+        def store(typing_context: Any, addresses: Any, i: Any, values: Any) -> Any:
+            one = types.Tuple([getattr(types, formats[k]) for k in written])
+
+            def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+                for j, k in enumerate(written):
+                    at, kind = _place(builder, builder.extract_value(args[0], k), formats[k], args[1]), formats[k]
+                    column = [builder.extract_value(args[2], (lane, j)) for lane in range(width)]
+                    each = access_bytes(kind, width) // _BYTES[kind]
+                    for first in range(0, width, each):
+                        here = builder.add(at, ir.Constant(_I64, first * _BYTES[kind]))
+                        _asm_store(builder, here, tuning.store, kind, column[first : first + each])
+
+            return types.void(addresses, types.int64, types.UniTuple(one, width)), generate
+
+        return load, store
+
+    def row(self, kind: str, count: int, early: bool = False) -> Any:
+        """As `Target.row`."""
+
+        @intrinsic
+        def read(typing_context: Any, address: Any) -> Any:
+            def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+                values = []
+                for k in range(count):
+                    at = builder.add(args[0], ir.Constant(_I64, k * _BYTES[kind]))
+                    if early:
+                        values += _asm_load(builder, at, "", _BYTES[kind], kind)
+                        continue
+                    values.append(builder.load(_pointer(builder, at, _LLVM[kind]), align=_BYTES[kind]))
+                return context.make_tuple(builder, signature.return_type, values)
+
+            return types.UniTuple(getattr(types, kind), count)(types.int64), generate
+
+        return read
+
+    def put(self, kind: str) -> Any:
+        """As `Target.put`."""
+
+        @intrinsic
+        def write(typing_context: Any, address: Any, value: Any) -> Any:
+            def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+                builder.store(args[1], _pointer(builder, args[0], _LLVM[kind]), align=_BYTES[kind])
+
+            return types.void(types.int64, getattr(types, kind)), generate
+
+        return write
+
+    def each(self, phase: Any, arguments: int, threads: int, wait: bool = True) -> Any:
+        """As `Target.each`."""
+        names = ", ".join(f"a{k}" for k in range(arguments))
+        text = f"def run({names}):\n    phase(int64(cuda.threadIdx.x), {names})"
+        text += "\n    cuda.syncthreads()" if wait else ""
+        return self.function(define(text, "run", {"phase": phase, "cuda": cuda, "int64": np.int64}))
 
 
-def _row(kind: str, count: int, early: bool = False) -> Any:
-    @intrinsic
-    def read(typing_context: Any, address: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            values = []
-            for k in range(count):
-                at = builder.add(args[0], ir.Constant(_I64, k * _BYTES[kind]))
-                if early:
-                    values += _asm_load(builder, at, "", _BYTES[kind], kind)
-                    continue
-                values.append(builder.load(_pointer(builder, at, _LLVM[kind]), align=_BYTES[kind]))
-            return context.make_tuple(builder, signature.return_type, values)
-
-        return types.UniTuple(getattr(types, kind), count)(types.int64), generate
-
-    return read
-
-
-def _put(kind: str) -> Any:
-    @intrinsic
-    def write(typing_context: Any, address: Any, value: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            builder.store(args[1], _pointer(builder, args[0], _LLVM[kind]), align=_BYTES[kind])
-
-        return types.void(types.int64, getattr(types, kind)), generate
-
-    return write
-
-
-def _each(phase: Any, arguments: int, threads: int, wait: bool = True) -> Any:
-    names = ", ".join(f"a{k}" for k in range(arguments))
-    text = f"def run({names}):\n    phase(int64(cuda.threadIdx.x), {names})"
-    text += "\n    cuda.syncthreads()" if wait else ""
-    return _function(define(text, "run", {"phase": phase, "cuda": cuda, "int64": np.int64}))
-
-
-TARGET = Target(_function, _where, _lanes, _elements, _row, _put, _each)
+TARGET: Target = CudaTarget()
 
 # No contraction of a product and a sum, and IEEE roots and divisions, which are the default: the same bits as a CPU.
 _LINK = ("-fma=0",)
@@ -271,7 +282,7 @@ def compile_image(body: Body, cc: tuple[int, int]) -> Image:
     names = ", ".join(f"a{k}" for k in range(len(body.arguments)))
     room = f"cuda.shared.array({body.shared}, float64)" if body.shared else "0"
     text = f"def {body.name}({names}):\n    run(int64(cuda.blockIdx.x), {room}, {names})"
-    namespace = {"run": _function(body.run), "cuda": cuda, "int64": np.int64, "float64": types.float64}
+    namespace = {"run": TARGET.function(body.run), "cuda": cuda, "int64": np.int64, "float64": types.float64}
     kernel = define(text, body.name, namespace)
     # Functions called by a kernel are compiled for the current GPU, whatever is asked for; there may be none.
     device = mock.Mock(return_value=mock.Mock(compute_capability=cc))

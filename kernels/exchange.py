@@ -2,7 +2,7 @@
 
 A library that offers it has a C function that describes a tensor, given the Python object: address, dtype, device,
 shape, strides (https://dmlc.github.io/dlpack, `DLPackExchangeAPI`, version 1). From Python the same takes a call for
-each of these, and for thousands of small tensors that is longer than the step itself.
+each of these, and for thousands of small tensors that takes longer than the step itself.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ __all__ = [
     "kind_of",
 ]
 
-# What is known of a tensor: its address, its dtype, its device, and its shape and strides as one number.
+# The fields that describe a tensor: its address, its dtype, its device, and its shape and strides as one number.
 FIELDS = 4
 ADDRESS, KIND, DEVICE, LAYOUT = range(FIELDS)
 
-# What `Exchange.compare` finds, beside the place of a gradient that needs a closer look.
+# What `Exchange.compare` returns, unless it is the number of a gradient that needs a closer look.
 SAME, GRADIENT_IS_NEW, MOVED = -1, -2, -3
 
 _CODES = {"float": 2, "bfloat": 4}  # of DLPack's DLDataTypeCode
@@ -50,14 +50,14 @@ _OBJECT, _BOX = 0, 1
 
 
 def kind_of(name: str) -> int:
-    """A dtype by its name, as the exchange API has it in one number."""
+    """The number that stands for a dtype in the field `KIND`."""
     letters = name.rstrip("0123456789")
     return _CODES[letters] | int(name[len(letters) :]) << 8 | 1 << 16
 
 
 @intrinsic
 def _describe(typing_context: Any, function: Any, thing: Any, box: Any) -> Any:
-    """Have the library write what it knows of a Python object to a DLTensor at an address; 0 if it could."""
+    """Let the library describe a Python object in the DLTensor at an address; returns 0 if it could."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         word = ir.IntType(64)
@@ -69,7 +69,7 @@ def _describe(typing_context: Any, function: Any, thing: Any, box: Any) -> Any:
 
 @intrinsic
 def _next(typing_context: Any, function: Any, mapping: Any, at: Any, key: Any, value: Any) -> Any:
-    """The next item of a dict, as `PyDict_Next` of CPython's C API; 0 at the end, and of what is no dict."""
+    """The next item of a dict, by `PyDict_Next` of CPython's C API; 0 at the end, and for what is not a dict."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         word = ir.IntType(64)
@@ -106,8 +106,8 @@ if config.DISABLE_JIT:  # the same functions, run by the interpreter, with ctype
     _describe, _next, _clear_error = _call, _call, _nothing
 
 
-def _look(function, thing, box, out, k):
-    """Enter a tensor into a row of the table; 0 if it has no memory."""
+def _look(function: int, thing: int, box: int, out: Any, k: int) -> int:
+    """Describe a tensor in a row of the table; 0 if it has no memory."""
     if _describe(function, thing, box) != 0:
         _clear_error()
         return 0
@@ -116,22 +116,22 @@ def _look(function, thing, box, out, k):
     for d in range(described & _half_words):
         size = _word(shape + 8 * d)[0]
         layout = (layout ^ size) * _MIX & _low_bits
-        if size != 1:  # the stride of a single element means nothing
+        if size != 1:  # the stride of a dimension of one element means nothing
             layout = (layout ^ _word(strides + 8 * d)[0]) * _MIX & _low_bits
     out[k, ADDRESS], out[k, KIND], out[k, DEVICE] = data + offset, described >> 32, device
     out[k, LAYOUT] = layout
     return 1
 
 
-def _describe_all(function, things, box, out):
-    """Describe tensors; how many could be described before one that could not."""
+def _describe_all(function: int, things: int, box: int, out: Any) -> int:
+    """Describe tensors up to the first that cannot be described; returns how many those are."""
     for k in range(len(out)):
         if look(function, _word(things + 8 * k)[0], box, out, k) == 0:
             return k
     return len(out)
 
 
-def _holds(function, mapping, expected, outer, inner):
+def _holds(function: int, mapping: int, expected: Any, outer: int, inner: int) -> bool:
     """Whether a dict of dicts holds these very objects; see `Exchange.holds`."""
     k = 0
     _set(outer, 0)
@@ -147,9 +147,11 @@ def _holds(function, mapping, expected, outer, inner):
     return k == len(expected)
 
 
-def _compare(function, params, gradients, none, box, known, at, kind, found):
-    """Compare parameters and gradients with what is known; see `Exchange.compare`."""
-    news = SAME
+def _compare(
+    function: int, params: int, gradients: int, none: int, box: int, known: Any, at: Any, kind: Any, found: Any
+) -> int:
+    """Compare parameters and gradients with earlier descriptions; see `Exchange.compare`."""
+    outcome = SAME
     for k in range(len(known)):
         if look(function, _word(params + 8 * k)[0], box, found, 0) == 0:
             return MOVED
@@ -162,15 +164,15 @@ def _compare(function, params, gradients, none, box, known, at, kind, found):
             return k
         if k == 0 and found[0, KIND] != kind[0]:
             kind[0] = found[0, KIND]
-            news = GRADIENT_IS_NEW
+            outcome = GRADIENT_IS_NEW
         if found[0, KIND] != kind[0] or found[0, DEVICE] != known[k, DEVICE] or found[0, LAYOUT] != known[k, LAYOUT]:
             return k
         if found[0, ADDRESS] == 0 and known[k, ADDRESS] != 0:
             return k
         if at[k] != found[0, ADDRESS]:
             at[k] = found[0, ADDRESS]
-            news = GRADIENT_IS_NEW
-    return news
+            outcome = GRADIENT_IS_NEW
+    return outcome
 
 
 look = numba.njit(error_model="numpy")(_look)  # keeps the GIL: it hands Python objects to their library
@@ -188,14 +190,12 @@ def _compiled(name: str) -> Any:
     if not compiles():
         return function
     run = numba.njit(error_model="numpy")(function)
-    run._cache = KernelCache("exchange", name)
-    run.compile(word(*arguments))
-    run.disable_compile()
+    KernelCache("exchange", name).compile(run, word(*arguments))
     return run
 
 
 def _function(capsule: Any) -> int | None:
-    """The address of the function that describes a tensor, in an exchange API of a version that is known."""
+    """The address of the function that describes a tensor, in version 1 of an exchange API; None without one."""
     get = ctypes.pythonapi.PyCapsule_GetPointer
     get.restype, get.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
     api = get(capsule, b"dlpack_exchange_api")
@@ -231,7 +231,7 @@ class Exchange:
         self._next = ctypes.cast(ctypes.pythonapi.PyDict_Next, ctypes.c_void_p).value
 
     def describe(self, things: np.ndarray) -> np.ndarray:
-        """What is known of tensors.
+        """Describe tensors.
 
         Args:
             things: an array of them, of dtype object.
@@ -249,25 +249,25 @@ class Exchange:
         return out
 
     def compare(self, params: int, gradients: int, known: np.ndarray, at: np.ndarray, kind: np.ndarray) -> int:
-        """Compare parameters, what goes along with them, and gradients with what was known.
+        """Compare parameters and further tensors with their description, and look up the gradients.
 
         Args:
-            params: the address of an array of the parameters, and then the others, of dtype object.
-            gradients: of the gradients of the parameters.
-            known: of the parameters and the others, from `describe`. Gradients are to have the same shape, strides and
-                device as their parameters.
-            at: the addresses of the gradients, brought up to date, shape `(n,)`.
-            kind: the dtype of the gradients, brought up to date, shape `(1,)`.
+            params: the address of an array, of dtype object, of the parameters and then the further tensors.
+            gradients: the address of such an array of the parameters' gradients.
+            known: what `describe` said of the parameters and the further tensors. A gradient must have the same shape,
+                strides and device as its parameter.
+            at: the addresses of the gradients, shape `(n,)`; updated.
+            kind: the dtype of the gradients, shape `(1,)`; updated.
 
         Returns:
-            `SAME`; `GRADIENT_IS_NEW` if an address or the dtype is another; `MOVED` if a tensor is not as known; or
-            the place of a gradient that is None or otherwise as it should be: then addresses may be out of date.
+            `SAME`; `GRADIENT_IS_NEW` if an address or the dtype has changed; `MOVED` if another tensor has changed; or
+            the number of the first gradient that is None or not as it must be: then `at` is only partly updated.
         """
         run = _compiled("compare")
         return int(run(self._at, params, gradients, self._none, self._address_of_box, known, at, kind, self._found))
 
     def holds(self, mapping: dict[Any, Any], expected: np.ndarray) -> bool:
-        """Whether a dict holds the same objects as before, in the same order; of values that are dicts, these as well.
+        """Whether a dict, and each dict among its values, holds the same objects as before in the same order.
 
         Args:
             mapping: the dict.
@@ -278,7 +278,7 @@ class Exchange:
 
 
 def items(mapping: Mapping[Any, Any]) -> list[Any]:
-    """All keys and values of a dict, one after the other, each value that is a dict followed by its own."""
+    """All keys and values of a dict, in order; a value that is a dict is followed by its keys and values."""
     out: list[Any] = []
     for key, value in mapping.items():
         out += key, value

@@ -29,10 +29,10 @@ class Format:
 
 
 def _bfloat16(where: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    def decode(stored):
+    def decode(stored: Any) -> Any:
         return np.uint32(np.uint32(stored) << np.uint32(16)).view(np.float32)
 
-    def encode(x):
+    def encode(x: Any) -> Any:
         """To the nearest, ties to even; NaN stays NaN and gets quiet."""
         u = np.float32(x).view(np.uint32)
         nan = np.uint32(u & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
@@ -43,7 +43,7 @@ def _bfloat16(where: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[.
 
 
 def _float16(where: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    def decode(stored):
+    def decode(stored: Any) -> Any:
         bits = np.uint32(stored)
         sign = np.uint32(np.uint32(bits & np.uint32(0x8000)) << np.uint32(16))
         rest = np.uint32(np.uint32(bits & np.uint32(0x7FFF)) << np.uint32(13))  # exponent and fraction in their places
@@ -55,7 +55,7 @@ def _float16(where: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..
         u = where(rest >= np.uint32(31 << 23), special, where(rest >= np.uint32(1 << 23), normal, small))
         return np.uint32(sign | u).view(np.float32)
 
-    def encode(x):
+    def encode(x: Any) -> Any:
         """To the nearest, ties to even; beyond 65,504 and its half step infinity; NaN stays NaN and gets quiet."""
         bits = np.float32(x).view(np.uint32)
         sign = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(0x8000))
@@ -90,7 +90,7 @@ def to_float32(where: Callable[..., Any]) -> Callable[..., Any]:
     nor an exact number that is none (Boldo and Melquiond 2008, doi:10.1109/TC.2007.70819).
     """
 
-    def narrow(x):
+    def narrow(x: Any) -> Any:
         near = np.float32(x)
         u = near.view(np.uint32)
         back = np.float64(near)

@@ -9,10 +9,7 @@ import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-from . import primitives
-
-# What staged code calls: variables of a rule must have other names.
-CALLED = {*primitives.BASIC, *primitives.SUMS, "power", "real_power", "float"}
+from .functions import RESERVED
 
 
 class RuleError(ValueError):
@@ -20,7 +17,24 @@ class RuleError(ValueError):
 
 
 class Source:
-    """A function in the language of rules: its syntax tree, the names that it sees, and its arguments."""
+    """A function in the language of rules: its syntax tree, the names that it sees, and its arguments.
+
+    Attributes:
+        function: the function.
+        name: its name.
+        tree: its syntax tree.
+        globals: the names that it sees.
+        positional: its positional arguments.
+        states: those after the first two.
+        scalars: state of a group: keyword-only arguments that are returned after the states.
+        hyperparameters: the other keyword-only arguments that users set.
+        counts: whether it takes `t`.
+        takes_lr: whether it takes `lr` or `base_lr`.
+        constants: the numbers that it reads from its module or closure, noted when it is staged.
+        defaults: of its keyword-only arguments, without `t`.
+        switches: the hyperparameters that a conditional tests by their bare name: where such a one is zero everywhere,
+            the branch does not exist.
+    """
 
     first: ClassVar[dict[str, str]] = {"p": "parameter", "g": "gradient"}  # how the positional arguments begin
 
@@ -51,16 +65,16 @@ class Source:
             )
         self.states = self.positional[2:]
         self.scalars = self._scalars()
-        given = {"t", "base_lr", *self.scalars}  # not set by the user
-        self.hyperparameters = tuple(a.arg for a in arguments.kwonlyargs if a.arg not in given)
+        not_set = {"t", "base_lr", *self.scalars}  # by the user
+        self.hyperparameters = tuple(a.arg for a in arguments.kwonlyargs if a.arg not in not_set)
         self.counts = any(a.arg == "t" for a in arguments.kwonlyargs)
         self.takes_lr = any(a.arg in ("lr", "base_lr") for a in arguments.kwonlyargs)
-        self.constants: dict[str, bool | int | float] = {}  # those of the module or closure that it reads
+        self.constants: dict[str, bool | int | float] = {}  # that it reads from its module or closure
         stores = [n for n in ast.walk(self.tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
         for name, line in [(a.arg, a.lineno) for a in ast.walk(arguments) if isinstance(a, ast.arg)] + [
             (n.id, n.lineno) for n in stores
         ]:
-            if name in CALLED:
+            if name in RESERVED:
                 raise RuleError(
                     f"rule {self.name!r}, line {line}: {name!r} is the name of a function that staged code calls; "
                     "call the variable something else."
@@ -70,7 +84,6 @@ class Source:
             for name, p in inspect.signature(function).parameters.items()
             if p.default is not p.empty and name != "t"
         }
-        # A hyperparameter tested for truth by its bare name: where it is zero everywhere, the branch does not exist.
         self.switches = frozenset(
             node.test.id
             for node in ast.walk(self.tree)
@@ -85,7 +98,7 @@ class Source:
 class Before(Source):
     """What runs on every element before any rule: `(p, g, inputs..., *, ...) -> p, g, lr, reports...`.
 
-    A report is what people want to see, under the name of the variable returned, unless it is known beforehand.
+    A report is shown to users under the name of the variable that is returned.
     """
 
     @property
@@ -123,17 +136,17 @@ def parse(function: Callable[..., Any]) -> tuple[ast.FunctionDef, Mapping[str, A
     if not isinstance(node, ast.FunctionDef):
         raise RuleError(f"line {first}: rule {name!r} must be a function written with `def`, not a lambda or a class.")
     ast.increment_lineno(node, first - 1)
-    code, given = function.__code__, node.args
-    names = tuple(a.arg for a in (*given.posonlyargs, *given.args, *given.kwonlyargs))
+    code, arguments = function.__code__, node.args
+    names = tuple(a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs))
     if node.name != code.co_name or names != code.co_varnames[: len(names)]:
         raise RuleError(
             f"the source found for rule {name!r}, in line {first} of {code.co_filename}, is that of another function: "
             "it is wrapped by a decorator, or the file has changed since. Use the function itself; import it again."
         )
-    return node, seen_by(function)
+    return node, names_seen_by(function)
 
 
-def seen_by(function: Callable[..., Any]) -> Mapping[str, Any]:
-    """The names of its module and closure that a function sees, as they are now."""
+def names_seen_by(function: Callable[..., Any]) -> Mapping[str, Any]:
+    """The names that a function sees in its module, its closure and among the builtins, as they are now."""
     closure = inspect.getclosurevars(function)
     return {**closure.builtins, **function.__globals__, **closure.nonlocals}

@@ -14,7 +14,9 @@ def make(where: Callable[..., Any]) -> Callable[..., Any]:
     Micikevicius et al. 2018, arXiv:1710.03740, section 3.2; the schedule as in PyTorch.
     """
 
-    def rescale(scale, good, skipped, growth, backoff, interval, smallest):
+    def rescale(
+        scale: Any, good: Any, skipped: Any, growth: float, backoff: float, interval: float, smallest: float
+    ) -> Any:
         grown, shrunk = scale * growth, scale * backoff
         good = where(skipped, 0.0, good + 1.0)
         due = good >= interval  # more than that after a change of the interval

@@ -1,8 +1,8 @@
-"""Memory by address: the only place where an integer becomes a pointer.
+"""Memory by address: where an integer becomes a pointer in compiled code for the processor (`kernels.cuda` on a GPU).
 
-The addresses come from a plan, whose arrays have been checked and are kept alive (`fastlr.step.plans`). Every column
-of a plan (parameters, gradients, each state) is memory of its own, and loads and stores say so to LLVM, which would
-otherwise guard every loop by overlap checks, of all pairs, and give up vectorising when they get many.
+The addresses come from a plan, whose arrays have been checked and are kept alive (`fastlr.step.plans`). The columns of
+a plan (parameters, gradients, each state) do not overlap, and loads and stores say so to LLVM, which would otherwise
+guard every loop by a check of each pair of columns, and stop vectorising when there are many.
 """
 
 import ctypes
@@ -28,12 +28,12 @@ else:
 
     @register_jitable
     def sched_yield() -> int:
-        """Nothing to give way with."""
+        """Do nothing: there is no such call here."""
         return 0
 
 
 def view(address: int, count: int, dtype: str) -> np.ndarray:
-    """The memory at an address as a NumPy array; for the NumPy reference."""
+    """The memory at an address as a NumPy array."""
     buffer = (ctypes.c_char * (count * np.dtype(dtype).itemsize)).from_address(address)
     return np.frombuffer(buffer, dtype)  # type: ignore[call-overload]
 
@@ -46,7 +46,7 @@ def _pointer(builder: Any, address: Any, kind: str, index: Any = None) -> Any:
 def elements(
     formats: Sequence[str], read: Sequence[int], written: Sequence[int]
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Access to one element of several columns, no two of which are the same memory.
+    """Access to one element of several columns, no two of which overlap.
 
     Args:
         formats: the dtype of each column in memory.
@@ -262,9 +262,9 @@ def lanes(width: int, rows: int, kinds: Sequence[str], compute: str, columns: Se
 
 
 def outbox(count: int, kind: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Memory on the stack for values on their way to a column that is only written.
+    """Memory on the stack that collects values for a column which is written and not read.
 
-    A store of a whole line can go past the caches, so that the line is not read first only to be overwritten.
+    Whole lines can then be stored past the caches, so that they are not read first only to be overwritten.
 
     Args:
         count: how many values it holds; whole lines of 64 bytes.
@@ -344,7 +344,7 @@ def table(kind: str) -> Callable[..., Any]:
 
 @intrinsic
 def where(typing_context: Any, condition: Any, a: Any, b: Any) -> Any:
-    """A select: both values are there already."""
+    """A select between two values that have both been computed."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.select(args[0], args[1], args[2])
@@ -354,7 +354,7 @@ def where(typing_context: Any, condition: Any, a: Any, b: Any) -> Any:
 
 @intrinsic
 def fetch_add(typing_context: Any, address: Any, value: Any) -> Any:
-    """Add to an int64 in memory in one indivisible step; what stood there before."""
+    """Add to an int64 in memory atomically; returns the value before."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.atomic_rmw("add", _pointer(builder, args[0], "int64"), args[1], "seq_cst")

@@ -1,4 +1,4 @@
-"""Warnings that are given once in a process, whatever made them necessary again."""
+"""Warnings that are given once in a process."""
 
 import functools
 import warnings
@@ -6,5 +6,5 @@ import warnings
 
 @functools.cache
 def warn_once(message: str) -> None:
-    """Warn, unless the same has been said before."""
+    """Warn, unless this message has been given before."""
     warnings.warn(message, RuntimeWarning, stacklevel=3)

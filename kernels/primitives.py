@@ -1,16 +1,11 @@
-"""The functions a rule may call, each with one definition that gives the same bits in Python, NumPy and Numba.
+"""The functions that a rule may call, as they are in ordinary Python; `kernels.functions` is the table of them.
 
-Two kinds. *Basic* functions exist on every backend and are correctly rounded there (`sqrt`, `abs`, `where`), or are
-the platform's own and take the rule out of the bit contract (`exp`, `log`, `tanh`, ...). *Composed* functions
-(`max`, `min`, `sign`, `clip`) differ between backends on NaN and signed zeros, so they are written here once, in the
-language of rules, and staging inlines them. *Sums* (`norm`, `total`) run over all elements of a leaf, a group or
-everything: a step measures them before it updates, in the fixed order of `kernels.sums`.
+What differs between backends on NaN and signed zeros (`max`, `min`, `sign`, `clip`) is written here once, in the
+language of rules, and staging inlines it: so it gives the same bits in Python, NumPy and compiled code.
 """
 
 import builtins
 import math
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -29,6 +24,11 @@ def log(x):
 def sqrt(x):
     """Square root, correctly rounded; NaN for a negative number, as on every other backend."""
     return math.sqrt(x) if x >= 0 else math.nan
+
+
+def floor(x):
+    """The largest whole number that is not above `x`, as a float; infinities, NaN and -0 stay as they are."""
+    return float(math.floor(x)) if x != 0 and x - x == 0 else x
 
 
 def where(condition, a, b):
@@ -73,6 +73,10 @@ def real_power(base, exponent):
     return base**exponent
 
 
+# What a sum may run over, from the narrowest to the widest.
+SCOPES = ("leaf", "group", "all")
+
+
 def norm(x, over="leaf"):
     """Root of the sum of the squares of `x` over all elements of a leaf, a "group" or "all"; float64.
 
@@ -84,48 +88,3 @@ def norm(x, over="leaf"):
 def total(x, over="leaf"):
     """Sum of `x` over all elements of a leaf, a "group" or "all"; float64."""
     return float(np.sum(x, dtype=np.float64))
-
-
-# What a sum may run over.
-SCOPES = ("leaf", "group", "all")
-SUMS: dict[str, Callable[..., Any]] = {"norm": norm, "total": total}
-
-COMPOSED: dict[str, Callable[..., Any]] = {"max": max, "min": min, "sign": sign, "clip": clip}
-
-# Basic functions, and whether each is correctly rounded everywhere: a rule that calls one that is not is not `exact`.
-BASIC: dict[str, bool] = {
-    "sqrt": True,
-    "abs": True,
-    "where": True,
-    "exp": False,
-    "log": False,
-    "tanh": False,
-    "sin": False,
-    "cos": False,
-}
-
-# Whatever a rule's author imported under whatever name, resolved by identity.
-_SAME_AS: dict[str, tuple[Any, ...]] = {
-    "sqrt": (sqrt, math.sqrt, np.sqrt),
-    "abs": (builtins.abs, math.fabs, np.abs, np.fabs),
-    "where": (where, np.where),
-    "exp": (math.exp, np.exp),
-    "log": (log, math.log, np.log),
-    "tanh": (math.tanh, np.tanh),
-    "sin": (math.sin, np.sin),
-    "cos": (math.cos, np.cos),
-    "max": (max, builtins.max, np.maximum),
-    "min": (min, builtins.min, np.minimum),
-    "sign": (sign, np.sign),
-    "clip": (clip, np.clip),
-    "norm": (norm, np.linalg.norm),
-    "total": (total, np.sum),
-}
-
-
-def name_of(function: object) -> str | None:
-    """The primitive that a Python, math or NumPy function stands for, or None if it is not one."""
-    for name, functions in _SAME_AS.items():
-        if any(function is f for f in functions):
-            return name
-    return None

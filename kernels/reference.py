@@ -9,26 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from . import cpu, primitives, sums
+from . import counting, cpu, functions, sums
 from .atomic import commit
 from .cpu import Kernel
-from .layout import ADVANCES, ASIDE, CLOCK, COUNT, FIRST_ADDRESS, GO, LEAF, ROW, SHARED, SKIPPED, START, T
+from .layout import ADVANCES, CLOCK, COUNT, FIRST_ADDRESS, GO, LEAF, ROW, SHARED, SKIPPED, START, TICKS, T
 from .memory import view
 from .primitives import SCOPES
 from .staging import Staged, define
-from .tiles import Storage, accessors, averages
-
-_NUMPY = {
-    "sqrt": np.sqrt,
-    "abs": np.abs,
-    "where": np.where,
-    "exp": np.exp,
-    "log": np.log,
-    "tanh": np.tanh,
-    "sin": np.sin,
-    "cos": np.cos,
-}
-
+from .storage import Storage, accessors, averages
 
 _fold: Callable[..., None] = sums.fold
 
@@ -43,8 +31,7 @@ class _Tables:
 
         quantities = staged.quantities
         self.advance = array(cpu.ADVANCE, "int64", rows + 1, ADVANCES)
-        self.aside = self.advance[:-1, ASIDE] * staged.asides
-        self.deciding = (self.advance[:-1, 1 if "finite" in staged.reports else 0] != 0) | (self.aside != 0)
+        self.steps, self.ticks, self.aside = self.advance[:-1].T
         self.scalars = array(cpu.SCALARS, "float64", rows, len(staged.scalars))
         self.sums = array(cpu.SUMS, "float64", rows, len(staged.sums))
         self.reports = array(cpu.REPORTS, "float64", rows, len(staged.reports))
@@ -66,15 +53,17 @@ def _folded(values: np.ndarray) -> float:
 def build(staged: Staged, storage: Storage) -> Kernel:
     """A step with the arguments of `kernels.cpu`, without compiling anything."""
     began = time.perf_counter()
-    powers = {"power": primitives.power, "real_power": primitives.real_power}
-    decide = define(staged.decide, "decide", {**_NUMPY, **powers})
-    update = define(staged.update, "update", _NUMPY)
-    measures = [define(m.source, "measure", _NUMPY) for m in staged.measures]
-    average = define(staged.average, "average", _NUMPY) if staged.average else None
+    decide = define(staged.decide, "decide", functions.for_float64(staged.decide.calls))
+    update = define(staged.update, "update", functions.for_arrays(staged.update.calls))
+    measures = [define(m.source, "measure", functions.for_arrays(m.source.calls)) for m in staged.measures]
+    average = None
+    if staged.average is not None:
+        average = define(staged.average, "average", functions.for_arrays(staged.average.calls))
     convert: dict[str, Callable[..., Any]] = accessors(storage, np.where)
     columns, states = storage.columns(staged), len(staged.states)
     uniforms, slots, scalars = len(staged.uniforms), staged.slots, len(staged.scalars)
-    kinds = [kind for m in staged.measures for kind in m.kinds] + ["norm"] * len(staged.emitted)
+    kinds = staged.kinds
+    tally = counting.make(np.where, staged.may_skip, staged.asides)
     flags = np.array([SHARED.get(scope, 0) for scope in staged.shared], np.int64)
 
     def load(leaf: np.ndarray, tile: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -92,7 +81,7 @@ def build(staged: Staged, storage: Storage) -> Kernel:
 
     def decide_rows(table: np.ndarray, counters: np.ndarray, h: np.ndarray, tables: _Tables) -> np.ndarray:
         new = tables.scalars.copy()
-        for r in np.flatnonzero(tables.deciding):
+        for r in np.flatnonzero(tally.decides(tables.steps, tables.ticks, tables.aside)):
             values = decide(int(counters[r, T]) + 1, *table[r, :uniforms], *tables.scalars[r], *tables.sums[r])
             h[r], new[r] = values[:slots], values[slots : slots + scalars]
             tables.reports[r] = values[slots + scalars :]
@@ -140,7 +129,7 @@ def build(staged: Staged, storage: Storage) -> Kernel:
                 new_scalars = decide_rows(table, counters, h, tables)
                 first = quantities.stop
             go = np.ones(len(h), np.int64)
-            if "finite" in staged.reports:
+            if staged.may_skip:
                 go = np.not_equal(tables.reports[:, staged.reports.index("finite")], 0.0).astype(np.int64)
             writes: list[tuple[Any, Any, Any]] = []  # as compiled steps, all or none
             for k, tile in enumerate(updated):
@@ -167,16 +156,16 @@ def build(staged: Staged, storage: Storage) -> Kernel:
                     writes += [(stored[k], ..., x) for k, x in zip(averages(staged), results, strict=True)]
             if staged.emitted:
                 add_up(leaves, tables, range(first, first + len(staged.emitted)))
-        stepping = tables.advance[:-1, 0] != 0
-        counted, going = counters.copy(), np.where((tables.advance[:-1, 1] != 0) | (tables.aside != 0), go, 1)
+        steps, ticks, aside = tables.steps, tables.ticks, tables.aside
+        gain = tables.advance[-1, TICKS]
+        now = counters[-1, CLOCK] + gain
+        going, counted = tally.goes(ticks, aside, go), counters.copy()
         counted[:-1, GO] = go
-        counted[:-1, T] += tables.advance[:-1, 0] * going
-        now = counters[-1, CLOCK] + tables.advance[-1, 1]
-        counted[:-1, CLOCK] = np.where(tables.advance[:-1, 1] * going != 0, now, counted[:-1, CLOCK])
-        counted[:-1, SKIPPED] += stepping * (1 - going)
-        if not stepping.any() or (stepping & (going != 0)).any():
-            counted[-1, CLOCK] += tables.advance[-1, 1]
-        scalars_of = (stepping[:, None] | (tables.aside[:, None] & flags != 0)) & (going != 0)[:, None]
+        t, clock = counters[:-1, T], counters[:-1, CLOCK]
+        counted[:-1, T], counted[:-1, CLOCK] = tally.counted(t, clock, steps * going, ticks * going, now)
+        counted[:-1, SKIPPED] = tally.skips(counters[:-1, SKIPPED], steps, going)
+        counted[-1, CLOCK] = tally.total(counters[-1, CLOCK], gain, steps.sum(), (steps * going).sum())
+        scalars_of = tally.keeps(steps[:, None], aside[:, None], going[:, None], flags)
         writes += [(tables.scalars, scalars_of, new_scalars[scalars_of]), (counters, ..., counted)]
         commit([*writes, (control, cpu.CLOSED, generation + len(measures))])
 

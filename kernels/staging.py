@@ -19,20 +19,16 @@ import inspect
 import pickle
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
-from .binding import Staged, Stager
-from .language import After, Before, RuleError, Source, seen_by
+from .binding import Stager
+from .language import After, Before, RuleError, Source, names_seen_by
+from .staged import Staged, define
+from .values import Constant
+
+_Key: TypeAlias = tuple[Before | None, After | None, frozenset[str], tuple[tuple[str, str], ...]]
 
 __all__ = ["After", "Before", "Rule", "RuleError", "Staged", "define"]
-
-
-def define(source: str, name: str, namespace: Mapping[str, Any]) -> Callable[..., Any]:
-    """The function `name` that a piece of staged text defines; `namespace` has the functions that it calls."""
-    scope = {"__name__": __name__, **namespace}
-    exec(compile(source, f"<staged {name}>", "exec"), scope)
-    function: Callable[..., Any] = scope[name]
-    return function
 
 
 class Rule(Source):
@@ -48,20 +44,21 @@ class Rule(Source):
     keyword-only argument that is returned by name after the states is state of the group, kept in float64; it starts
     at its default. Calling the rule runs the function as it stands.
 
-    State of the group that follows from a sum over a group, or over all, is one for these leaves, those included that
-    are left out of a step or come later. So it may not follow from `t` or a sum over fewer leaves; settings that enter
-    state which is one for all are the same in all groups. State that is only returned, and not read, is free of this.
+    State of the group that follows from a sum over a group, or over all leaves, is shared by these leaves, including
+    those that are left out of a step or added later. So it may not follow from `t` or from a sum over fewer leaves, and
+    settings that enter state shared by all must be the same in all groups. State that is only returned, and never read,
+    is exempt.
 
-    Numbers that the function reads from its module or closure are part of the rule as they are when it is wrapped. An
-    optimizer is not built with a rule whose numbers have changed since; what is to change is an argument.
+    Numbers that the function reads from its module or closure become part of the rule when it is wrapped. An optimizer
+    is not built with a rule whose numbers have changed since; make what should change an argument.
 
     Args:
         function: the rule, in a file (its source is read).
 
     Raises:
-        RuleError: if the source is missing or holds something that cannot be staged, if a state is returned in the
-            place of another, if `lr` is taken and not used, or if state that is one for several leaves follows from
-            what they do not have in common; the message names the line.
+        RuleError: if the source is missing or has something that cannot be staged, if a state is returned in the
+            place of another, if `lr` is taken and not used, or if state shared by several leaves follows from what they
+            do not have in common; the message names the line.
 
     Example:
         >>> def signed(p, g, m, *, lr, beta=0.9):
@@ -72,7 +69,7 @@ class Rule(Source):
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__(function)
         self.__module__ = function.__module__
-        self._staged: dict[Any, Staged] = {}
+        self._staged: dict[_Key, Staged] = {}
         self._check_order()
         flags = {name: value for name, value in self.defaults.items() if isinstance(value, bool)}
         # Every branch once, so that an error shows when the rule is written.
@@ -102,26 +99,27 @@ class Rule(Source):
                         f"{where} {name!r} in the place of the state {own!r}. States are returned in the order of the "
                         f"arguments, {', '.join(expected)}; if it is meant, assign {own} = {name} before."
                     )
-            place = expected.index(names[0]) if names[0] in self.states else 0
-            if place and names[place : place + 1] == ["p"]:
+            index = expected.index(names[0]) if names[0] in self.states else 0
+            if index and names[index : index + 1] == ["p"]:
                 raise RuleError(
                     f"{where} {names[0]!r} in the place of the new p, and 'p' in that of {names[0]!r}. The order is "
                     f"that of the arguments: {', '.join(expected)}."
                 )
 
     def check_constants(self) -> None:
-        """Check that the numbers of the module or closure that the rule reads are those that it was made with.
+        """Check that the numbers which the rule reads from its module or closure are those that it was made with.
 
         Raises:
             RuleError: if one has changed.
         """
-        seen = seen_by(self.function)
+        names = names_seen_by(self.function)
         for text, constant in self.constants.items():
             first, *rest = text.split(".")
-            now = seen.get(first, constant)
+            now = names.get(first, constant)
             for name in rest:
                 now = getattr(now, name, constant)
-            if now != constant and not (now != now and constant != constant):
+            both_nan = now != now and constant != constant
+            if now != constant and not both_nan:
                 raise RuleError(
                     f"rule {self.name!r} was made with {text} = {constant!r}, which is {now!r} now. Numbers that a "
                     "rule reads are frozen when it is made: make the rule again, or make the number a keyword-only "
@@ -163,14 +161,13 @@ class Rule(Source):
             pickle.PicklingError: if the rule cannot be imported from there.
         """
         scope = vars(sys.modules.get(self.__module__, ast))
-        known = (name for name in (self.name, *scope) if scope.get(name) is self)
-        found = next(known, None)
-        if found is None:
+        name = next((name for name in (self.name, *scope) if scope.get(name) is self), None)
+        if name is None:
             raise pickle.PicklingError(
                 f"rule {self.name!r} cannot be pickled: no name in module {self.__module__!r} stands for it. Write it "
                 "at the top level of a module, under @fastlr.rule."
             )
-        return found
+        return name
 
     def __repr__(self) -> str:
         """The rule with its arguments."""
@@ -178,7 +175,7 @@ class Rule(Source):
 
     def stage(
         self,
-        static: Mapping[str, Any] | None = None,
+        static: Mapping[str, Constant] | None = None,
         *,
         before: Before | None = None,
         after: After | None = None,

@@ -4,23 +4,36 @@ A loop is `tile(addresses, h, start, stop, out, past)`: the addresses of the col
 of elements, where sums go, and whether a column that is only written goes past the caches.
 """
 
-import ast
+from __future__ import annotations
+
 import hashlib
-import math
 import types as types_module
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numba import config, njit
 
-from .binding import AVERAGES
-from .formats import FORMATS, to_float32
+from .element import average_of, every_column, measure_of, update_of
+from .formats import FORMATS
 from .memory import elements, lanes, outbox, where
 from .notices import warn_once
-from .staging import Staged, define
+from .staging import Staged
+from .storage import Storage, averages
 from .sums import LANES
+
+__all__ = [
+    "FLAGS",
+    "Compiler",
+    "Storage",
+    "average_loop",
+    "compiled",
+    "compiles",
+    "digest_of",
+    "measure_loop",
+    "update_loop",
+]
 
 # Values are added up in parts of some rows, a row being as many as there are lanes, so that lanes are loaded and stored
 # less often. In an update the processor must not run out of memory to wait for while it adds: statistics over 25 M
@@ -30,34 +43,6 @@ MEASURED_ROWS, UPDATED_ROWS = 8, 2
 
 # No fast-math and no contraction: the same bits as NumPy. NumPy's error model: x / 0 is inf, without a branch.
 FLAGS = {"error_model": "numpy", "nogil": True, "fastmath": False, "boundscheck": False}
-
-
-@dataclass(frozen=True)
-class Storage:
-    """How the columns of a step stand in memory.
-
-    Attributes:
-        compute: "float32" or "float64"; of the arithmetic, and of all columns but those named here.
-        gradient: the same, or one of `formats.FORMATS`.
-        shadow: one of `formats.FORMATS` for a copy of the new parameters, or None.
-        clear: set each gradient to zero once it has been read.
-    """
-
-    compute: str
-    gradient: str
-    shadow: str | None = None
-    clear: bool = False
-
-    def columns(self, staged: Staged) -> list[str]:
-        """The dtype of each column: p, g, states, inputs, and the shadow at the end."""
-        g = FORMATS[self.gradient].storage if self.gradient in FORMATS else self.gradient
-        others = [self.compute] * (len(staged.states) + len(staged.inputs))
-        return [self.compute, g, *others, *([FORMATS[self.shadow].storage] if self.shadow else [])]
-
-    def written(self, staged: Staged) -> list[int]:
-        """The columns that a step writes, in order."""
-        states = range(2, 2 + len(staged.states))
-        return [0, *([1] if self.clear else []), *states, *([len(self.columns(staged)) - 1] if self.shadow else [])]
 
 
 def compiles() -> bool:
@@ -82,95 +67,22 @@ def compiled(function: Callable[..., Any], digest: str) -> Any:
     return njit(**FLAGS)(own)
 
 
-ELEMENT = {
-    "sqrt": math.sqrt,
-    "abs": abs,
-    "exp": math.exp,
-    "log": math.log,
-    "tanh": math.tanh,
-    "sin": math.sin,
-    "cos": math.cos,
-}
-
-
 def digest_of(staged: Staged, storage: Storage) -> str:
     """What tells a kernel's functions from those of all others."""
     return hashlib.sha256(f"{staged!r} {storage!r}".encode()).hexdigest()[:16]
 
 
-def accessors(storage: Storage, select: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
-    """`decode_g` and `encode_shadow` as far as the storage needs them, with the select of a backend."""
-    out: dict[str, Callable[..., Any]] = {}
-    if storage.gradient in FORMATS:
-        out["decode_g"] = FORMATS[storage.gradient].make(select)[0]
-    if storage.shadow:
-        out["encode_shadow"] = FORMATS[storage.shadow].make(select)[1]
-        if storage.compute == "float64":
-            out["narrow"] = to_float32(select)
-    return out
+@dataclass(frozen=True)
+class Compiler:
+    """Makes functions for the processor, as parts of the kernel of this digest."""
 
+    digest: str
+    where: ClassVar[Any] = where
+    gpu: ClassVar[bool] = False
 
-def reading(staged: Staged, storage: Storage) -> list[str]:
-    """The arguments of the staged functions, from the tuple `c` of what the columns hold."""
-    read = [f"c[{k}]" for k in range(2 + len(staged.states) + len(staged.inputs))]
-    if storage.gradient in FORMATS:
-        read[1] = "float64(decode_g(c[1]))" if storage.compute == "float64" else "decode_g(c[1])"
-    return read
-
-
-def _used(source: str, arguments: Sequence[str]) -> list[int]:
-    """Which arguments of a staged function its statements read."""
-    function = ast.parse(source).body[0]
-    names = {n.id for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
-    return [k for k, name in enumerate(arguments) if name in names]
-
-
-def used_columns(staged: Staged, source: str) -> list[int]:
-    """The columns that a staged function of an element reads."""
-    return _used(source, ["p", "g", *staged.states, *staged.inputs])
-
-
-def loaded(staged: Staged, storage: Storage, source: str) -> tuple[list[int], list[str]]:
-    """The columns that a staged function uses, and its arguments in terms of the tuple `c` of what they hold."""
-    arguments = reading(staged, storage)
-    used = used_columns(staged, source) or [0]
-    for k, argument in enumerate(arguments):
-        place = used.index(k) if k in used else used.index(used[0])
-        arguments[k] = argument.replace(f"c[{k}]", f"c[{place}]") if k in used else f"c[{place}]"
-    return used, arguments
-
-
-def averages(staged: Staged) -> list[int]:
-    """The columns that are averages."""
-    return [2 + k for k, name in enumerate(staged.states) if name in AVERAGES]
-
-
-def element_text(staged: Staged, storage: Storage, arguments: Sequence[str]) -> str:
-    """The source of `element(c, h)`: from what the columns hold to what is stored, and what is kept aside.
-
-    What is stored are the columns of `Storage.written` without the shadow. Kept aside are the shadow, which leaves in
-    whole lines, and what is emitted, which is added up.
-    """
-    states = len(staged.states)
-    stored = ["r[0]", *(["zero"] if storage.clear else []), *(f"r[{1 + k}]" for k in range(states))]
-    kept = [f"r[{1 + states + k}]" for k in range(len(staged.emitted))]
-    if storage.shadow:
-        kept.insert(0, "encode_shadow(narrow(r[0]))" if storage.compute == "float64" else "encode_shadow(r[0])")
-    both = f"({', '.join(stored)},), ({', '.join(kept)},)" if kept else f"({', '.join(stored)},)"
-    return f"def element(c, h):\n    r = update({', '.join(arguments)}, h)\n    return {both}"
-
-
-def _element(staged: Staged, storage: Storage, digest: str) -> Callable[..., Any]:
-    """`element(c, h)`, compiled; see `element_text`."""
-    update = compiled(define(staged.update, "update", {**ELEMENT, "where": where}), digest)
-    convert = {name: compiled(f, digest) for name, f in accessors(storage, where).items()}
-    namespace = {**convert, "zero": zero_of(staged, storage), "float64": np.float64, "update": update}
-    return compiled(define(element_text(staged, storage, reading(staged, storage)), "element", namespace), digest)
-
-
-def zero_of(staged: Staged, storage: Storage) -> Any:
-    """The zero of a gradient."""
-    return np.dtype(storage.columns(staged)[1]).type(0)
+    def function(self, function: Callable[..., Any]) -> Any:
+        """Compile a function when it is first called."""
+        return compiled(function, self.digest)
 
 
 def update_loop(staged: Staged, storage: Storage) -> Any:
@@ -181,14 +93,15 @@ def update_loop(staged: Staged, storage: Storage) -> Any:
     """
     digest = digest_of(staged, storage)
     formats, written = storage.columns(staged), storage.written(staged)
-    read = range(2 + len(staged.states) + len(staged.inputs))
-    element = _element(staged, storage, digest)
+    read = every_column(staged)
+    element = update_of(Compiler(digest), staged, storage, read)
     if not staged.emitted and not storage.shadow:
         load, store = elements(formats, read, written)
 
-        def plain(addresses, h, start, stop, out, past):
+        def plain(addresses: Any, h: Any, start: int, stop: int, out: int, past: int) -> None:
             for i in range(start, stop):
-                store(addresses, i, element(load(addresses, i), h))
+                stored, _, _ = element(load(addresses, i), h)
+                store(addresses, i, stored)
 
         return compiled(plain, digest)
 
@@ -206,7 +119,7 @@ def update_loop(staged: Staged, storage: Storage) -> Any:
     shadow, column, width = storage.shadow is not None, len(formats) - 1, np.dtype(formats[-1]).itemsize
     nowhere = ()
 
-    def tile(addresses, h, start, stop, out, past):
+    def tile(addresses: Any, h: Any, start: int, stop: int, out: int, past: int) -> None:
         mailbox = place_box() if shadow else nowhere
         room = place() if emits else nowhere
         every = addresses + mailbox + room
@@ -215,9 +128,9 @@ def update_loop(staged: Staged, storage: Storage) -> Any:
             if emits and count % LANES != 0:
                 clear(room, count // LANES)
             for j in range(count):
-                stored, kept = element(load(every, i + j), h)
+                stored, narrow, emitted = element(load(every, i + j), h)
                 store(every, i + j, stored)
-                keep(every, j, kept)
+                keep(every, j, narrow + emitted)
             if shadow:
                 if count == part:
                     send(mailbox, addresses[column] + i * width, past)
@@ -239,15 +152,14 @@ def update_loop(staged: Staged, storage: Storage) -> Any:
 def average_loop(staged: Staged, storage: Storage) -> Any:
     """The loop over one tile of a leaf that is not updated, as `update_loop`: only its averages are written."""
     digest, formats = digest_of(staged, storage), storage.columns(staged)
-    read, arguments = loaded(staged, storage, staged.average)
-    average = compiled(define(staged.average, "average", {**ELEMENT, "where": where}), digest)
-    text = f"def element(c, h):\n    return average({', '.join(arguments)}, h)"
-    element = compiled(define(text, "element", {"average": average}), digest)
+    assert staged.average is not None
+    read = staged.columns_read(staged.average) or [0]
+    values = average_of(Compiler(digest), staged, storage, read)
     load, store = elements(formats, read, averages(staged))
 
-    def still(addresses, h, start, stop):
+    def still(addresses: Any, h: Any, start: int, stop: int) -> None:
         for i in range(start, stop):
-            store(addresses, i, element(load(addresses, i), h))
+            store(addresses, i, values(load(addresses, i), h))
 
     return compiled(still, digest)
 
@@ -256,11 +168,11 @@ def measure_loop(staged: Staged, number: int, storage: Storage) -> Any:
     """The loop over one tile of a measure, as `update_loop`: load, add up, write the sums to `out`."""
     digest = digest_of(staged, storage)
     formats, measure = storage.columns(staged), staged.measures[number]
-    columns, count = 2 + len(staged.states) + len(staged.inputs), len(measure.kinds)
+    columns, count = every_column(staged), len(measure.kinds)
     every_format = [*formats, *[storage.compute] * count, *["float64"] * count]
-    load, _ = elements(every_format, range(columns), [])
+    load, _ = elements(every_format, columns, [])
     _, keep = elements(every_format, [], range(len(formats), len(formats) + count))
-    names = ["p", "g", *staged.states, *staged.inputs]
+    names = staged.arguments
     part = MEASURED_ROWS * LANES
     direct = all(measure.columns) and (storage.gradient not in FORMATS or "g" not in measure.columns)
     adding = lanes(
@@ -268,14 +180,9 @@ def measure_loop(staged: Staged, number: int, storage: Storage) -> Any:
     )
     place, clear, add, add_rows, finish = adding.place, adding.clear, adding.add, adding.add_rows, adding.finish
     add_columns = adding.add_columns
-    namespace = {**ELEMENT, "where": where, "float64": np.float64}
-    if storage.gradient in FORMATS:
-        namespace["decode_g"] = compiled(accessors(storage, where)["decode_g"], digest)
-    namespace["measure"] = compiled(define(measure.source, "measure", namespace), digest)
-    read = ", ".join(reading(staged, storage))
-    values = compiled(define(f"def values(c, h):\n    return measure({read}, h)", "values", namespace), digest)
+    values = measure_of(Compiler(digest), staged, storage, number, columns)
 
-    def tile(addresses, h, start, stop, out, past):
+    def tile(addresses: Any, h: Any, start: int, stop: int, out: int, past: int) -> None:
         room = place()
         every = addresses + room
         for i in range(start, stop, part):

@@ -27,7 +27,7 @@ __all__ = ["combine", "dot", "move_and_dot"]
 _WORTH_SHARING = 1 << 20  # bytes below which one thread is done before another has begun
 
 
-def _halve(lanes):
+def _halve(lanes: Any) -> Any:
     """The sum of lanes, upper half onto lower, down to one."""
     half = LANES // 2
     while half > 0:
@@ -38,12 +38,12 @@ def _halve(lanes):
 
 
 @functools.cache
-def _pass(name: str, dtype: str) -> Any:
+def _pass(name: str, dtype: str) -> Callable[..., None]:
     """A pass `run(out, x, a, y, z, sums, first, last)` over some blocks, compiled or from the cache."""
     digest = hashlib.sha256(f"{name} {dtype}".encode()).hexdigest()[:16]
     halve = compiled(_halve, digest)
 
-    def move_and_dot(out, x, a, y, z, sums, first, last):
+    def move_and_dot(out: Any, x: Any, a: float, y: Any, z: Any, sums: Any, first: int, last: int) -> None:
         lanes = np.zeros(LANES)
         for b in range(first, last):
             lanes[:] = 0.0
@@ -55,7 +55,7 @@ def _pass(name: str, dtype: str) -> Any:
                     lanes[j] += np.float64(value) * np.float64(z[i + j])
             sums[b, 0] = halve(lanes)
 
-    def dot(out, x, a, y, z, sums, first, last):
+    def dot(out: Any, x: Any, a: float, y: Any, z: Any, sums: Any, first: int, last: int) -> None:
         lanes = np.zeros(LANES)
         for b in range(first, last):
             lanes[:] = 0.0
@@ -65,7 +65,7 @@ def _pass(name: str, dtype: str) -> Any:
                     lanes[j] += np.float64(x[i + j]) * np.float64(y[i + j])
             sums[b, 0] = halve(lanes)
 
-    def move(out, x, a, y, z, sums, first, last):
+    def move(out: Any, x: Any, a: float, y: Any, z: Any, sums: Any, first: int, last: int) -> None:
         for i in range(first * BLOCK, min(last * BLOCK, x.size)):
             out[i] = x[i] + a * y[i]
 
@@ -73,16 +73,15 @@ def _pass(name: str, dtype: str) -> Any:
     vector = types.Array(number, 1, "C")
     sums = types.Array(types.float64, 2, "C")
     run = compiled({"move_and_dot": move_and_dot, "dot": dot, "move": move}[name], digest)
-    run._cache = KernelCache("vectors", name, dtype)
-    run.compile(types.void(vector, vector, number, vector, vector, sums, types.int64, types.int64))
-    run.disable_compile()
+    signature = types.void(vector, vector, number, vector, vector, sums, types.int64, types.int64)
+    KernelCache("vectors", name, dtype).compile(run, signature)
     return run
 
 
-def _by_numpy(name: str) -> Any:
+def _by_numpy(name: str) -> Callable[..., None]:
     """The same pass by NumPy, with the same bits."""
 
-    def run(out, x, a, y, z, sums, first, last):
+    def run(out: Any, x: Any, a: float, y: Any, z: Any, sums: Any, first: int, last: int) -> None:
         for b in range(first, last):
             part = slice(b * BLOCK, (b + 1) * BLOCK)
             left, right = (x, y) if name == "dot" else (out, z)
@@ -103,7 +102,7 @@ def _pool(threads: int, process: int) -> concurrent.futures.ThreadPoolExecutor:
 _fold: Callable[..., None] = fold
 
 
-def _run(name: str, out: Any, x: Any, a: float, y: Any, z: Any, threads: int) -> float:
+def _run(name: str, out: np.ndarray, x: np.ndarray, a: float, y: np.ndarray, z: np.ndarray, threads: int) -> float:
     """Carry out a pass; the sum over all blocks."""
     blocks = max(1, -(-x.size // BLOCK))
     sums = np.zeros((blocks, 1))
@@ -124,9 +123,9 @@ def _run(name: str, out: Any, x: Any, a: float, y: Any, z: Any, threads: int) ->
         with contextlib.suppress(RuntimeError):  # no thread can be started: this one takes what is left
             helping.extend(_pool(threads, os.getpid()).submit(take_shares) for _ in range(parts - 1))
         take_shares()
-        for one in helping:
-            if not one.cancel():
-                one.result()
+        for task in helping:
+            if not task.cancel():
+                task.result()
     _fold(sums, 0, blocks, 0)
     return float(sums[0, 0])
 

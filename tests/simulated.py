@@ -10,7 +10,6 @@ import numpy as np
 from numba import cuda
 
 import fastlr
-from fastlr.kernels import grid
 from fastlr.kernels.staging import define
 
 KINDS = {"float32": ctypes.c_float, "float64": ctypes.c_double, "int64": ctypes.c_int64, "uint16": ctypes.c_uint16}
@@ -20,56 +19,61 @@ def at(address, kind):
     return np.frombuffer((KINDS[kind] * 1).from_address(int(address)), kind)
 
 
-def elements(formats, read, written):
-    sizes = [np.dtype(f).itemsize for f in formats]
+class Simulated:
+    """What kernels are made of in the simulator, as `fastlr.kernels.target.Target`."""
 
-    def load(addresses, i):
-        return tuple(at(addresses[k] + i * sizes[k], formats[k])[0] for k in read)
+    where = staticmethod(lambda condition, a, b: a if condition else b)
+    gpu = False
 
-    def store(addresses, i, values):
-        for k, value in zip(written, values, strict=True):
-            at(addresses[k] + i * sizes[k], formats[k])[0] = value
+    def function(self, function):
+        return function
 
-    return load, store
+    def elements(self, formats, read, written):
+        sizes = [np.dtype(f).itemsize for f in formats]
+
+        def load(addresses, i):
+            return tuple(at(addresses[k] + i * sizes[k], formats[k])[0] for k in read)
+
+        def store(addresses, i, values):
+            for k, value in zip(written, values, strict=True):
+                at(addresses[k] + i * sizes[k], formats[k])[0] = value
+
+        return load, store
+
+    def lanes(self, formats, width, read, written, tuning):
+        load_one, store_one = self.elements(formats, read, written)
+
+        def load(addresses, i):
+            return tuple(load_one(addresses, i + k) for k in range(width))
+
+        def store(addresses, i, values):
+            for k in range(width):
+                store_one(addresses, i + k, values[k])
+
+        return load, store
+
+    def row(self, kind, count, early=False):
+        size = np.dtype(kind).itemsize
+        convert = int if kind == "int64" else np.dtype(kind).type
+        return lambda address: tuple(convert(at(address + k * size, kind)[0]) for k in range(count))
+
+    def put(self, kind):
+        def write(address, value):
+            at(address, kind)[0] = value
+
+        return write
+
+    def each(self, phase, arguments, threads, wait=True):
+        def run(*values):
+            me = threading.current_thread()  # what the simulator makes of a thread of a GPU
+            phase(int(me.threadIdx.x), *values)
+            if wait:
+                me.syncthreads()
+
+        return run
 
 
-def lanes(formats, width, read, written, tuning):
-    load_one, store_one = elements(formats, read, written)
-
-    def load(addresses, i):
-        return tuple(load_one(addresses, i + k) for k in range(width))
-
-    def store(addresses, i, values):
-        for k in range(width):
-            store_one(addresses, i + k, values[k])
-
-    return load, store
-
-
-def row(kind, count, early=False):
-    size = np.dtype(kind).itemsize
-    convert = int if kind == "int64" else np.dtype(kind).type
-    return lambda address: tuple(convert(at(address + k * size, kind)[0]) for k in range(count))
-
-
-def put(kind):
-    def write(address, value):
-        at(address, kind)[0] = value
-
-    return write
-
-
-def each(phase, arguments, threads, wait=True):
-    def run(*values):
-        me = threading.current_thread()  # what the simulator makes of a thread of a GPU
-        phase(int(me.threadIdx.x), *values)
-        if wait:
-            me.syncthreads()
-
-    return run
-
-
-TARGET = grid.Target(lambda f: f, lambda condition, a, b: a if condition else b, lanes, elements, row, put, each)
+TARGET = Simulated()
 
 
 def kernel(make):

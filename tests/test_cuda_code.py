@@ -21,6 +21,7 @@ from cases import CASES, PLAIN
 
 import fastlr
 from fastlr.kernels import caching, cuda, grid
+from fastlr.kernels.finish import finish
 from fastlr.kernels.notices import warn_once
 from fastlr.kernels.tiles import Storage
 
@@ -51,7 +52,7 @@ def compiled(staged, storage, name, architecture):
         "few": lambda t: grid.update(t, staged, storage, grid.Tuning(), True),
         "update": lambda t: grid.update(t, staged, storage, grid.Tuning(), False),
         "measure": lambda t: grid.measure(t, staged, storage, 0, grid.Tuning()),
-        "finish": lambda t: grid.finish(t, staged, storage),
+        "finish": lambda t: finish(t, staged, storage),
     }
     return sass.read(cuda.compile_image(makers[name](cuda.TARGET), sass.ARCHITECTURES[architecture]))
 

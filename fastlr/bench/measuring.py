@@ -18,7 +18,6 @@ import numpy as np
 
 from .. import checks
 from ..info import cpu_name, versions
-from ..kernels import tiles
 from ..step import threads as _threads
 from . import candidates as c
 from . import competitors, steps
@@ -225,7 +224,7 @@ def _moved(problem: c.Problem, name: str, states: int) -> float:
     columns = 3 + 2 * states
     if name != "roofline":
         staged = c.RULES[problem.rule](np.zeros(1, problem.dtype), **c.SETTINGS.get(problem.rule, {})).rule
-        columns += sum(len(tiles.used_columns(staged, measure.source)) for measure in staged.measures)
+        columns += sum(len(staged.columns_read(measure.source)) for measure in staged.measures)
     return columns * np.dtype(problem.dtype).itemsize
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..kernels import grid
+from ..kernels.finish import finish
 from ..kernels.staging import Staged
 from ..kernels.tiles import Storage
 from ..step.scheduled import Formula
@@ -70,7 +71,7 @@ class StepKernels:
     def _maker(self, name: str) -> Callable[[grid.Target], grid.Body]:
         staged, storage, tuning = self.staged, self.storage, self.tuning
         if name == "finish":
-            return lambda target: grid.finish(target, staged, storage, self.formulas)
+            return lambda target: finish(target, staged, storage, self.formulas)
         if name.startswith("measure_"):
             return lambda target: grid.measure(target, staged, storage, int(name.removeprefix("measure_")), tuning)
         make = grid.average if name.startswith("average") else grid.update

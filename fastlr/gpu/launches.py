@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from ..kernels import grid
-from ..kernels.primitives import power, real_power, sqrt
+from ..kernels import functions, grid
 from ..kernels.staging import Staged, define
 from .driver import Device, Launch
 from .kernels import StepKernels
@@ -57,11 +55,11 @@ class Launches:
         staged, kernels = self._kernels.staged, self._kernels
         self._fill_board(board)
         last = len(staged.measures)
-        ends = np.cumsum([0, *(len(m.kinds) for m in staged.measures), len(staged.emitted)]).tolist()
+        ends = staged.spans
         tile_blocks = -(-len(self._tables["tiles"]) // kernels.tiles_in_block)
         if not last:
             self._add_finish(0, 0, grid.DECIDE | grid.COMMIT)
-        elif grid.reads_slots(staged.measures[0].source):
+        elif staged.measures[0].source.reads_slots:
             self._add_finish(0, 0, grid.DECIDE)
         for k in range(last):
             self._add(f"measure_{k}", "tiles", tile_blocks, board)
@@ -142,11 +140,8 @@ class Launches:
 @functools.cache
 def decider(staged: Staged) -> Callable[[int, Sequence[float], Sequence[float]], Any]:
     """`decide` on the host, for one row: what the kernel takes, then the new state of the group."""
-    powers = {"power": power, "real_power": real_power}
-    plain = {n: getattr(math, n) for n in ("exp", "log", "tanh", "sin", "cos")}
-    fast = define(staged.decide, "decide", {**plain, **powers, "sqrt": sqrt, "abs": abs})
-    functions = {n: getattr(np, n) for n in ("exp", "log", "tanh", "sin", "cos", "sqrt", "abs")}
-    careful = define(staged.decide, "decide", {**functions, **powers})
+    fast = define(staged.decide, "decide", functions.for_numbers(staged.decide.calls))
+    careful = define(staged.decide, "decide", functions.for_float64(staged.decide.calls))
 
     def decide(t: int, settings: Sequence[float], scalars: Sequence[float]) -> Any:
         try:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..kernels import grid
+from ..kernels import counting, grid
 from ..kernels.layout import CLOCK, STEPS, TICKS, T
 from ..kernels.staging import Staged
 from ..loss_scale import LossScale
@@ -16,6 +16,8 @@ from .results import Results
 from .tables import Tables
 
 __all__ = ["DeviceRows"]
+
+_COUNTING = counting.make(np.where, may_skip=False, asides=False)  # all that the host follows
 
 
 class DeviceRows(Rows):
@@ -54,7 +56,7 @@ class DeviceRows(Rows):
         self._place, self._staged, self._loss_scale = place, staged, loss_scale
         self._replays = False  # whether graphs may be replayed, which the host does not see
         self.decided_by_host = not capturable and len(self) == 1 and not (staged.quantities or staged.reports)
-        self.host_counts = not capturable and "finite" not in staged.reports and not staged.scalars
+        self.host_counts = not capturable and not staged.may_skip and not staged.scalars
         self.block: Tables | None = None
         self.device_knows = self.settings_known = False
         self.latest: Callable[[], Results | None] | None = None
@@ -123,8 +125,9 @@ class DeviceRows(Rows):
 
     def advanced(self, advance: np.ndarray) -> None:
         """A step whose counting the host can follow has been made."""
-        self.counters[:, T] += advance[:, STEPS]
-        self.counters[advance[:, TICKS] != 0, CLOCK] = self.counters[-1, CLOCK] + advance[-1, TICKS]
+        t, clock = self.counters[:, T], self.counters[:, CLOCK]
+        now = clock[-1] + advance[-1, TICKS]  # the own row of the optimizer counts as one that ticks
+        t[:], clock[:] = _COUNTING.counted(t, clock, advance[:, STEPS], advance[:, TICKS], now)
 
     def download(self) -> None:
         """Learn from the GPU what only it knows; waits for it."""
