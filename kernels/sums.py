@@ -2,7 +2,7 @@
 
 A leaf is cut into blocks of `BLOCK` elements from its start. A block is summed in `LANES` float64 lanes: lane j takes
 the elements j, j + LANES, ... in their order; then the lanes are halved, j + width onto j, down to one. Blocks of a
-leaf, and leaves of a group or of everything, are added as a tree of neighbours (`fold`). Nothing depends on who adds
+leaf, and leaves of a group or of everything, are added as a tree of neighbors (`fold`). Nothing depends on who adds
 what, or on how the leaves are laid out.
 """
 
@@ -17,7 +17,7 @@ LANES = 128
 
 
 def fold(values: Any, first: int, count: int, column: int) -> None:
-    """Add `count` rows of one column as a tree of neighbours, in place; the sum is left in the first row."""
+    """Add `count` rows of one column as a tree of neighbors, in place; the sum is left in the first row."""
     while count > 1:
         half = count // 2
         for k in range(half):
