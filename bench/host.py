@@ -10,32 +10,30 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
+
+import fastlr
+from fastlr.bench import measuring
+from fastlr.gpu.driver import Gpu
 
 STUB = Path(__file__).parent.parent / "tests" / "stub_driver.c"
 
 
 def median_us(call: Callable[[], Any], seconds: float = 0.5) -> float:
     """Microseconds of one call."""
-    times = []
-    began = time.perf_counter()
-    while time.perf_counter() - began < seconds:
-        a = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - a)
-    return float(np.median(times)) * 1e6
+    rounds = measuring.alternate({"": partial(measuring.turn, call)}, seconds)
+    return float(np.median(np.concatenate(rounds[""]))) * 1e6
 
 
 def measure() -> dict[str, float]:
     """Microseconds of the host by what is done."""
     import ctypes
-
-    import fastlr
 
     ctypes.CDLL("libcuda.so.1").stub_parameters(3)
 
@@ -46,9 +44,10 @@ def measure() -> dict[str, float]:
     params, grads = tree(10), tree(10)
     opt = fastlr.Adam(params)
     opt.step(grads)
-    plan = next(iter(opt._stepper.plans.values()))
-    made = next(iter(plan._launches.values()))
-    out["one launch"] = median_us(lambda: plan._device.launch(made.update, made.update_blocks, 0))
+    with mock.patch.object(Gpu, "launch", autospec=True, side_effect=Gpu.launch) as launch:
+        opt.step(grads)
+    arguments = launch.call_args.args
+    out["one launch"] = median_us(lambda: Gpu.launch(*arguments))
     out["plain step, 1 launch"] = median_us(lambda: opt.step(grads))
     settings = {"clip_norm": 1.0, "skip_nonfinite": True, "ema": 0.999, "shadow": "bfloat16"}
     whole = fastlr.AdamW(tree(10), **settings)
