@@ -29,7 +29,8 @@ _SETTLE_S = 0.02
 _WARM_STEPS = 3
 KINDS = ("update", "full", "options", "target")
 _PRODUCT = 512  # rows and columns of the matrices in a loop
-_Key, _Sample = TypeVar("_Key"), TypeVar("_Sample")
+_Key = TypeVar("_Key")
+_Sample = TypeVar("_Sample")
 
 
 def turn(step: Callable[[], Any], seconds: float = 0.03) -> list[float]:
@@ -295,7 +296,8 @@ def _measure_in_loop(problem: c.Problem, seconds: float) -> Iterator[dict[str, A
         for name, candidate in ready.items():
             turns["alone", name] = partial(turn, candidate.step)
             turns["in loop", name] = partial(_turn_in_loop, neighbor, candidate.step)
-        samples = {key: np.concatenate(rounds) for key, rounds in alternate(turns, seconds).items()}
+        rounds = alternate(turns, seconds)
+        samples: dict[tuple[str, str], np.ndarray] = {key: np.concatenate(times) for key, times in rounds.items()}
         for name, candidate in ready.items():
             after, spent = samples["in loop", name].T
             moved = _moved(problem, name, states)
