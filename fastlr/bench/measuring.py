@@ -260,7 +260,7 @@ def _row(
 
 
 def _neighbors(threads: int) -> dict[str, Callable[[], Any]]:
-    """What a trainer does between two steps."""
+    """What a training loop does between two steps."""
     a = np.random.default_rng(0).random((_PRODUCT, _PRODUCT), np.float32)
     out: dict[str, Callable[[], Any]] = {"matmul": lambda: a @ a}
     try:
