@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import datetime
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ import numpy as np
 import fastlr
 import fastlr.torch
 from fastlr.arrays import places
+from fastlr.bench import measuring
 from fastlr.bench.steps import DECAY, EMA, FULL, LIMIT, LR
 from fastlr.gpu.kernels import StepKernels
 from fastlr.info import versions
@@ -97,15 +100,17 @@ class Lab:
             self.batch(step, 3, first.get(name))
             self.synchronize()
             counts[name] = max(1, min(1000, int(2e-3 / max(1e-7, self.batch(step, 3, first.get(name))))))
-        times: dict[str, list[float]] = {name: [] for name in candidates}
-        began = time.perf_counter()
-        while len(next(iter(times.values()))) < 5 or time.perf_counter() - began < self.seconds:
-            for name, step in candidates.items():
-                if name in first:
-                    first[name]()
-                step()
-                times[name].append(self.batch(step, 1 if self.dry else counts[name], first.get(name)))
-        return times
+
+        def turn(name: str, step: Step) -> list[float]:
+            if name in first:
+                first[name]()
+            step()
+            return [self.batch(step, 1 if self.dry else counts[name], first.get(name))]
+
+        rounds = measuring.alternate(
+            {name: partial(turn, name, step) for name, step in candidates.items()}, self.seconds
+        )
+        return {name: list(itertools.chain(*times)) for name, times in rounds.items()}
 
     def measure(
         self,
@@ -371,7 +376,8 @@ def tuning(lab: Lab, n: int) -> list[dict[str, Any]]:
     p, g = lab.random(n), lab.random(n)
     opt = fastlr.Adam(p)
     opt.step(g)
-    ((kind, clear), kernels) = next(iter(opt._stepper._kernels.items()))
+    stepper = opt._stepper
+    kernels = stepper.prepare(g).kernel
     candidates, described = {}, {}
     for threads in (128, 256, 512):
         for vectors in (1, 2, 4):
@@ -383,8 +389,7 @@ def tuning(lab: Lab, n: int) -> list[dict[str, Any]]:
                 name = f"{threads} threads, {vectors} vectors, load{load or ' plain'}, store{store or ' plain'}"
 
                 def step(other: StepKernels = other) -> None:
-                    opt._stepper._kernels[kind, clear] = other
-                    opt.step(g)
+                    stepper.run(stepper.prepare(g)._replace(kernel=other))
 
                 candidates[name], described[name] = step, chosen.__dict__
                 if lab.dry:

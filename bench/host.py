@@ -10,32 +10,31 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
+
+import fastlr
+from fastlr.bench import measuring
+from fastlr.gpu.driver import Gpu
 
 STUB = Path(__file__).parent.parent / "tests" / "stub_driver.c"
 
 
 def median_us(call: Callable[[], Any], seconds: float = 0.5) -> float:
     """Microseconds of one call."""
-    times = []
-    began = time.perf_counter()
-    while time.perf_counter() - began < seconds:
-        a = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - a)
-    return float(np.median(times)) * 1e6
+    rounds = measuring.alternate({"": partial(measuring.turn, call)}, seconds)
+    return float(np.median(np.concatenate(rounds[""]))) * 1e6
 
 
 def measure() -> dict[str, float]:
     """Microseconds of the host by what is done."""
     import ctypes
 
-    import fastlr
     from fastlr.options import EXAMPLES
 
     ctypes.CDLL("libcuda.so.1").stub_parameters(3)
@@ -47,9 +46,10 @@ def measure() -> dict[str, float]:
     params, grads = tree(10), tree(10)
     opt = fastlr.Adam(params)
     opt.step(grads)
-    plan = next(iter(opt._stepper.plans.values()))
-    ((launch, blocks),) = next(iter(plan.launches.values())).sequence
-    out["one launch"] = median_us(lambda: params.data.device.launch(launch, blocks, 0))
+    with mock.patch.object(Gpu, "launch", autospec=True, side_effect=Gpu.launch) as launch:
+        opt.step(grads)
+    arguments = launch.call_args.args
+    out["one launch"] = median_us(lambda: Gpu.launch(*arguments))
     out["plain step, 1 launch"] = median_us(lambda: opt.step(grads))
     settings = {name: EXAMPLES[name] for name in ("clip_norm", "skip_nonfinite", "ema", "shadow")}
     whole = fastlr.AdamW(tree(10), **settings)

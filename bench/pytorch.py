@@ -17,8 +17,8 @@ import io
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ import torch
 import fastlr
 import fastlr.torch
 from fastlr.bench import measuring
-from fastlr.bench.candidates import Candidate
 from fastlr.info import cpu_name, versions
 
 from .models import gpt2
@@ -72,12 +71,12 @@ def checked(steps: dict[str, tuple[Step, list[torch.Tensor]]], tolerance: float)
 def measure(case: str, what: str, shapes: Shapes, steps: dict[str, Step], seconds: float) -> list[dict[str, Any]]:
     """Rows for candidates measured in turn; `what` says what a step does."""
     gc.collect()
-    rounds = measuring._alternate({name: Candidate(step) for name, step in steps.items()}, seconds)
+    rounds = measuring.alternate({name: partial(measuring.turn, step) for name, step in steps.items()}, seconds)
     elements, rows = sum(int(np.prod(s)) for s in shapes), []
     for name, times in rounds.items():
         p10, p50, p90 = (float(x) for x in np.percentile(np.concatenate(times), [10, 50, 90]))
         row = {"case": case, "step": what, "impl": name, "n": elements, "tensors": len(shapes)}
-        rows.append({**row, "p10_s": p10, "p50_s": p50, "p90_s": p90, **measuring._beside(rounds, name)})
+        rows.append({**row, "p10_s": p10, "p50_s": p50, "p90_s": p90, **measuring.relative(rounds, name)})
         print(f"{case:24} {name:16} {p50 * 1e3:10.4f} ms  {rows[-1]['relative']:8.2f}x", flush=True)
     return rows
 
@@ -198,17 +197,10 @@ def scaling(sizes: list[float], seconds: float) -> list[dict[str, Any]]:
             p.data.uniform_(-0.1, 0.1, generator=torch.Generator().manual_seed(k))
             p.grad = p.detach() * 0.5 + 0.01
         opt = fastlr.torch.HostOptimizer(weights, lr=LR, weight_decay=DECAY)
-        for _ in range(2):
-            opt.step()
-        times = []
-        began = time.perf_counter()
-        while len(times) < 5 or time.perf_counter() - began < seconds:
-            start = time.perf_counter()
-            opt.step()
-            times.append(time.perf_counter() - start)
+        rounds = measuring.alternate({"fastlr": partial(measuring.turn, opt.step)}, seconds)
         elements = layers * 4096 * 4096
         held = opt.nbytes + 4 * elements
-        p10, p50, p90 = (float(x) for x in np.percentile(times, [10, 50, 90]))
+        p10, p50, p90 = (float(x) for x in np.percentile(np.concatenate(rounds["fastlr"]), [10, 50, 90]))
         row = {"case": "host, larger models", "impl": "fastlr", "n": elements, "tensors": layers, "bytes": held}
         rows.append({**row, "p10_s": p10, "p50_s": p50, "p90_s": p90, "gb_per_s": 28 * elements / p50 / 1e9})
         print(f"{elements:,}: {p50:.4f} s, {p50 / elements * 1e9:.3f} ns a parameter, {held / 1e9:.1f} GB", flush=True)

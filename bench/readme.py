@@ -37,7 +37,7 @@ def optimizers() -> str:
         first = doc.split("\n", 1)[0].removeprefix(f"{name}: ").rstrip(".")
         source = " ".join(re.search(r"Source: (.*?)(?:\n\n|$)", doc, re.S)[1].split())  # type: ignore[index]
         opt = cls(np.zeros(1))
-        shown = opt.groups.defaults._values.items()
+        shown = opt.groups.everything()[""].items()
         settings = {k: v for k, v in shown if k not in ("frozen", "maximize") and v is not None}
         usual = {"weight_decay": 0.0, "decoupled_weight_decay": False}
         values = ", ".join(f"{k}={v}" for k, v in settings.items() if usual.get(k) != v or k not in usual)
@@ -87,11 +87,11 @@ def measured(rows: list[dict]) -> str:
         own = by["fastlr"]["p50_s"]
         size = f"{n:,}" + (f" in {leaves:,} arrays" if leaves > 1 else "")
         others = [
-            f"{report._time(by[k]['p50_s'])} ({by[k]['p50_s'] / own:.1f}x)" if k in by else ""
+            f"{report.duration(by[k]['p50_s'])} ({by[k]['p50_s'] / own:.1f}x)" if k in by else ""
             for k in ("torch_fused", "numpy", "numpy_passes")
         ]
         lines.append(
-            f"| {rule} | {size} | {report._time(own)} | {by['roofline']['p50_s'] / own:.2f} | {' | '.join(others)} |"
+            f"| {rule} | {size} | {report.duration(own)} | {by['roofline']['p50_s'] / own:.2f} | {' | '.join(others)} |"
         )
     row = rows[0]
     versions = ", ".join(f"{k} {v}" for k, v in row["versions"].items())
@@ -115,8 +115,8 @@ def whole(rows: list[dict]) -> str:
         by = {r["impl"]: r for r in rows if r["mode"] == mode}
         own = by["fastlr"]
         others = [by.get(name) for name in list(names)[1:]]
-        cells = [f"{report._time(r['p50_s'])} ({report.beside(r, own, None)[0]:.2f}x)" if r else "" for r in others]
-        cells.insert(0, report._time(own["p50_s"]))
+        cells = [f"{report.duration(r['p50_s'])} ({report.beside(r, own, None)[0]:.2f}x)" if r else "" for r in others]
+        cells.insert(0, report.duration(own["p50_s"]))
         size = f"{own['n']:,}" + (f" in {own['leaves']} arrays" if own["leaves"] > 1 else "")
         lines.append(f"| {words} | {size} | {' | '.join(cells)} |")
     options = [r for r in rows if r["mode"] == "options"]
@@ -164,7 +164,7 @@ def gpu(file: Path | None) -> str:
         own = min((r for name, r in by.items() if name.startswith("fastlr")), key=lambda r: r["p50_s"])
         cells = [
             (
-                f"{report._time(by[k]['p50_s'])}"
+                f"{report.duration(by[k]['p50_s'])}"
                 + (f" ({by[k]['p50_s'] / own['p50_s']:.2f}x)" if by[k] is not own else "")
             )
             if k in by
@@ -195,16 +195,16 @@ def torch_optimizers(file: Path) -> str:
     for case in dict.fromkeys(r["case"] for r in rows if "step" in r):
         by = {r["impl"]: r for r in rows if r["case"] == case}
         own = by["fastlr"]
-        cells = [f"{report._time(by[k]['p50_s'])} ({by[k]['relative']:.2f}x)" if k in by else "" for k in names]
+        cells = [f"{report.duration(by[k]['p50_s'])} ({by[k]['relative']:.2f}x)" if k in by else "" for k in names]
         size = f"{own['tensors']:,} | {own['n']:,}"
-        lines.append(f"| {case}: {own['step']} | {size} | {report._time(own['p50_s'])} | {' | '.join(cells)} |")
+        lines.append(f"| {case}: {own['step']} | {size} | {report.duration(own['p50_s'])} | {' | '.join(cells)} |")
     added = ", ".join(
         f"{-r['added_s'] * 1e6:.0f} us over {r['tensors']} tensors"
         for r in rows
         if r["impl"] == "fastlr_native" and r["n"] < 10**6
     )
     large = ", ".join(
-        f"{r['n'] / 1e9:.1f} B in {report._time(r['p50_s'])} ({r['p50_s'] / r['n'] * 1e9:.2f} ns each, "
+        f"{r['n'] / 1e9:.1f} B in {report.duration(r['p50_s'])} ({r['p50_s'] / r['n'] * 1e9:.2f} ns each, "
         f"{r['bytes'] / 1e9:.1f} GB)"
         for r in rows
         if r["case"] == "host, larger models"

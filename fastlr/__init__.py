@@ -12,7 +12,8 @@ from .loss_scale import LossScale
 from .optimizer import Optimizer, warmup
 from .optimizers import *  # noqa: F403 - the optimizers are listed there and nowhere else
 from .search.find_lr import RangeTest, find_lr
-from .search.line_search import LBFGS, LBFGSInfo, LineSearch, line_search
+from .search.lbfgs import LBFGS, LBFGSInfo
+from .search.line_search import LineSearch, line_search
 from .step.info import LeafInfo, StepInfo
 from .step.threads import get_num_threads, set_num_threads
 

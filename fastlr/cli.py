@@ -14,6 +14,7 @@ from .checks import DTYPES
 
 
 def _list(text: str) -> list[str]:
+    """Words with commas between them."""
     return [x for x in text.replace(" ", "").split(",") if x]
 
 
@@ -66,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the update alone; AdamW with clip, average, copy and clearing; each option by itself; "
         "Adam with clip and a target network's average",
     )
-    b.add_argument("--in-loop", action="store_true", help="between matrix products, as in a trainer")
+    b.add_argument("--in-loop", action="store_true", help="between matrix products, as in a training loop")
     b.add_argument("--seconds", type=float, help="about how long to measure each line")
     b.add_argument("--json", metavar="FILE", help="write one row per measured implementation")
     b.add_argument("--compare", metavar="OLD.json", help="show what changed since an earlier run")

@@ -1,4 +1,4 @@
-"""What `fastlr info` tells: versions, processor, threads, cache, GPU."""
+"""What `fastlr info` prints: versions, processor, threads, cache, GPU."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _gpu() -> str:
 
 
 def describe() -> dict[str, str]:
-    """Everything, by name, in words."""
+    """What `fastlr info` prints, by name."""
     return {
         **versions(),
         "cpu": cpu_name(),

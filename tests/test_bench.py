@@ -42,10 +42,10 @@ def test_every_optimizer_is_measured(rows):
 
 def test_torch_is_measured_where_it_has_a_fused_kernel(rows):
     pytest.importorskip("torch", reason="PyTorch is not installed")
-    assert {r["rule"] for r in rows if r["impl"] == "torch_fused"} == candidates._FUSED_IN_TORCH
+    assert {r["rule"] for r in rows if r["impl"] == "torch_fused"} == candidates.FUSED_IN_TORCH
 
 
-@pytest.mark.parametrize("rule", sorted(candidates._BY_HAND))
+@pytest.mark.parametrize("rule", sorted(candidates.BY_HAND))
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("block", [64, None])
 def test_numpy_by_hand_is_right(rule, dtype, block):
@@ -65,7 +65,7 @@ def test_a_wrong_answer_is_not_timed():
 
     problem = candidates.Problem("adam", 100, 1, "float32", 1)
     with pytest.raises(RuntimeError, match="fastlr does not agree with the reference on adam"):
-        measuring._checked(problem, wrong, "fastlr", candidates.fastlr_candidate)
+        measuring.check(problem, wrong, "fastlr", candidates.fastlr_candidate)
 
 
 @pytest.mark.parametrize(("kind", "leaves"), [("full", 1), ("full", 3), ("target", 10), ("options", 1)])

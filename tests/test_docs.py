@@ -1,4 +1,4 @@
-"""The README's code and the docstrings' examples run as they stand."""
+"""The README's code and the docstrings' examples run as they stand, and the map in CONTRIBUTING.md is up to date."""
 
 from __future__ import annotations
 
@@ -64,3 +64,10 @@ def test_optimizers_state_what_readers_trip_over(name):
         assert word in doc or (word == "eps" and name == "SGD") or (word == "State" and name == "AdamW"), word
     assert re.search(r"arXiv:|doi:|JMLR|lecture|ICLR", doc)
     assert ">>>" in doc
+
+
+@pytest.mark.skipif(not (ROOT / "CONTRIBUTING.md").exists(), reason="CONTRIBUTING.md is not beside the tests")
+def test_the_map_is_up_to_date():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    generated = runpy.run_path(str(ROOT / "bench" / "map.py"))["generated"]
+    assert generated(text) == text, "run python bench/map.py"

@@ -491,7 +491,7 @@ BAD = [
             lambda p: (1.0, fastlr.flatten({"b": np.ones(2)}))
         ),
         ValueError,
-        "grads is a buffer of other leaves than params.",
+        "grads was made from a different structure than params.",
     ),
     (
         lambda: fastlr.LBFGS(fastlr.flatten({"a": np.ones(2)})).step(lambda p: (1.0, {"a": np.ones((2, 1))})),

@@ -11,7 +11,7 @@ __all__ = ["Competitor", "add", "run"]
 
 @dataclass(frozen=True)
 class Competitor:
-    """An implementation that a user entered; see `add`."""
+    """An implementation that a user added; see `add`."""
 
     name: str
     setup: Callable[[int, str], Any]
@@ -30,7 +30,7 @@ def add(
     bytes_per_param: float,
     rules: Sequence[str] | None = None,
 ) -> None:
-    """Enter an implementation of your own in the report.
+    """Add an implementation of your own to the report.
 
     Args:
         name: what to call it in the table.

@@ -1,4 +1,4 @@
-"""What is measured: each implementation of a rule over the same parameters and gradients."""
+"""The candidates: implementations of a rule, built over the same parameters and gradients."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from ..arrays.places import HOST
 # The optimizers by the name used in reports, with the settings in which they are measured.
 RULES: dict[str, type[fastlr.Optimizer]] = {name.lower(): getattr(optimizers, name) for name in optimizers.__all__}
 SETTINGS: dict[str, dict[str, Any]] = {"sgd": {"momentum": 0.9}}
-_FUSED_IN_TORCH = {"adam", "adamw", "sgd", "adagrad"}
+FUSED_IN_TORCH = {"adam", "adamw", "sgd", "adagrad"}
 
-_BLOCK = 65_536  # elements; the fastest of the powers of two from 4,096 to 131,072 for NumPy's Adam
+BLOCK = 65_536  # elements; the fastest of the powers of two from 4,096 to 131,072 for NumPy's Adam
 
 
 @dataclass
@@ -80,7 +80,7 @@ def _torch_leaves(problem: Problem) -> list[Any]:
 
 def torch_candidate(problem: Problem) -> Candidate | None:
     """PyTorch's fused kernel, where PyTorch is installed and has one."""
-    if problem.rule not in _FUSED_IN_TORCH or importlib.util.find_spec("torch") is None:
+    if problem.rule not in FUSED_IN_TORCH or importlib.util.find_spec("torch") is None:
         return None
     import torch
 
@@ -149,23 +149,23 @@ def _adagrad(p: Any, g: Any, s: Any, x: Any, t: int, f: Any) -> None:
 
 
 # Written by hand for speed, in place and with one temporary: the number of states, and the passes over a block.
-_BY_HAND: dict[str, tuple[int, Callable[..., None]]] = {
+BY_HAND: dict[str, tuple[int, Callable[..., None]]] = {
     "adam": (2, _adam),
     "rmsprop": (1, _rmsprop),
     "adagrad": (1, _adagrad),
 }
 
 
-def numpy_candidate(problem: Problem, block: int | None = _BLOCK) -> Candidate:
+def numpy_candidate(problem: Problem, block: int | None = BLOCK) -> Candidate:
     """The best in-place NumPy there is: by hand in blocks that stay in the cache, else the staged rule.
 
     Args:
         problem: what to step on.
         block: elements of a block; None for passes over whole arrays, as most people write it.
     """
-    if problem.rule not in _BY_HAND:
+    if problem.rule not in BY_HAND:
         return fastlr_candidate(problem, backend="numpy")
-    states, passes = _BY_HAND[problem.rule]
+    states, passes = BY_HAND[problem.rule]
     dtype = np.dtype(problem.dtype)
     params, grads = problem.parts(problem.array(0)), problem.parts(problem.array(1))
     whole = [[p, g, *(np.zeros_like(p) for _ in range(states))] for p, g in zip(params, grads, strict=True)]

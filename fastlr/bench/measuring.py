@@ -1,4 +1,4 @@
-"""How it is measured: candidates alternate round by round, each checked before it is timed."""
+"""Measuring: candidates take turns round by round, each checked before it is timed."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from .. import checks
 from ..info import cpu_name, versions
-from ..step import threads as _threads
+from ..step.threads import get_num_threads
+from . import Competitor, competitors, steps
 from . import candidates as c
-from . import competitors, steps
 from .report import progress
 
 # Before each turn, long enough for the other libraries' threads to stop spinning; then steps that are not counted.
 _SETTLE_S = 0.02
 _WARM_STEPS = 3
-_TURN_S = 0.03
 KINDS = ("update", "full", "options", "target")
 _PRODUCT = 512  # rows and columns of the matrices in a loop
+_Key = TypeVar("_Key")
+_Sample = TypeVar("_Sample")
 
 
-def _times(step: Callable[[], Any], seconds: float) -> list[float]:
-    """One turn of a candidate."""
+def turn(step: Callable[[], Any], seconds: float = 0.03) -> list[float]:
+    """Seconds that a step took each time in one turn of its candidate, which lasts about so long."""
     time.sleep(_SETTLE_S)
     for _ in range(_WARM_STEPS):
         step()
@@ -46,16 +47,37 @@ def _times(step: Callable[[], Any], seconds: float) -> list[float]:
     return out
 
 
-def _checked(
+def alternate(turns: Mapping[_Key, Callable[[], Sequence[_Sample]]], seconds: float) -> dict[_Key, list[list[_Sample]]]:
+    """What candidates took, round by round: each has its turn in each of five rounds or more.
+
+    Args:
+        turns: by candidate, what times one turn of it and returns its samples.
+        seconds: about how long to go on.
+    """
+    rounds: dict[_Key, list[list[_Sample]]] = {key: [] for key in turns}
+    began = time.perf_counter()
+    while len(next(iter(rounds.values()))) < 5 or time.perf_counter() - began < seconds:
+        for key, take_turn in turns.items():
+            rounds[key].append(list(take_turn()))
+    return rounds
+
+
+def relative(rounds: Mapping[str, list[list[float]]], name: str) -> dict[str, float]:
+    """A candidate beside fastlr, compared within each round: a machine's speed can drift while it is measured."""
+    own, other = (np.array([np.median(times) for times in rounds[n]]) for n in ("fastlr", name))
+    return {"relative": float(np.median(other / own)), "added_s": float(np.median(other - own))}
+
+
+def check(
     problem: c.Problem,
     build: Callable[[c.Problem], c.Candidate | None],
     name: str,
     refer: Callable[[c.Problem], c.Candidate],
 ) -> None:
-    """Compare a candidate with the reference after some steps on a small problem.
+    """Compare a candidate with the reference after a few steps on a small problem.
 
     Raises:
-        RuntimeError: if they differ by more than rounding; for fastlr, at all.
+        RuntimeError: if they differ by more than rounding; in the case of fastlr, by a bit.
     """
     small = c.Problem(problem.rule, min(problem.n, 10_007), min(problem.leaves, 7), problem.dtype, problem.threads)
     reference = refer(small)
@@ -85,27 +107,26 @@ def _builders(
     }
     if with_numpy:
         out["numpy"] = c.numpy_candidate
-        if problem.rule in c._BY_HAND and problem.n > c._BLOCK:
+        if problem.rule in c.BY_HAND and problem.n > c.BLOCK:
             out["numpy_passes"] = partial(c.numpy_candidate, block=None)
     out["roofline"] = partial(c.roofline_candidate, states=states)
-    for one in competitors:
-        if one.rules is None or problem.rule in one.rules:
-            out[one.name] = partial(_entered, one)
+    for competitor in competitors:
+        if competitor.rules is None or problem.rule in competitor.rules:
+            out[competitor.name] = partial(_competing, competitor)
     return out
 
 
-def _entered(one: Any, problem: c.Problem) -> c.Candidate:
-    state = one.setup(problem.n, problem.dtype)
-    return c.Candidate(partial(one.step, state))
+def _competing(competitor: Competitor, problem: c.Problem) -> c.Candidate:
+    """A user's implementation."""
+    return c.Candidate(partial(competitor.step, competitor.setup(problem.n, problem.dtype)))
 
 
 def _environment() -> dict[str, Any]:
     """What every row says about where it was measured."""
     commit = None
     root = Path(__file__).parents[2]
-    if (root / ".git").exists() and shutil.which(
-        "git"
-    ):  # a checkout of fastlr, not an installation inside somebody else's
+    # A checkout of fastlr, not an installation inside somebody else's.
+    if (root / ".git").exists() and shutil.which("git"):
         git = ["git", "rev-parse", "--short=12", "HEAD"]
         done = subprocess.run(git, cwd=root, capture_output=True, text=True, check=False)
         commit = done.stdout.strip() or None
@@ -142,7 +163,7 @@ def run(
         unknown = [x for x in given if x not in known]
         if unknown:
             raise ValueError(f"{kind} {unknown[0]!r} is not known; there are {', '.join(known)}.")
-    count = _threads.get_num_threads() if threads is None else checks.count("threads", threads)
+    count = get_num_threads() if threads is None else checks.count("threads", threads)
     problems = [
         c.Problem(r, n, k, d, count)
         for r in rules
@@ -169,7 +190,7 @@ def _prepare(problem: c.Problem, with_numpy: bool) -> tuple[dict[str, c.Candidat
     states = len(probe.state)
     ready = {}
     for name, build in _builders(problem, states, with_numpy).items():
-        _checked(problem, build, name, partial(c.fastlr_candidate, backend="numpy"))
+        check(problem, build, name, partial(c.fastlr_candidate, backend="numpy"))
         candidate = build(problem)
         if candidate is not None:
             ready[name] = candidate
@@ -178,27 +199,17 @@ def _prepare(problem: c.Problem, with_numpy: bool) -> tuple[dict[str, c.Candidat
 
 def _measure(problem: c.Problem, seconds: float) -> Iterator[dict[str, Any]]:
     ready, states = _prepare(problem, with_numpy=True)
-    rounds = _alternate(ready, seconds)
+    yield from _rows(problem, "alone", ready, {name: _moved(problem, name, states) for name in ready}, seconds)
+
+
+def _rows(
+    problem: c.Problem, mode: str, ready: Mapping[str, c.Candidate], moved: Mapping[str, float], seconds: float
+) -> Iterator[dict[str, Any]]:
+    """Time candidates; a row for each."""
+    rounds = alternate({name: partial(turn, candidate.step) for name, candidate in ready.items()}, seconds)
     for name, candidate in ready.items():
         samples = list(itertools.chain(*rounds[name]))
-        row = _row(problem, name, "alone", samples, _moved(problem, name, states), candidate.compile_s)
-        yield {**row, **_beside(rounds, name)}
-
-
-def _alternate(ready: Mapping[str, c.Candidate], seconds: float) -> dict[str, list[list[float]]]:
-    """The times of each candidate, round by round."""
-    rounds: dict[str, list[list[float]]] = {name: [] for name in ready}
-    began = time.perf_counter()
-    while len(next(iter(rounds.values()))) < 5 or time.perf_counter() - began < seconds:
-        for name, candidate in ready.items():
-            rounds[name].append(_times(candidate.step, _TURN_S))
-    return rounds
-
-
-def _beside(rounds: Mapping[str, list[list[float]]], name: str) -> dict[str, float]:
-    """A candidate beside fastlr, compared within each round: a machine's speed can drift while it is measured."""
-    own, other = (np.array([np.median(times) for times in rounds[n]]) for n in ("fastlr", name))
-    return {"relative": float(np.median(other / own)), "added_s": float(np.median(other - own))}
+        yield {**_row(problem, name, mode, samples, moved[name], candidate.compile_s), **relative(rounds, name)}
 
 
 def _measure_step(kind: str, problem: c.Problem, seconds: float) -> Iterator[dict[str, Any]]:
@@ -206,21 +217,18 @@ def _measure_step(kind: str, problem: c.Problem, seconds: float) -> Iterator[dic
     ready, moved = {}, {}
     for name, entry in steps.entries(kind, problem).items():
         if entry.step is not None:
-            _checked(problem, entry.build, name, entry.reference)
+            check(problem, entry.build, name, entry.reference)
         candidate = entry.build(problem)
         if candidate is not None:
             ready[name], moved[name] = candidate, entry.moved
-    rounds = _alternate(ready, seconds)
-    for name, candidate in ready.items():
-        samples = list(itertools.chain(*rounds[name]))
-        yield {**_row(problem, name, kind, samples, moved[name], candidate.compile_s), **_beside(rounds, name)}
+    yield from _rows(problem, kind, ready, moved, seconds)
 
 
 def _moved(problem: c.Problem, name: str, states: int) -> float:
     """Bytes per parameter that a step has to move: its update, and what its rule measures before."""
-    entered = next((one for one in competitors if one.name == name), None)
-    if entered is not None:
-        return entered.bytes_per_param
+    competitor = next((one for one in competitors if one.name == name), None)
+    if competitor is not None:
+        return competitor.bytes_per_param
     columns = 3 + 2 * states
     if name != "roofline":
         staged = c.RULES[problem.rule](np.zeros(1, problem.dtype), **c.SETTINGS.get(problem.rule, {})).rule
@@ -229,7 +237,7 @@ def _moved(problem: c.Problem, name: str, states: int) -> float:
 
 
 def _row(
-    problem: c.Problem, name: str, mode: str, samples: list[float], moved: float, compile_s: float
+    problem: c.Problem, name: str, mode: str, samples: Sequence[float] | np.ndarray, moved: float, compile_s: float
 ) -> dict[str, Any]:
     p10, p50, p90 = (float(x) for x in np.percentile(samples, [10, 50, 90]))
     return {
@@ -250,8 +258,8 @@ def _row(
     }
 
 
-def _neighbours(threads: int) -> dict[str, Callable[[], Any]]:
-    """What a trainer does between two steps."""
+def _neighbors(threads: int) -> dict[str, Callable[[], Any]]:
+    """What a training loop does between two steps."""
     a = np.random.default_rng(0).random((_PRODUCT, _PRODUCT), np.float32)
     out: dict[str, Callable[[], Any]] = {"matmul": lambda: a @ a}
     try:
@@ -265,36 +273,36 @@ def _neighbours(threads: int) -> dict[str, Callable[[], Any]]:
     return out
 
 
+def _turn_in_loop(neighbor: Callable[[], Any], step: Callable[[], Any]) -> list[tuple[float, float]]:
+    """Seconds of a neighbor and of the step that follows it, in turn."""
+    time.sleep(_SETTLE_S)
+    out = []
+    for _ in range(_WARM_STEPS + 12):
+        t0 = time.perf_counter()
+        neighbor()
+        t1 = time.perf_counter()
+        step()
+        out.append((t1 - t0, time.perf_counter() - t1))
+    return out[_WARM_STEPS:]
+
+
 def _measure_in_loop(problem: c.Problem, seconds: float) -> Iterator[dict[str, Any]]:
-    """Each step between two runs of a neighbour; and the neighbour after it, beside the neighbour alone."""
+    """Each step between two runs of a neighbor; and the neighbor after it, beside the neighbor alone."""
     ready, states = _prepare(problem, with_numpy=False)
     ready.pop("roofline")
-    for kind, neighbour in _neighbours(problem.threads).items():
-        alone: list[float] = []
-        spent: dict[str, list[float]] = {name: [] for name in ready}
-        cold: dict[str, list[float]] = {name: [] for name in ready}
-        after: dict[str, list[float]] = {name: [] for name in ready}
-        began = time.perf_counter()
-        while len(alone) < 5 or time.perf_counter() - began < seconds:
-            alone += _times(neighbour, _TURN_S)
-            for name, candidate in ready.items():
-                cold[name] += _times(candidate.step, _TURN_S)
-                time.sleep(_SETTLE_S)
-                for k in range(_WARM_STEPS + 12):
-                    t0 = time.perf_counter()
-                    neighbour()
-                    t1 = time.perf_counter()
-                    candidate.step()
-                    t2 = time.perf_counter()
-                    if k >= _WARM_STEPS:
-                        after[name].append(t1 - t0)
-                        spent[name].append(t2 - t1)
+    for kind, neighbor in _neighbors(problem.threads).items():
+        turns: dict[tuple[str, str], Callable[[], Sequence[Any]]] = {("neighbor", ""): partial(turn, neighbor)}
         for name, candidate in ready.items():
+            turns["alone", name] = partial(turn, candidate.step)
+            turns["in loop", name] = partial(_turn_in_loop, neighbor, candidate.step)
+        rounds = alternate(turns, seconds)
+        samples: dict[tuple[str, str], np.ndarray] = {key: np.concatenate(times) for key, times in rounds.items()}
+        for name, candidate in ready.items():
+            after, spent = samples["in loop", name].T
+            moved = _moved(problem, name, states)
             yield {
-                **_row(
-                    problem, name, f"in_loop_{kind}", spent[name], _moved(problem, name, states), candidate.compile_s
-                ),
-                "alone_p50_s": float(np.median(cold[name])),
-                "neighbour_p50_s": float(np.median(after[name])),
-                "neighbour_alone_p50_s": float(np.median(alone)),
+                **_row(problem, name, f"in_loop_{kind}", spent, moved, candidate.compile_s),
+                "alone_p50_s": float(np.median(samples["alone", name])),
+                "neighbour_p50_s": float(np.median(after)),
+                "neighbour_alone_p50_s": float(np.median(samples["neighbor", ""])),
             }

@@ -1,4 +1,4 @@
-"""What is shown: progress, the table, and what changed since an earlier run."""
+"""The report: progress, the tables, and what changed since an earlier run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def progress(problems: Sequence[Any], quiet: bool) -> Iterator[Any]:
             bar.advance(task)
 
 
-def _time(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time to three digits, in the unit that suits it."""
     for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
         if seconds >= scale:
             return f"{seconds / scale:.3g} {unit}"
@@ -89,14 +90,14 @@ def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
         lines.append(
             [
                 *_cells(row),
-                *(_time(row[k]) for k in ("p50_s", "p10_s", "p90_s")),
+                *(duration(row[k]) for k in ("p50_s", "p10_s", "p90_s")),
                 f"{row['ns_per_param']:.3g}",
                 f"{row['gb_per_s']:.3g}",
                 f"{beside(row, own, roof)[1]:.2f}" if roof else "",
                 f"{beside(row, own, roof)[0]:.2f}x as fast"
                 if own and row["impl"] not in ("fastlr", "roofline")
                 else "",
-                _time(row["compile_s"]) if row["compile_s"] else "",
+                duration(row["compile_s"]) if row["compile_s"] else "",
             ]
         )
     return header, lines
@@ -112,11 +113,11 @@ def option_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[s
         added = row["added_s"]
         size = row["gb_per_s"] * row["p50_s"] * 1e9 - plain["gb_per_s"] * plain["p50_s"] * 1e9
         expected = size / plain["gb_per_s"] / 1e9
-        cells = [_time(row["p50_s"]), "", "", "", ""]
+        cells = [duration(row["p50_s"]), "", "", "", ""]
         if row is not plain:
             sign = "-" if added < 0 else ""
-            cells[1:3] = sign + _time(abs(added)), f"{size / row['n']:.0f} a parameter"
-            cells[3:] = (_time(expected), f"{added / expected:.2f}") if expected > 1e-12 else ("", "")
+            cells[1:3] = sign + duration(abs(added)), f"{size / row['n']:.0f} a parameter"
+            cells[3:] = (duration(expected), f"{added / expected:.2f}") if expected > 1e-12 else ("", "")
         lines.append([*_cells(row), *cells])
     return header, lines
 
@@ -137,11 +138,11 @@ def loop_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str
         [
             *_cells(row),
             row["mode"].removeprefix("in_loop_"),
-            _time(row["alone_p50_s"]),
-            _time(row["p50_s"]),
+            duration(row["alone_p50_s"]),
+            duration(row["p50_s"]),
             f"{row['p50_s'] / row['alone_p50_s']:.2f}",
-            _time(row["neighbour_alone_p50_s"]),
-            _time(row["neighbour_p50_s"]),
+            duration(row["neighbour_alone_p50_s"]),
+            duration(row["neighbour_p50_s"]),
             f"{row['neighbour_p50_s'] / row['neighbour_alone_p50_s']:.2f}",
         ]
         for row in rows
@@ -169,8 +170,8 @@ def comparison(rows: Sequence[dict[str, Any]], old: Sequence[dict[str, Any]]) ->
         lines.append(
             [
                 *_cells(row),
-                _time(then["p50_s"]),
-                _time(row["p50_s"]),
+                duration(then["p50_s"]),
+                duration(row["p50_s"]),
                 f"{row['p50_s'] / then['p50_s']:.2f}",
                 *fractions,
             ]

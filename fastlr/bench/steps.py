@@ -1,4 +1,4 @@
-"""Whole steps of a trainer: fastlr's one call beside the same done by separate calls of PyTorch and Optax.
+"""Whole steps of a training loop: fastlr's one call, and the same by separate calls of PyTorch and Optax.
 
 Three kinds. "full": AdamW with clipping, moving average, bfloat16 copy and clearing. "options": AdamW plain and with
 each option by itself, for what an option costs. "target": Adam with clipping and a target network's average, as in

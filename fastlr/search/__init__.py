@@ -1,1 +1,1 @@
-"""Choosing a rate: range tests, line searches and L-BFGS."""
+"""Searches for a learning rate or a step length: range tests, line searches and L-BFGS."""

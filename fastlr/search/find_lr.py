@@ -1,4 +1,4 @@
-"""The learning-rate range test: try rates from small to large, and see where the loss falls and where it explodes."""
+"""The learning-rate range test: try rates from small to large, and see where the loss falls and where it diverges."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 
 from .. import checks, plots
-from ..groups import Group
+from ..arrays.places import Place
 from ..optimizer import Optimizer
 from ..schedules import Schedule
+from ..step.accumulation import Accumulation
 
 __all__ = ["RangeTest", "evaluate", "find_lr"]
 
-_MOST_STEPS = 1_000_000  # rates between two neighbors of which no test could tell a difference
+_MAX_STEPS = 1_000_000  # with more, no test could tell neighboring rates apart
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class RangeTest:
         valley: the rate two thirds into the longest stretch in which it falls, or None.
         minimum_tenth: a tenth of the rate at which it is lowest, or None.
         diverged: whether the test ended because the loss exploded.
-        note: in words, what to think of the curve.
+        note: how to read the curve, in words.
     """
 
     lrs: np.ndarray
@@ -47,7 +48,7 @@ class RangeTest:
 
     @property
     def suggestion(self) -> float | None:
-        """The rate to begin with: `valley`; None if the curve says nothing."""
+        """The rate to begin with: `valley`; None if the curve suggests none."""
         return self.valley
 
     def plot(self, path: str | Path | None = None) -> None:
@@ -69,14 +70,14 @@ class RangeTest:
             plots.draw(curves, path, **labels)
 
     def __repr__(self) -> str:
-        """The suggestions and the note."""
+        """The suggested rates and the note."""
         shown = {name: getattr(self, name) for name in ("steepest", "valley", "minimum_tenth")}
         values = ", ".join(f"{k}={v:.3g}" if v is not None else f"{k}=None" for k, v in shown.items())
         return f"RangeTest({values}, {len(self.lrs)} rates: {self.note})"
 
 
 def evaluate(fun: Callable[[Any], Any], params: Any) -> tuple[float, Any]:
-    """Call a function of the parameters in either of its two forms.
+    """Call the user's function of the parameters, which may return gradients or fill them in itself.
 
     Args:
         fun: `fun(params) -> (loss, grads)`, or `fun(params) -> loss` after it has filled the gradients itself.
@@ -148,7 +149,7 @@ def find_lr(
     if checks.real("smoothing", smoothing) != 0:
         smoothing = checks.number("smoothing", smoothing, 0.0, 1.0)
     diverge = checks.within("diverge", diverge, 1.0)
-    steps = checks.whole("steps", steps, 5, _MOST_STEPS)
+    steps = checks.whole("steps", steps, 5, _MAX_STEPS)
     lrs = np.geomspace(low, high, steps)
     trial = getattr(opt, "_trial", functools.partial(Trial, opt))()
     losses: list[float] = []
@@ -171,7 +172,7 @@ def find_lr(
 
 
 class Trial:
-    """What a range test needs of an optimizer: other rates for a while, and everything back as it was.
+    """What a range test needs of an optimizer: other rates for a while, then everything back as it was.
 
     Args:
         opt: the optimizer.
@@ -182,21 +183,25 @@ class Trial:
 
     def __init__(self, opt: Optimizer) -> None:
         if "lr" not in opt.groups.names:
-            raise ValueError(f"{type(opt).__name__} of rule {opt._options.rule.name!r} has no lr to look for.")
+            raise ValueError(f"{type(opt).__name__} of rule {opt.rule.name!r} has no lr to look for.")
         self._opt, self._ratios, self._before = opt, _ratios(opt), opt.snapshot()
-        self._hyper = {g: dict(g._values) for g in (opt.groups.defaults, *opt.groups.values())}
-        self._own = opt._gradients.own
-        self._kept = None if self._own is None else opt._params.place.download(self._own)
-        self._accumulated = opt._accumulated
+        place, grads = self._gradients()
+        self._grads = None if grads.memory is None else place.download(grads.memory)
+        self._received = grads.received
+
+    def _gradients(self) -> tuple[Place, Accumulation]:
+        """Where `opt.grads` is, and what it holds; reading `opt.grads` itself would allocate it."""
+        stepper = self._opt._stepper
+        return stepper.state.parameters.place, stepper.accumulation
 
     def set(self, lr: float) -> None:
         """Let the next step have a rate; groups keep their ratios."""
         self._opt.lr = lr
-        for group, ratio in self._ratios.items():
-            group.lr = lr * ratio
+        for pattern, ratio in self._ratios.items():
+            self._opt.groups[pattern].lr = lr * ratio
 
     def evaluate(self, fun: Callable[[Any], Any]) -> tuple[float, Any]:
-        """Call the user's function with the parameters, as `evaluate`."""
+        """Call the user's function with the parameters, as `evaluate` does."""
         return evaluate(fun, self._opt.params)
 
     def step(self, grads: Any) -> None:
@@ -205,39 +210,38 @@ class Trial:
 
     def restore(self) -> None:
         """Put everything back as it was."""
-        opt = self._opt
-        for group, values in self._hyper.items():
-            group._values.clear()
-            group._values.update(values)
-        opt.restore(self._before)
-        if self._kept is not None:
-            opt._params.place.upload(self._own, self._kept)
-        elif opt._gradients.own is not None:
-            opt._params.place.fill(opt._gradients.own, 0)
-        opt._put(_accumulated=self._accumulated)
+        self._opt.restore(self._before)
+        place, grads = self._gradients()
+        if grads.memory is not None:
+            if self._grads is None:
+                place.fill(grads.memory, 0)
+            else:
+                place.upload(grads.memory, self._grads)
+        grads.received = self._received
 
 
-def _ratios(opt: Optimizer) -> dict[Group, Any]:
-    """For each group with a rate of its own, the ratio of its present rate to that of the optimizer."""
+def _ratios(opt: Optimizer) -> dict[str, Any]:
+    """For each pattern whose group has a learning rate of its own, the ratio of that rate now to the optimizer's."""
 
     def now(rate: Any) -> Any:
         return rate(opt.steps) if isinstance(rate, Schedule) else rate
 
-    rates = {group: now(group.lr) for group in opt.groups.values() if "lr" in group._values}
-    base = now(opt.lr)
+    settings = opt.groups.everything()
+    base = now(settings.pop("")["lr"])
+    rates = {pattern: now(own["lr"]) for pattern, own in settings.items() if "lr" in own}
     if rates and not np.all(base):
         raise ValueError(
             f"the optimizer's lr is 0 at step {opt.steps}, so the rates of its groups have no ratio to it that the "
             "test could keep. Set opt.lr to another value, or let the test begin after the warmup's first step."
         )
-    return {group: rate / base for group, rate in rates.items()}
+    return {pattern: rate / base for pattern, rate in rates.items()}
 
 
 def _noise(losses: np.ndarray) -> float:
     """The standard deviation of losses from batch to batch, at least their rounding in float32.
 
-    From the median of second differences, which neither a trend nor an explosion at the end has a part in: those of
-    normal noise have sqrt(6) times its deviation, and the median is 0.6745 of a deviation away from 0.
+    From the median of second differences, which neither a trend nor an explosion at the end affects: for normal noise
+    they have sqrt(6) times its standard deviation, and their median magnitude is 0.6745 of theirs.
     """
     bends = np.abs(np.diff(losses, 2))
     rounding = 8 * float(np.finfo(np.float32).eps) * float(np.abs(losses).max())
@@ -245,7 +249,7 @@ def _noise(losses: np.ndarray) -> float:
 
 
 def _exploded(losses: np.ndarray, smoothed: np.ndarray, diverge: float) -> bool:
-    """Whether the loss has exploded by now."""
+    """Whether the loss has exploded."""
     if not np.isfinite(losses[-1]):
         return True
     if len(losses) < 10:  # too few to tell an explosion from noise
@@ -256,7 +260,7 @@ def _exploded(losses: np.ndarray, smoothed: np.ndarray, diverge: float) -> bool:
 
 
 def _read(lrs: np.ndarray, losses: np.ndarray, smoothed: np.ndarray, diverged: bool, smoothing: float) -> RangeTest:
-    """What a curve suggests."""
+    """What a curve of losses suggests."""
     end = len(lrs) - 1 if diverged else len(lrs)  # without the loss that exploded
     curve, rates = smoothed[:end], lrs[:end]
     fell = False
@@ -272,7 +276,7 @@ def _read(lrs: np.ndarray, losses: np.ndarray, smoothed: np.ndarray, diverged: b
         else:
             note = "the loss did not fall: try larger rates, or more steps"
         return RangeTest(lrs, losses, smoothed, None, None, None, diverged, note)
-    lowest = int((curve + 2 * spread).argmin())  # not the luck of a few batches at the start
+    lowest = int((curve + 2 * spread).argmin())  # the spread keeps a few lucky batches at the start from being it
     slope = np.gradient(curve, np.log(rates))
     steepest = float(rates[: lowest + 1][slope[: lowest + 1].argmin()])
     # The longest stretch in which each value is below all before it: how a valley is entered.
