@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from . import checks
+from . import arguments, checks
 from .exclusive import Users, enter
 from .hyperparameters import Hyper, follows
 from .schedules import Schedule
@@ -106,17 +106,19 @@ class Group:
 
     pattern: str
     paths: tuple[str, ...]
+    overrides: dict[str, Any]
+    owner: Groups
 
     def __init__(self, owner: Groups, pattern: str, paths: Sequence[str]) -> None:
-        object.__setattr__(self, "_owner", owner)
-        object.__setattr__(self, "_values", {})
+        object.__setattr__(self, "owner", owner)
+        object.__setattr__(self, "overrides", {})
         object.__setattr__(self, "pattern", pattern)
         object.__setattr__(self, "paths", tuple(paths))
 
     def __getattr__(self, name: str) -> Any:
         """A hyperparameter."""
-        owner = self._owner.current()
-        values, defaults = owner.like(self)._values, owner.defaults._values
+        owner = self.owner.current()
+        values, defaults = owner.like(self).overrides, owner.defaults.overrides
         if name in values:
             return values[name]
         if name in defaults:
@@ -125,15 +127,15 @@ class Group:
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set a hyperparameter; the next step uses it."""
-        self._owner.set(self, name, value)
+        self.owner.set(self, name, value)
 
     def __repr__(self) -> str:
         """The pattern and what it overrides."""
         try:
-            now = self._owner.current().like(self)
+            now = self.owner.current().like(self)
         except RuntimeError:
             return f"Group({self.pattern!r}: no longer there)"
-        values = ", ".join(f"{k}={v!r}" for k, v in now._values.items())
+        values = ", ".join(f"{k}={v!r}" for k, v in now.overrides.items())
         return f"Group({self.pattern!r}: {values or 'nothing overridden'})"
 
 
@@ -181,7 +183,7 @@ class Groups(Mapping[str, Group]):
         self.examine: Callable[[], Callable[[str, Hyper[Any], Any, bool | None], None] | None] | None = None
         self.names = (*values, "frozen")
         self.defaults = Group(self, "", paths)
-        self.defaults._values.update(values, frozen=False)
+        self.defaults.overrides.update(values, frozen=False)
         self._groups: dict[str, Group] = {}
         if overrides is not None and not isinstance(overrides, Mapping):
             raise TypeError(f"groups must be a dict of pattern: hyperparameters, got {checks.shown(overrides)}.")
@@ -228,7 +230,7 @@ class Groups(Mapping[str, Group]):
         Raises:
             RuntimeError: if there is none.
         """
-        if group._owner is self:
+        if group.owner is self:
             return group
         if group.pattern not in {"", *self._groups}:
             raise RuntimeError(f"there is no group {group.pattern!r} any more: what was loaded has other groups.")
@@ -253,14 +255,14 @@ class Groups(Mapping[str, Group]):
     def enter_value(self, group: Group, name: str, value: Any, alone: bool = True) -> None:
         """As `set`, for a caller who keeps others out: a user's number can do anything while it is read."""
         where = f"groups[{group.pattern!r}]: " if group.pattern else ""
-        checks.hyperparameters(f"{where}hyperparameter", [name], self.names)
+        arguments.check(f"{where}hyperparameter", [name], self.names)
         hyper = self.table[name]
         made = hyper.normal(f"{where}{name}", value, self._population)
-        before = dict(group._values)
-        several = any(name in other._values for other in self._groups.values())
+        before = dict(group.overrides)
+        several = any(name in other.overrides for other in self._groups.values())
         try:
             self.touch(name)  # first: an interrupt in between must not leave a value that nobody takes over
-            group._values[name] = made
+            group.overrides[name] = made
             examine = self.examine() if self.examine is not None else None
             if examine is not None and (alone or follows(made)):
                 examine(f"{where}{name}", hyper, made, several if alone else None)
@@ -268,9 +270,9 @@ class Groups(Mapping[str, Group]):
                 self.listener()
         except BaseException:
             if name in before:
-                group._values[name] = before[name]
+                group.overrides[name] = before[name]
             else:
-                group._values.pop(name, None)
+                group.overrides.pop(name, None)
             raise
 
     def touch(self, name: str) -> None:
@@ -286,15 +288,15 @@ class Groups(Mapping[str, Group]):
         """The schedules among the values that were set, each with what it is for."""
         for group in (self.defaults, *self._groups.values()):
             where = f"groups[{group.pattern!r}]: " if group.pattern else ""
-            for name, value in group._values.items():
+            for name, value in group.overrides.items():
                 for k, one in enumerate(value if isinstance(value, tuple) else [value]):
                     if isinstance(one, Schedule):
                         yield f"{where}{name}" + (f"[{k}]" if isinstance(value, tuple) else ""), one
 
     def _resolved(self, configuration: tuple[str, ...]) -> dict[str, Any]:
-        values = dict(self.defaults._values)
+        values = dict(self.defaults.overrides)
         for pattern in configuration:
-            values.update(self._groups[pattern]._values)
+            values.update(self._groups[pattern].overrides)
         return values
 
     def uniforms(self) -> list[dict[str, Any]]:
@@ -309,12 +311,12 @@ class Groups(Mapping[str, Group]):
     @property
     def lr(self) -> Mapping[str, Any]:
         """The learning rate of the optimizer, under "", and of each group; None if the rule has none."""
-        own = self.defaults._values.get("lr")
-        return MappingProxyType({"": own, **{p: g._values.get("lr", own) for p, g in self._groups.items()}})
+        own = self.defaults.overrides.get("lr")
+        return MappingProxyType({"": own, **{p: g.overrides.get("lr", own) for p, g in self._groups.items()}})
 
     def everything(self) -> dict[str, dict[str, Any]]:
         """What each group sets; `""` stands for the optimizer."""
-        return {p: dict(g._values) for p, g in {"": self.defaults, **self._groups}.items()}
+        return {p: dict(g.overrides) for p, g in {"": self.defaults, **self._groups}.items()}
 
     def export(self) -> dict[str, dict[str, Any]]:
         """What each group sets, as plain numbers, lists and dicts; `""` stands for the optimizer."""
@@ -326,7 +328,7 @@ class Groups(Mapping[str, Group]):
         Raises:
             ValueError: if something in it cannot be a hyperparameter.
         """
-        kinds = self.defaults._values
+        kinds = self.defaults.overrides
         return {
             pattern: {
                 name: given(f"groups[{pattern!r}]: {name}" if pattern else name, value, kinds.get(name))
@@ -346,7 +348,7 @@ class Groups(Mapping[str, Group]):
             TypeError: if a hyperparameter is unknown or of the wrong kind.
             ValueError: if a value is outside its range, or a pattern matches nothing.
         """
-        own = {name: value for name, value in self.defaults._values.items() if name != "frozen"}
+        own = {name: value for name, value in self.defaults.overrides.items() if name != "frozen"}
         overrides = {pattern: override for pattern, override in values.items() if pattern}
         new = Groups(own, overrides, paths, self._population, self.table)
         for name, value in values[""].items():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import checks
+from . import arguments, checks
 from .kernels import loss_scaling
 from .kernels.atomic import commit
 
@@ -56,7 +56,7 @@ class LossScale:
         (False, 512.0, [0.0, 0.5])
     """
 
-    @checks.answered_as("LossScale")
+    @arguments.answered_as("LossScale")
     def __init__(
         self,
         init: float = 2.0**16,

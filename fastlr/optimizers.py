@@ -16,21 +16,8 @@ from .options import StepOptions
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = [
-    "LAMB",
-    "LARS",
-    "SGD",
-    "Adadelta",
-    "Adagrad",
-    "Adam",
-    "AdamW",
-    "DoG",
-    "NAdam",
-    "Prodigy",
-    "RMSprop",
-    "ScheduleFreeAdamW",
-    "ScheduleFreeSGD",
-]
+__all__ = ["LAMB", "LARS", "SGD", "Adadelta", "Adagrad", "Adam", "AdamW", "DoG", "NAdam", "Prodigy", "RMSprop"]
+__all__ += ["ScheduleFreeAdamW", "ScheduleFreeSGD"]
 
 
 class SGD(Optimizer):

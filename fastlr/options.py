@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypedDict, get_type_hints
 
 import numpy as np
 
-from . import checks
+from . import arguments, checks
 from .arrays.columns import EMA, LR_SCALE, ROLES, SHADOW, Role
 from .arrays.places import HOST, Alloc, Place
 from .checks import FRACTION, NON_NEGATIVE, POSITIVE
@@ -554,7 +554,7 @@ class Options:
         given = {name: value for name, value in settings.items() if name not in OPTIONS and name not in starts}
         if not rule.takes_lr:
             given.pop("lr", None)
-        checks.hyperparameters("hyperparameter", given, [*dict.fromkeys([*known, *own, *starts])])
+        arguments.check("hyperparameter", given, [*dict.fromkeys([*known, *own, *starts])])
         known.update(given)
         missing = [n for n, v in known.items() if v is None and (n == "lr" or n not in {*given, *OPTIONS})]
         if missing:

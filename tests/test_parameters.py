@@ -550,7 +550,7 @@ def test_what_does_not_go_with_the_others_is_refused_where_it_is_set(
     before = getattr(target, name)
     with pytest.raises(ValueError, match=re.escape(message)):
         setattr(target, name, value)
-    assert getattr(target, name) == before and name not in opt.groups["b"]._values
+    assert getattr(target, name) == before and name not in opt.groups["b"].overrides
     opt.step({"a": np.ones(2), "b": np.ones(3)})
     assert opt.steps == steps + 1
 

@@ -630,7 +630,7 @@ def test_a_schedule_that_does_not_fit_is_refused_where_it_is_set():
         with pytest.raises((TypeError, ValueError, IndexError), match=message):
             setattr(target, name, value)
         assert dict(opt.step(grads).lrs) == {"": 0.1, "b": 0.2} and opt.betas == (0.9, 0.999)
-        assert "betas" not in opt.groups["b"]._values
+        assert "betas" not in opt.groups["b"].overrides
         opt.restore(opt.snapshot())
         opt._stepper.rows.counters[:, 1] = 3
     opt.lr = s.Linear(1.0, 0.0, 10)
@@ -1104,7 +1104,7 @@ def test_a_metric_that_cannot_be_taken_changes_nothing():
 @pytest.mark.parametrize("case", [c for c in CASES if c.name in ("sgd-momentum", "nadam", "lamb")], ids=repr)
 def test_every_numeric_hyperparameter_takes_one(case):
     opt = case.make(np.ones(4), backend="numpy", **case.settings)
-    for name, value in list(opt.groups.defaults._values.items()):
+    for name, value in list(opt.groups.defaults.overrides.items()):
         if isinstance(value, float):
             setattr(opt, name, s.Constant(value))
         elif isinstance(value, tuple):

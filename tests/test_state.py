@@ -526,7 +526,7 @@ def _everything(opt):
     return {
         **opt.state_dict(params=True),
         "bits": np.concatenate([v.view(np.uint16) for v in opt._stepper.state.columns.arrays["shadow"]]),
-        "lr": np.array([repr({p: g._values for p, g in (("", opt.groups.defaults), *opt.groups.items())})]),
+        "lr": np.array([repr({p: g.overrides for p, g in (("", opt.groups.defaults), *opt.groups.items())})]),
     }
 
 

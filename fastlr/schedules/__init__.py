@@ -16,7 +16,7 @@ The equation of each is in its docstring, with n for the step, and is written on
 in a kernel on a GPU.
 """
 
-from .. import checks
+from .. import arguments
 from .base import KINDS, Clip, PerEpoch, Product, Repeat, Scaled, Schedule, Shift, Then, Warmup  # noqa: F401
 from .cycles import Cosine, CosineRestarts, Cyclic, OneCycle, SlantedTriangular, WarmupStableDecay
 from .decays import (
@@ -62,4 +62,4 @@ __all__ = [
 for _kind in (*KINDS.values(), Schedule, Observed):
     _kind.__module__ = __name__
 for _kind in KINDS.values():  # a dataclass makes its `__init__` itself
-    _kind.__init__ = checks.answered(_kind.__init__, _kind.__name__, [checks.METHOD])  # type: ignore[method-assign]
+    _kind.__init__ = arguments.answered(_kind.__init__, _kind.__name__, [arguments.METHOD])  # type: ignore[method-assign]

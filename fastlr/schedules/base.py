@@ -98,7 +98,7 @@ class Schedule(HasEquation):
 
     # Composition
 
-    @checks.answered
+    @answered
     def warmup(
         self,
         steps: int,

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import checks, plots
+from .. import arguments, checks, plots
 from ..arrays.places import Place
 from ..optimizer import Optimizer
 from ..schedules import Schedule
@@ -97,7 +97,7 @@ def evaluate(fun: Callable[[Any], Any], params: Any) -> tuple[float, Any]:
         raise TypeError(f"the function must return (loss, grads), or a loss after filling opt.grads: {error}") from None
 
 
-@checks.answered
+@arguments.answered
 def find_lr(
     opt: Any,
     fun: Callable[[Any], Any],

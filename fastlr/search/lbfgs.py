@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import checks
+from .. import arguments, checks
 from ..exclusive import Exclusive, Users, exclusive
 from ..kernels import vectors
 from ..kernels.atomic import commit
@@ -93,7 +93,7 @@ class LBFGS(Exclusive):
         (array([1., 1.]), True)
     """
 
-    @checks.answered_as("LBFGS")
+    @arguments.answered_as("LBFGS")
     def __init__(
         self,
         params: Any,
@@ -217,7 +217,7 @@ class LBFGS(Exclusive):
         norm = math.sqrt(vectors.dot(flat.g, flat.g, flat.threads))
         return memory, LBFGSInfo(memory.steps, found.loss, norm, found.step, evaluations, True, found.message)
 
-    @checks.answered
+    @arguments.answered
     def minimize(
         self,
         fun: Callable[[Any], Any],

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import checks
+from .. import arguments, checks
 from ..arrays.buffers import FlatBuffer
 from ..arrays.columns import Parameters
 from ..arrays.places import HOST
@@ -286,7 +286,7 @@ def search(
         raise
 
 
-@checks.answered
+@arguments.answered
 def line_search(
     fun: Callable[[Any], Any],
     params: Any,

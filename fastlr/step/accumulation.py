@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from ..arrays.columns import Parameters
 from .gradients import Gradients
 
-if TYPE_CHECKING:
-    from .stepper import Prepared, Stepper
+__all__ = ["Accumulation", "Adder"]
 
-__all__ = ["Accumulation"]
+
+class Adder(Protocol):
+    """What adds gradients to memory: a stepper, for a rule that does."""
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether it has to be renewed, as in a child after a fork."""
+
+    def renewed(self) -> Any:
+        """One that is not outdated."""
+
+    def prepare(self, grads: Any) -> Any:
+        """Find gradients, and whatever is wrong, before anything is written."""
+
+    def run(self, prepared: Any) -> Any:
+        """Add what was prepared."""
 
 
 class Accumulation:
@@ -27,11 +41,9 @@ class Accumulation:
         received: for each leaf, whether it has received a gradient since the last step; None: nothing was added.
     """
 
-    def __init__(
-        self, parameters: Parameters, gradients: Gradients, make_adder: Callable[[Any, bool], Stepper]
-    ) -> None:
+    def __init__(self, parameters: Parameters, gradients: Gradients, make_adder: Callable[[Any, bool], Adder]) -> None:
         self._parameters, self._gradients, self._make_adder = parameters, gradients, make_adder
-        self._adders: dict[bool, Stepper] = {}
+        self._adders: dict[bool, Adder] = {}
         self.received: tuple[bool, ...] | None = None
 
     @property
@@ -71,7 +83,7 @@ class Accumulation:
         left = () if part is None else tuple(a and not b for a, b in zip(self.received, part, strict=True))
         return [(self.__dict__, "received", left if any(left) else None)]
 
-    def adder(self, first: bool) -> Stepper:
+    def adder(self, first: bool) -> Adder:
         """What adds gradients to the memory, or puts them there if they are the first."""
         if first not in self._adders:
             self._adders[first] = self._make_adder(self._parameters.tree(self._gradients.allocate_own()), first)
@@ -79,7 +91,7 @@ class Accumulation:
             self._adders[first] = self._adders[first].renewed()
         return self._adders[first]
 
-    def add(self, first: bool, prepared: Prepared) -> None:
+    def add(self, first: bool, prepared: Any) -> None:
         """Carry out what `adder` has prepared."""
         self._adders[first] = prepared.stepper
         prepared.stepper.run(prepared)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import checks
+from .. import arguments
 from ..optimizer import Optimizer as Native
 from .engines import hyper_names
 from .optimizer import IMPLEMENTATIONS, OFFERED, Optimizer
@@ -26,9 +26,9 @@ def counterpart(native: type[Native]) -> type[Optimizer]:
     signature = _signature(native, getattr(torch.optim, name, None))
 
     def construct(self: Optimizer, params: Any, *args: Any, **settings: Any) -> None:
-        checks.hyperparameters("argument", settings, signature.parameters)
-        arguments = signature.bind(params, *args, **settings).arguments
-        self._set_up(arguments.pop("params"), native, arguments)
+        arguments.check("argument", settings, signature.parameters)
+        bound = signature.bind(params, *args, **settings).arguments
+        self._set_up(bound.pop("params"), native, bound)
 
     construct.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY), *signature.parameters.values()]
