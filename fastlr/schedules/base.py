@@ -13,6 +13,7 @@ from typing import Any, ClassVar, TypeAlias
 import numpy as np
 
 from .. import checks
+from ..arguments import answered
 from ..checks import MOST, shown
 from . import equations
 from .evaluating import StagedSchedule
