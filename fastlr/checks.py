@@ -182,19 +182,6 @@ def flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def rule_names(names: Iterable[str], taken: Iterable[str]) -> None:
-    """Check the names of a rule's hyperparameters against those that a step has for itself.
-
-    Raises:
-        ValueError: if one is taken.
-    """
-    for name in names:
-        if name in set(taken):
-            raise ValueError(
-                f"{name!r} is the name of an option of the step. Call the rule's hyperparameter otherwise."
-            )
-
-
 def mask(name: str, value: Any, population: int | None) -> np.ndarray:
     """One bool for each model of a population, as a read-only array.
 

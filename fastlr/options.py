@@ -437,7 +437,7 @@ class Options:
         for name in rule.hyperparameters:
             if name in _TAKEN:
                 raise ValueError(
-                    f"{name!r} is the name of an option of the step. Call the rule's hyperparameter otherwise."
+                    f"{name!r} is the name of an option of the step. Give the rule's hyperparameter another name."
                 )
         rule.check_constants()
         if settings.get("lr") is not None and not rule.takes_lr:
@@ -458,24 +458,9 @@ class Options:
         return cls(rule, on, **kept)
 
     @property
-    def tested(self) -> bool:
-        """Whether a step whose gradient is not finite is skipped."""
-        return not self.on.isdisjoint(("skip_nonfinite", "loss_scale"))
-
-    @property
     def loss_scaled(self) -> bool:
         """Whether there is a loss scale, so that gradients are divided at each step."""
         return "loss_scale" in self.on
-
-    @property
-    def per_element(self) -> bool:
-        """Whether each element has a factor on its rate."""
-        return "lr_scale" in self.on
-
-    @property
-    def averaged(self) -> bool:
-        """Whether there is a moving average."""
-        return "ema" in self.on
 
     # What the class of an optimizer adds
 

@@ -121,9 +121,6 @@ class Device(driver.Device):
     def capturing(self, stream: int) -> bool:
         return self.graph is not None
 
-    def synchronize(self, stream: int) -> None:
-        self.calls.append("wait")
-
     # As a user of a graph would do it.
 
     def capture(self, function: Callable[[], object]) -> Graph:

@@ -14,7 +14,7 @@ from cases import CASES
 
 import fastlr
 from fastlr.kernels import cuda, grid
-from fastlr.kernels.tiles import Storage
+from fastlr.kernels.storage import Storage
 
 BASELINE = Path(__file__).with_name("sass_baseline.json")
 ARCHITECTURES = {"sm_80": (8, 0), "sm_90": (9, 0)}

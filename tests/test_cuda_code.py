@@ -23,7 +23,7 @@ import fastlr
 from fastlr.kernels import caching, cuda, grid
 from fastlr.kernels.finish import finish
 from fastlr.kernels.notices import warn_once
-from fastlr.kernels.tiles import Storage
+from fastlr.kernels.storage import Storage
 
 both = pytest.mark.parametrize("architecture", sass.ARCHITECTURES)
 

@@ -12,7 +12,7 @@ from numba import types
 
 import fastlr
 from fastlr.kernels import tiles
-from fastlr.kernels.tiles import Storage
+from fastlr.kernels.storage import Storage
 
 pytestmark = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="reads x86-64 assembly")
 

@@ -11,7 +11,7 @@ import numpy as np
 from ..arrays.columns import Columns, Parameters
 from ..arrays.places import Alloc
 from ..kernels.staging import Staged
-from ..kernels.tiles import Storage
+from ..kernels.storage import Storage
 from ..loss_scale import LossScale
 from ..step.gradients import Given, Gradients
 from ..step.plans import Entries, Plan
@@ -55,8 +55,7 @@ class GpuBackend:
     on_device = True
 
     def __init__(self, place: DevicePlace, alloc: Alloc | None, grad_dtype: str | None, capturable: bool) -> None:
-        self.place = place
-        self._alloc, self._grad_dtype, self._capturable = alloc, grad_dtype, capturable
+        self._place, self._alloc, self._grad_dtype, self._capturable = place, alloc, grad_dtype, capturable
 
     def gradients(self, parameters: Parameters, columns: Columns, given: Sequence[Given]) -> Gradients:
         """As `Backend.gradients`."""
@@ -73,7 +72,7 @@ class GpuBackend:
         loss_scale: LossScale | None,
     ) -> DeviceRows:
         """As `Backend.rows`."""
-        return DeviceRows(configuration, frozen, counts, partition, self.place, staged, loss_scale, self._capturable)
+        return DeviceRows(configuration, frozen, counts, partition, self._place, staged, loss_scale, self._capturable)
 
     def formulas(self, scheduled: Scheduled) -> tuple[Formula, ...]:
         """As `Backend.formulas`."""
@@ -84,11 +83,11 @@ class GpuBackend:
     ) -> Plan:
         """As `Backend.plan`."""
         assert isinstance(rows, DeviceRows)
-        return DevicePlan(entries, rows, staged, advance, grad_format, partial, self.place, self._capturable)
+        return DevicePlan(entries, rows, staged, advance, grad_format, partial, self._place, self._capturable)
 
     def kernel(self, staged: Staged, storage: Storage, formulas: tuple[Formula, ...]) -> StepKernels:
         """As `Backend.kernel`."""
-        return _kernels(staged, storage, self.place.device, formulas)
+        return _kernels(staged, storage, self._place.device, formulas)
 
     def prepare(self, kernel: StepKernels, rows: Rows) -> float:
         """As `Backend.prepare`."""
@@ -97,8 +96,8 @@ class GpuBackend:
 
     def stream(self, given: Any) -> int:
         """As `Backend.stream`."""
-        return stream_handle(given, self.place.device)
+        return stream_handle(given, self._place.device)
 
     def cleared(self, array: Any) -> _Cleared:
         """As `Backend.cleared`."""
-        return _Cleared(self.place, array)
+        return _Cleared(self._place, array)

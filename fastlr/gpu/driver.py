@@ -203,9 +203,6 @@ class Device(Protocol):
     def capturing(self, stream: int) -> bool:
         """Whether a stream is being captured into a graph."""
 
-    def synchronize(self, stream: int) -> None:
-        """Wait for a stream."""
-
 
 class Gpu(Device):
     """One GPU, by the CUDA driver.
@@ -394,11 +391,6 @@ class Gpu(Device):
         """As `Device.capturing`."""
         status, state = self._driver.cuStreamIsCapturing(stream)
         return bool(status == self._driver.CUresult.CUDA_SUCCESS and int(state) != 0)
-
-    def synchronize(self, stream: int) -> None:
-        """As `Device.synchronize`."""
-        self.enter()
-        self._ask(self._driver.cuStreamSynchronize(stream))
 
 
 class _Relaxed:

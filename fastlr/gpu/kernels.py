@@ -9,7 +9,7 @@ from typing import Any
 from ..kernels import grid
 from ..kernels.finish import finish
 from ..kernels.staging import Staged
-from ..kernels.tiles import Storage
+from ..kernels.storage import Storage
 from ..step.scheduled import Formula
 from .driver import Device, Launch
 
@@ -31,8 +31,6 @@ class StepKernels:
         piece: elements of a block of the update.
         width: neighbouring elements that a thread takes at once.
     """
-
-    takes_helpers = False
 
     def __init__(
         self,

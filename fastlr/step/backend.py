@@ -8,9 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..arrays.columns import Columns, Parameters
-from ..arrays.places import Place
 from ..kernels.staging import Staged
-from ..kernels.tiles import Storage
+from ..kernels.storage import Storage
 from ..loss_scale import LossScale
 from .gradients import Given, Gradients
 from .plans import Entries, Plan
@@ -22,10 +21,6 @@ __all__ = ["Backend"]
 
 class Backend(Protocol):
     """Where the parameters of an optimizer are, and what carries out its steps there."""
-
-    @property
-    def place(self) -> Place:
-        """Where they are."""
 
     @property
     def on_device(self) -> bool:

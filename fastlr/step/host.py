@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from ..arrays.columns import Columns, Parameters
-from ..arrays.places import HOST, Alloc
+from ..arrays.places import Alloc
 from ..kernels import arrays, cpu, reference
 from ..kernels.cpu import Kernel
 from ..kernels.staging import Staged
-from ..kernels.tiles import Storage, compiles
+from ..kernels.storage import Storage
+from ..kernels.tiles import compiles
 from ..loss_scale import LossScale
 from .gradients import Given, Gradients
 from .plans import Entries, HostPlan, Plan
@@ -40,7 +41,6 @@ class HostBackend:
         grad_dtype: the format that gradients of dtype uint16 hold, or None.
     """
 
-    place = HOST
     on_device = False
 
     def __init__(self, name: str, alloc: Alloc | None, grad_dtype: str | None) -> None:

@@ -22,7 +22,7 @@ class Layout:
     Attributes:
         paths: of the leaves.
         population: number of models, or None.
-        entry: the entry in the sums of each leaf and model, -1 if the step left it alone; None: nothing was summed.
+        entry: the entry in the sums of each leaf and model, -1 if the step left it alone.
         rows: the row in the reports of each leaf and model.
         reports: the names of the reports.
         norms: name to column of the sums of squares.
@@ -30,7 +30,7 @@ class Layout:
 
     paths: Sequence[str]
     population: int | None
-    entry: np.ndarray | None
+    entry: np.ndarray
     rows: np.ndarray
     reports: tuple[str, ...]
     norms: Mapping[str, int]
@@ -98,7 +98,7 @@ class StepInfo:
     def _reported(self, name: str) -> np.ndarray | None:
         """A report for each leaf and model, NaN where there is none."""
         layout = self._layout
-        if layout is None or name not in layout.reports or layout.entry is None:
+        if layout is None or name not in layout.reports:
             return None
         values = self._reports[layout.rows, layout.reports.index(name)]
         return np.where(layout.entry >= 0, values, np.nan)
@@ -111,7 +111,7 @@ class StepInfo:
     def _norms(self, name: str) -> np.ndarray | None:
         """A norm of each leaf and model, NaN where it was not updated."""
         layout = self._layout
-        if layout is None or layout.entry is None or name not in layout.norms:
+        if layout is None or name not in layout.norms:
             return None
         squares = np.append(self._sums[:, layout.norms[name]], np.nan)[layout.entry]  # -1: the NaN at the end
         if name == "grad_norm":
@@ -129,7 +129,7 @@ class StepInfo:
         if norms is not None:
             return self._plain(self._first(norms, np.nan))
         layout = self._layout
-        if layout is None or layout.entry is None or "grad_norm" not in layout.norms:
+        if layout is None or "grad_norm" not in layout.norms:
             return None
         out = np.full(layout.entry.shape[1], np.nan)
         for model, entries in enumerate(layout.entry.T):
@@ -151,7 +151,7 @@ class StepInfo:
 
     @property
     def skipped(self) -> Any:
-        """Whether the step was skipped since the gradient is not finite; for each model of a population."""
+        """Whether the step was skipped because the gradient was not finite; for each model of a population."""
         finite = self._reported("finite")
         if finite is None:
             population = self._layout.population if self._layout is not None else None

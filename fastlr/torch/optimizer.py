@@ -137,7 +137,7 @@ class Optimizer(Exclusive, torch.optim.Optimizer):  # type: ignore[misc]
             raise ValueError("differentiable=True is not supported: autograd cannot follow a step.")
         unknown = _ELSEWHERE & settings.keys()
         if unknown:
-            raise TypeError(f"{unknown.pop()} is not for PyTorch's parameters; see fastlr.torch.Optimizer.")
+            raise TypeError(f"{unknown.pop()} is not supported for PyTorch's parameters; see fastlr.torch.Optimizer.")
         numbers = {name: tensors.number(name, value) for name, value in settings.items()}
         probe = make(np.zeros(1, np.float32), **{**numbers, "alloc": None})
         names = hyper_names(probe)
@@ -548,5 +548,7 @@ def _never_compiled() -> Callable[..., Any]:
 
 
 def _check_ema(names: Iterable[str]) -> None:
+    needs = OPTIONS["ema_out"].needs
+    assert needs is not None
     if "ema_decay" not in names:
-        raise ValueError("ema_out is where the average is kept; give its decay as well, such as ema=0.999.")
+        raise ValueError(needs[1])
