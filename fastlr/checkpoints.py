@@ -304,8 +304,8 @@ def _check(
     name, here = saved.get("optimizer", current.options.optimizer), current.options.optimizer
     if hyperparameters and name != here:
         raise ValueError(
-            f"the state is of {checks.shown(name)}, this optimizer is {here!r}, and with the hyperparameters of the "
-            "one it would no longer be the other. Load with hyperparameters=False: then it keeps its own."
+            f"the state is of {checks.shown(name)}, but this optimizer is {here!r}, and other hyperparameters would "
+            "make it a different optimizer. Load with hyperparameters=False: then it keeps its own."
         )
     steps = checks.counted("steps in the state", saved.get("steps"))
     loss_scale = None

@@ -71,9 +71,9 @@ def _check_gone(token: list[Any], caller: FrameType) -> None:
     while frame is not None:
         if any(value is token for value in list(frame.f_locals.values())):
             raise RuntimeError(
-                "this optimizer is in a step, or is being saved, loaded or set: what is called meanwhile (a "
-                "schedule's function, alloc=, a signal handler, __del__) must not write or copy it. Do so after "
-                "that call has returned."
+                "this optimizer is in a step, or is being saved, loaded or set: code that runs in the meantime (a "
+                "schedule's function, alloc=, a signal handler, __del__) must not write or copy it. Wait until that "
+                "call has returned."
             )
         frame = frame.f_back
 

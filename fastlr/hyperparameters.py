@@ -104,10 +104,10 @@ class Hyper(Generic[T]):
         schedule = value if isinstance(value, Schedule) else Function(value)
         models = schedule.staged.models
         if models not in (None, population):
-            wanted = "one for all: only a population takes several, see fastlr.flatten"
+            wanted = "one number: only a population takes several, see fastlr.flatten"
             if population is not None:
-                wanted = f"one, or one for each of the {population} models"
-            raise ValueError(f"{label} follows a schedule of {models} numbers, expected {wanted}.")
+                wanted = f"one number, or one for each of the {population} models"
+            raise ValueError(f"{label} follows a schedule that gives {models} numbers, expected {wanted}.")
         return schedule
 
     def by_part(self, value: Any) -> list[tuple[str, Any]]:

@@ -185,7 +185,7 @@ class LossScale:
             ValueError: if no optimizer on a GPU has it.
         """
         if self._place is None:
-            raise ValueError("this loss scale is of no optimizer on a GPU; use .scale.")
+            raise ValueError("this loss scale belongs to no optimizer on a GPU; use .scale.")
         return self._memory[: len(self._memory) // 3]
 
     def attach(self, catch_up: Callable[[], None], place: DevicePlace | None, models: int) -> None:
@@ -202,7 +202,7 @@ class LossScale:
         owner = self._owner() if self._owner is not None else None
         if self._place is not None or (owner is not None and owner != catch_up):
             raise ValueError(
-                "this loss scale belongs to another optimizer already, and each has one of its own. "
+                "this loss scale belongs to another optimizer already, and each optimizer needs its own. "
                 "Pass loss_scale.copy()."
             )
         self._owner = weakref.WeakMethod(catch_up)  # type: ignore[arg-type]

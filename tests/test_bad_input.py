@@ -101,7 +101,7 @@ GRADIENTS = [
     ),
     (1.5, ValueError, "grads has shape (), params has 9 elements."),
     ("gradient", TypeError, "grads has dtype <U8"),
-    (fastlr.flatten({"x": np.ones(9)}), ValueError, "grads is a buffer of other leaves than params."),
+    (fastlr.flatten({"x": np.ones(9)}), ValueError, "grads was made from a different structure than params."),
 ]
 
 

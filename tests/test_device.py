@@ -627,7 +627,7 @@ def test_bad_gradients(name):
 
 def test_a_loss_scale_is_of_one_optimizer():
     scale = fastlr.LossScale(8.0)
-    with pytest.raises(ValueError, match="of no optimizer on a GPU"):
+    with pytest.raises(ValueError, match="belongs to no optimizer on a GPU"):
         scale.on_device  # noqa: B018
     opt = _params(loss_scale=scale)
     assert np.asarray(scale.on_device).tolist() == [8.0] and "on a GPU" in repr(scale)

@@ -504,7 +504,7 @@ def test_every_hyperparameter_can_change_between_steps(rng):
 def test_a_setting_that_would_need_another_state(rng):
     opt = fastlr.SGD(np.ones(3), backend="numpy")
     for _ in range(2):  # before the first step and after it
-        with pytest.raises(ValueError, match=r"need other states than those that exist \(momentum_buffer\)"):
+        with pytest.raises(ValueError, match=r"need other states than this optimizer has \(momentum_buffer\)"):
             opt.momentum = 0.9
         assert opt.momentum == 0.0
         opt.step(np.ones(3))
@@ -522,9 +522,9 @@ RELATED = [
     (fastlr.SGD, {"momentum": 0.9, "nesterov": True}, "momentum", 0.0, "nesterov=True needs a momentum above 0"),
     (fastlr.SGD, {"momentum": 0.9, "nesterov": True}, "dampening", Constant(0.5), "a dampening of 0"),
     (fastlr.SGD, {"momentum": 0.9, "dampening": 0.5}, "nesterov", True, "nesterov=True needs a momentum above 0"),
-    (fastlr.SGD, {"momentum": 0.9}, "momentum", 0.0, "need other states than those that exist"),
-    (fastlr.RMSprop, {}, "centered", True, "need other states than those that exist (grad_avg)"),
-    (fastlr.Adam, {}, "amsgrad", True, "need other states than those that exist (max_exp_avg_sq)"),
+    (fastlr.SGD, {"momentum": 0.9}, "momentum", 0.0, "need other states than this optimizer has"),
+    (fastlr.RMSprop, {}, "centered", True, "need other states than this optimizer has (grad_avg)"),
+    (fastlr.Adam, {}, "amsgrad", True, "need other states than this optimizer has (max_exp_avg_sq)"),
     (fastlr.DoG, {}, "relative_distance", 0.5, "relative_distance must be the same in all groups"),
     (fastlr.DoG, {}, "layerwise", True, "layerwise must be the same in all groups"),
     (fastlr.Prodigy, {}, "betas", (0.9, 0.9), "betas[1] must be the same in all groups"),

@@ -42,7 +42,7 @@ def test_docstrings_say_the_defaults_and_ranges(make):
 @pytest.mark.parametrize("make", CLASSES)
 def test_classes_declare_what_their_rules_take(make):
     opt = make(np.ones(1), backend="numpy")
-    rule, table = opt._options.rule, declared(make)
+    rule, table = opt._stepper.state.options.rule, declared(make)
     parts = {part for hyper in table.values() for part in hyper.parts or (hyper.name,)}
     assert {*rule.hyperparameters} - {*OWN} == parts - {h.name for h in table.values() if h.starts}
     assert {h.starts for h in table.values() if h.starts} <= {*rule.states, *rule.scalars}

@@ -1070,7 +1070,7 @@ def test_host_optimizer_places_its_memory(tmp_path):
     assert opt.nbytes == 12 * elements and len(taken) == 3
     assert any(opt.state[ours[0]]["master"].detach().numpy()[0, 0].tobytes() in bytes(part) for part in taken)
     for bad, message in (
-        ({"shadow": "bfloat16"}, "shadow is not for HostOptimizer"),
+        ({"shadow": "bfloat16"}, "HostOptimizer takes no shadow"),
         ({"rule": "adam"}, "rule must be an optimizer such as fastlr.AdamW"),
         ({"chunk": 0}, "chunk must be at least 1"),
     ):

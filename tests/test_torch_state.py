@@ -1071,7 +1071,7 @@ def test_a_schedule_that_does_not_fit_is_refused(name, how):
                 if how == "load":
                     wrong = copy.deepcopy(state)
                     wrong["param_groups"][0][name] = value
-                    with pytest.raises(ValueError, match=f"'{name}' of group 0 in the state is not right: .*{message}"):
+                    with pytest.raises(ValueError, match=f"'{name}' of group 0 in the state is invalid: .*{message}"):
                         opt.load_state_dict(wrong)
                 elif how == "add":
                     with pytest.raises(error, match=message):

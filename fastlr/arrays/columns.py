@@ -133,7 +133,7 @@ class Parameters:
         """
         if isinstance(tree, FlatBuffer):
             if tree.structure.paths != self.paths:
-                raise ValueError(f"{name} is a buffer of other leaves than params. Make it from the same structure.")
+                raise ValueError(f"{name} was made from a different structure than params. Make it from the same one.")
             tree = tree.unflatten()
         leaves = [tree] if self.is_array else self.structure.leaves(tree, name)
         paths, place = self.structure.paths, self.place

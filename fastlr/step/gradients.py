@@ -111,8 +111,8 @@ class Gradients:
             now = self._at.memory(called, array)
             if now != before:
                 raise RuntimeError(
-                    f"{called} is not as it was: {_difference(before, now)}. Arrays that an optimizer updates keep "
-                    "their memory, shape and dtype; go on with others by opt.rebuild(...)."
+                    f"{called} has changed: {_difference(before, now)}. Arrays that an optimizer updates must keep "
+                    "their memory, shape and dtype; to go on with others, call opt.rebuild(...)."
                 )
 
     def finder(
@@ -267,4 +267,4 @@ def _difference(before: Memory, now: Memory) -> str:
         if was != is_now:
             label = {"kind": "dtype"}.get(name, name)
             return f"its {label} is {is_now}, it was {was}"
-    return "it has changed"
+    return "it is another array"

@@ -90,6 +90,6 @@ class Program:
         if self.staged.states != tuple(letters):
             names = ", ".join(sorted(options.public_name(s) for s in set(self.staged.states) ^ set(letters)))
             raise ValueError(
-                f"the hyperparameters as they are now need other states than those that exist ({names}). "
-                "Choose at the start whether a state is there: build a new optimizer."
+                f"the hyperparameters as they are now need other states than this optimizer has ({names}). "
+                "Which states exist is decided when an optimizer is built: build a new one."
             )

@@ -25,7 +25,7 @@ from ..hyperparameters import Hyper
 from ..kernels.atomic import commit
 from ..kernels.formats import FORMATS
 from ..kernels.layout import CLOCK
-from ..kernels.tiles import Storage
+from ..kernels.storage import Storage
 from ..schedules import Schedule
 from ..state import OptimizerState, rows_of
 from . import threads
@@ -202,7 +202,7 @@ class Stepper:
             program = Program.of(self._options, state.groups, self.program.unscaled)
             if program.staged.states != state.columns.letters:
                 names = ", ".join(map(self._options.public_name, program.staged.states)) or "none"
-                raise ValueError(f"with the hyperparameters in the state the rule has other states than here: {names}.")
+                raise ValueError(f"with the hyperparameters in the state, the rule has different states: {names}.")
             program = self.program if program == self.program else program
             new = Stepper(state, program, self.accumulation, self._partition, counts, self._scale)
             if check_schedules:
@@ -230,8 +230,8 @@ class Stepper:
         """Say that graphs which have been captured go on with tables that are replaced."""
         if self.rows.captured:
             warnings.warn(
-                "the tables of this optimizer are made anew (other flags, frozen leaves, or leaves of different "
-                "counts): graphs that were captured before go on with the old ones. Capture again.",
+                "the tables of this optimizer are rebuilt, since flags, frozen leaves or the counts of leaves have "
+                "changed: graphs that were captured before keep using the old ones. Capture again.",
                 RuntimeWarning,
                 stacklevel=5,
             )

@@ -89,9 +89,9 @@ class HostOptimizer(Optimizer):
                 f"rule must be an optimizer such as fastlr.AdamW or made by fastlr.rule, got {checks.shown(rule)}."
             )
         if settings.pop(SHADOW.name, None) is not None:
-            raise TypeError("shadow is not for HostOptimizer: the parameters themselves are the low-precision copy.")
+            raise TypeError("HostOptimizer takes no shadow: the parameters themselves are the low-precision copy.")
         if ema_out is not None:
-            raise TypeError("ema_out is not for HostOptimizer: the average is of the masters, and in opt.ema.")
+            raise TypeError("HostOptimizer takes no ema_out: it averages the masters, in opt.ema.")
         recipe = functools.partial(HostRecipe, chunk=None if chunk is None else checks.count("chunk", chunk))
         self._set_up(params, make, {**settings, "alloc": alloc}, recipe)
 

@@ -217,8 +217,8 @@ def _group_from(g: int, saved: Mapping[str, Any], present: Group, recipe: Recipe
     if _decouples(called) and decoupled != present["decoupled_weight_decay"]:
         raise ValueError(
             f"group {g} of the state has decoupled_weight_decay={decoupled!r}, as Adam does, this "
-            f"{called} {present['decoupled_weight_decay']!r}: its weights would decay otherwise. Set "
-            "decoupled_weight_decay in the groups of the state, or build the optimizer with that of the state."
+            f"{called} {present['decoupled_weight_decay']!r}: its weights would decay differently. "
+            "Set decoupled_weight_decay in the groups of the state, or build the optimizer with the state's value."
         )
     group = {**present, **{k: v for k, v in saved.items() if k not in _SAVED_ALONG}}
     schedules = dict(present.get(SCHEDULES) or {})

@@ -147,7 +147,7 @@ def check_containers(
     for g, group in enumerate(groups):
         ids = group.get("params")
         if not isinstance(ids, list | tuple) or not all(isinstance(k, Hashable) for k in ids):
-            raise ValueError(f"'params' of group {g} in the state must be a list, of the number of each parameter.")
+            raise ValueError(f"'params' of group {g} in the state must be a list with the number of each parameter.")
     counts = [[len(group["params"]) for group in each] for each in (groups, present)]
     if counts[0] != counts[1]:
         raise ValueError(
@@ -158,7 +158,7 @@ def check_containers(
         names = group.get("param_names", ())
         good = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
         if not good or ("param_names" in group and len(names) != len(group["params"])):
-            raise ValueError(f"'param_names' of group {g} in the state must be a list, of a name for each parameter.")
+            raise ValueError(f"'param_names' of group {g} in the state must be a list with a name for each parameter.")
     return entries, [checked(f"group {g} of the state", copy.deepcopy, dict(group)) for g, group in enumerate(groups)]
 
 
@@ -176,4 +176,4 @@ def checked(called: str, make: Callable[..., Any], *args: Any) -> Any:
     try:
         return make(*args)
     except Exception as error:
-        raise ValueError(f"{called} is not right: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{called} is invalid: {type(error).__name__}: {error}") from error

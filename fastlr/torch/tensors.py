@@ -116,7 +116,7 @@ def check_parameter(called: str, tensor: torch.Tensor, halves: bool) -> None:
     if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         raise TypeError(
             f"{called} is a {type(tensor).__name__}, a tensor that has its memory elsewhere. Pass the local tensor "
-            "(of a DTensor: p.to_local())."
+            "(for a DTensor: p.to_local())."
         )
     if tensor.layout is not torch.strided:
         raise TypeError(f"{called} has the layout {tensor.layout}. Pass a dense parameter (p.to_dense()).")
@@ -148,8 +148,8 @@ def check_gradient(called: str, grad: torch.Tensor, param: torch.Tensor) -> None
     """
     if type(grad).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         raise TypeError(
-            f"the gradient of {called} is a {type(grad).__name__}, a tensor that means more than its memory or has "
-            "none. Pass a plain tensor (of a MaskedTensor: grad.to_tensor(0))."
+            f"the gradient of {called} is a {type(grad).__name__}, whose value is not just the numbers in its memory. "
+            "Pass a plain tensor (for a MaskedTensor: grad.to_tensor(0))."
         )
     if grad.layout is not torch.strided:
         raise TypeError(
