@@ -1,4 +1,4 @@
-"""Names of arguments: unknown ones, among them those of other libraries, are answered with the ones here."""
+"""Names of arguments: the error for an unknown one, such as another library's, says what to use here instead."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ __all__ = ["METHOD", "answered", "answered_as", "check"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-# What other libraries call an argument, what exists where that can be answered, and in words what to do; the first line
-# that fits answers. Every optimizer has weight_decay, every LossScale an interval, every LBFGS a history.
-METHOD = ".warmup"  # stands for the methods that a schedule has
+# Names that other libraries use, an argument that must exist here for the advice to apply, and the advice; the first
+# row that fits is used. Every optimizer has weight_decay, every LossScale an interval, every LBFGS a history.
+METHOD = ".warmup"  # stands for the methods of a schedule
 _ELSEWHERE: list[tuple[str, str, str]] = [
     # Optimizers
     ("learning_rate eta initial_learning_rate", "lr", "use lr="),
@@ -133,13 +133,13 @@ def _advice(given: str, known: Sequence[str]) -> str | None:
 
 
 def check(name: str, given: Iterable[str], known: Iterable[str], more: Sequence[str] = ()) -> None:
-    """Check names of arguments; those that other libraries have are answered with the one here.
+    """Check names of arguments; for those of other libraries, the error says what to use here instead.
 
     Args:
         name: what they are, for messages.
         given: by the caller.
         known: those that exist.
-        more: what else there is that may be an answer.
+        more: what else exists that advice may refer to, such as `METHOD`.
 
     Raises:
         TypeError: if one is unknown.
@@ -153,7 +153,7 @@ def check(name: str, given: Iterable[str], known: Iterable[str], more: Sequence[
 
 
 def answered(function: _Function, name: str = "", more: Sequence[str] = ()) -> _Function:
-    """A function whose unknown arguments are answered as those of optimizers are, see `check`.
+    """A function that checks the names of its arguments by `check`.
 
     Args:
         function: the function, or the `__init__` of a class.

@@ -91,11 +91,11 @@ MOST = 2**63 - 1  # the largest whole number that is taken
 
 
 def _python_number(value: Any) -> Any:
-    """A number as Python has it, exactly, or None if it is no number: this decides for every argument what one is.
+    """The same number as a Python object, exactly; None if it is not a number. All arguments are judged by this.
 
-    Numbers are Python's real ones (int, float, Fraction, Decimal), integers and floats of NumPy, and what another
-    library keeps as an array without dimensions. No numbers are bools, text, complex numbers, dates, durations, what is
-    masked, and what carries a unit.
+    Numbers are Python's real ones (int, float, Fraction, Decimal), integers and floats of NumPy, and arrays of other
+    libraries without dimensions. Not numbers are bools, text, complex numbers, dates, durations, masked values, and
+    values with a unit.
     """
     if isinstance(value, np.ndarray | np.generic):
         real = value.dtype.kind in "iuf" or value.dtype.name in FORMATS

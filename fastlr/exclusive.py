@@ -1,9 +1,9 @@
 """One call at a time: whoever writes or copies an optimizer keeps all others out until it returns.
 
 A lock would stay locked if an interrupt came between taking it and the `try`, and in a child that was forked while
-another thread held it. Here whoever is in leaves a token that names its thread. It counts no longer if there is no
-such thread, or if the caller is in that thread and none of the frames below it holds the token: then its owner is gone,
-and the caller takes its place.
+another thread held it. Here a call that is in leaves a token that names its thread. The token is void if that thread no
+longer exists, or if it is the caller's own and no frame below the caller holds the token: then the call that left it is
+gone, and the caller takes its place.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _check_gone(token: list[Any], caller: FrameType) -> None:
 
 
 class Exclusive:
-    """What only one call at a time may use; its `exclusive` methods are such calls."""
+    """An object that one call at a time may use: those of its methods that are marked `exclusive`."""
 
     _users: Users
 

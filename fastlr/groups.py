@@ -154,10 +154,10 @@ class Groups(Mapping[str, Group]):
         names: the hyperparameters that exist.
         version: grows whenever one is set.
         listener: called after one was set.
-        users: those of the optimizer, who keep others out.
+        users: the optimizer's, see `exclusive`.
         examine: a weak reference to what refuses values that do not fit the optimizer, as
             `examine(label, hyperparameter, value, several)`; see `Stepper.examine`.
-        successor: those that took the place of these in the optimizer, or None.
+        successor: the groups that have replaced these in the optimizer, or None.
         configuration: for each leaf, the index of its configuration: leaves that match the same patterns share one.
 
     Raises:
@@ -218,7 +218,7 @@ class Groups(Mapping[str, Group]):
         return len(self._groups)
 
     def current(self) -> Groups:
-        """Those that the optimizer has now: loading, restoring and rebuilding exchange them."""
+        """The groups that the optimizer has now: loading, restoring and rebuilding replace them."""
         now = self
         while now.successor is not None:
             now = now.successor
@@ -243,7 +243,7 @@ class Groups(Mapping[str, Group]):
             group: the group.
             name: of the hyperparameter.
             value: what the user gave.
-            alone: whether it has to fit the others as they are now; False: the next step sees whether they all do.
+            alone: whether it must fit the others as they are now; False: the next step checks whether they all fit.
         """
         token = enter(self.users)  # noqa: F841  (a frame that holds it is what shows that the call is in)
         try:

@@ -163,8 +163,8 @@ def table_of(
 ) -> dict[str, Hyper[Any]]:
     """Every hyperparameter of an optimizer.
 
-    What a rule of the user's names, and no class declares, is any finite number; or a flag, if its default is True or
-    False, or it has none and is given as one.
+    A hyperparameter that a user's rule has and no class declares can be any finite number. It is a flag if its default
+    is True or False, or if it has no default and True or False is given.
 
     Args:
         optimizer: the class.

@@ -177,9 +177,9 @@ class LossScale:
 
     @property
     def on_device(self) -> Any:
-        """The scale where the optimizer has it on a GPU: float64, shape `(models,)`, of the parameters' library.
+        """The scale on the GPU, as an array of the parameters' library: float64, shape `(models,)`.
 
-        Multiply the loss by it and nothing waits; it changes with each step, be it by a graph.
+        Multiplying the loss by it waits for nothing; it changes with each step, even one that a graph makes.
 
         Raises:
             ValueError: if no optimizer on a GPU has it.
@@ -192,7 +192,7 @@ class LossScale:
         """Belong to an optimizer from now on, and keep the state where its parameters are.
 
         Args:
-            catch_up: a method of the optimizer that lets this know of a step that was interrupted after its kernel.
+            catch_up: a method of the optimizer that reports a step which was interrupted after its kernel.
             place: a GPU, where scale, good steps and the scale of the last step are kept for each model; None: the CPU.
             models: how many there are.
 
@@ -230,7 +230,7 @@ class LossScale:
             catch_up()
 
     def _learn(self) -> None:
-        """Learn how it stands, from the optimizer or the GPU; waits for it."""
+        """Bring scale and good steps up to date, from the optimizer or from the GPU, which it waits for."""
         self._catch_up()
         if self._place is not None:
             state = self._place.download(self._memory, self.stream).reshape(3, -1)

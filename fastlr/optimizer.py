@@ -50,9 +50,9 @@ class Optimizer(StepperOwner):
             all float64; NumPy arrays, or arrays on one GPU: of PyTorch, CuPy, Numba or anything with a CUDA array
             interface or DLPack.
         rule: a rule made by `fastlr.rule`.
-        lr: learning rate, >= 0; not for a rule that takes none, which has no `opt.lr`, and None as `info.lr`. As every
-            numeric hyperparameter a schedule (`fastlr.schedules`, or a function of the
-            step) or, if the parameters are a population, an array `(population,)`.
+        lr: learning rate, >= 0. Like every numeric hyperparameter it can be a schedule (`fastlr.schedules`, or a
+            function of the step) or, if the parameters are a population, an array `(population,)`. A rule that takes no
+            lr has no `opt.lr` either, and `info.lr` is None.
         {options}
         hyperparameters: those of the rule.
 
@@ -101,7 +101,7 @@ class Optimizer(StepperOwner):
 
     @classmethod
     def _check_settings(cls, uniforms: Sequence[Mapping[str, Any]]) -> None:
-        """What one hyperparameter demands of another, in each configuration; for subclasses, see `_related`."""
+        """Check hyperparameters against each other, in each configuration; for subclasses, see `_related`."""
 
     # The step
 
@@ -224,7 +224,7 @@ class Optimizer(StepperOwner):
 
     @property
     def steps(self) -> int:
-        """Steps made; one that was skipped for everything does not count."""
+        """Steps made; a step that was skipped for all parameters does not count."""
         return self._stepper.rows.steps
 
     @property
@@ -324,10 +324,10 @@ class Optimizer(StepperOwner):
     def load_state_dict(self, state: Mapping[str, np.ndarray], *, hyperparameters: bool = True) -> None:
         """Take over what `state_dict` returned.
 
-        By default everything comes from the state, hyperparameters, schedules and groups included, and what is not in
-        it, a function of yours that a hyperparameter followed, is refused. With `hyperparameters=False` the optimizer
-        keeps all of its own, functions and schedules alike, and takes the states, counters, the loss scale and what a
-        `Plateau` in the same place remembers.
+        By default everything comes from the state, including hyperparameters, schedules and groups. A state whose
+        hyperparameters followed a function of yours is refused, since functions are not saved. With
+        `hyperparameters=False` the optimizer keeps its own, functions and schedules alike, and takes over the states,
+        the counters, the loss scale and what a `Plateau` in the same place remembers.
 
         Args:
             state: from an optimizer of the same rule over parameters of the same paths (in any order), shapes and

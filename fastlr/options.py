@@ -45,7 +45,7 @@ def _always(value: Any) -> bool:
 
 
 def _limits(value: Any) -> bool:
-    """Whether a limit is one in some model; infinity is none."""
+    """Whether a limit is finite, so that it limits something, in at least one model."""
     return isinstance(value, Schedule) or bool(np.any(np.isfinite(value)))
 
 
@@ -82,16 +82,16 @@ class Option:
     Attributes:
         sentence: what it is, for the documentation.
         default: if nobody gives another. None is always allowed where it is the default: off.
-        hyper: the hyperparameter that it is from then on; of another name, if that stands in it.
-        check: of `(name, value)`, what checks another option and returns it in its normal form.
-        flags: the static flags of `before` and `after` in `kernels/rules.py` that it turns on, each with what decides
-            that: of a hyperparameter its value in one group, of another option, once it is on, nothing.
-        column: what it reads or writes of each element.
-        needs: another option without which it means nothing, and what to say then.
-        torch: whether `fastlr.torch` takes it as it is; of others PyTorch or that package plays the part.
-        example: a value with which it does something, for tests and the benchmark; of a tree that of each element. None
-            where there is nothing to measure.
-        moved: bytes that a float32 step with it moves more, per parameter.
+        hyper: the hyperparameter that it becomes in a built optimizer; None if it is not one. It can have another name.
+        check: `check(name, value)` checks an option that is not a hyperparameter, and returns its normal form.
+        flags: the static flags of `before` and `after` in `kernels/rules.py` that it turns on, each with a function of
+            the hyperparameter's value in one group that says whether it does; other options do once they are on.
+        column: what it reads or writes for each element.
+        needs: another option without which it means nothing, and the message that says so.
+        torch: whether `fastlr.torch` takes it as it is; if not, PyTorch or that package does its job.
+        example: a value with which it does something, for tests and the benchmark; for a tree, the value of each
+            element. None where there is nothing to measure.
+        moved: the bytes per parameter that it adds to what a float32 step moves.
         name: in the API.
     """
 
@@ -337,7 +337,7 @@ def _rows() -> dict[str, Option]:
 
 
 OPTIONS = _rows()
-# The hyperparameters that the step itself has. A rule's range is its class's to say, theirs hold everywhere.
+# The hyperparameters of the step itself. Their ranges hold everywhere; those of a rule's are declared by its class.
 OWN: dict[str, Hyper[Any]] = {
     "lr": Hyper("lr", interval=NON_NEGATIVE),
     **{option.hyper.name: option.hyper for option in OPTIONS.values() if option.hyper is not None},
@@ -346,13 +346,14 @@ OWN: dict[str, Hyper[Any]] = {
 # Each option that costs something, with a value with which it does something, for tests and the benchmark.
 EXAMPLES = {name: option.example for name, option in OPTIONS.items() if option.example is not None}
 _FLAGS = {name for option in OPTIONS.values() for name in option.flags}
-# Names of the step's own that a rule cannot give to a hyperparameter; the others it owns if it names them.
+# Names that the step itself uses, so that a rule's hyperparameter cannot have them. The four that are taken out again a
+# rule may use: then they are the rule's, and the step leaves them alone.
 _TAKEN = {*BEFORE.hyperparameters, *BEFORE.states, *AFTER.hyperparameters, *AFTER.states, "statistics", "frozen"}
 _TAKEN -= {"lr", "weight_decay", "decoupled_weight_decay", "maximize"}
 
 
 def with_trees(settings: Mapping[str, Any], tree: Callable[[float], Any]) -> dict[str, Any]:
-    """Settings in which numbers stand for arrays that go along with the parameters, with these arrays.
+    """Settings with an array in the place of each number that stands for one.
 
     Args:
         settings: such as `EXAMPLES`.
@@ -394,8 +395,8 @@ class Options:
         names: the names in the API of the rule's states.
         labels: what users call what the rule names.
         starts: the numbers at which states begin, those of groups among them; others begin at 0.
-        structural: the hyperparameters of which the code of a step may depend: to set one may mean another kernel.
-        check_class: what one hyperparameter demands of another, in each configuration.
+        structural: the hyperparameters on which the code of a step may depend: setting one may mean another kernel.
+        check_class: checks hyperparameters against each other, in each configuration; see `Optimizer._check_settings`.
         is_users_rule: whether the rule is not the class's own.
     """
 
@@ -559,7 +560,7 @@ class Options:
         )
 
     def structural_names(self, table: Mapping[str, Hyper[Any]]) -> set[str]:
-        """The hyperparameters of which the code of a step may depend: to set one may mean another kernel."""
+        """The hyperparameters on which the code of a step may depend: setting one may mean another kernel."""
         api = {part: h.name for h in table.values() for part in h.parts}
         names = {api.get(n, n) for n in self.rule.switches | BEFORE.switches}
         names |= {o.hyper.name for o in OPTIONS.values() if o.hyper is not None and o.flags}
@@ -585,7 +586,7 @@ class Options:
                 if u["decoupled_weight_decay"] and somewhere(u["weight_decay"]):
                     raise ValueError(
                         f"decoupled weight decay is in proportion to lr, which rule {rule.name!r} does not have. Use "
-                        "decoupled_weight_decay=False, or let the rule name weight_decay itself."
+                        "decoupled_weight_decay=False, or let the rule take weight_decay itself."
                     )
         static: dict[str, Any] = {"scope": self.scope, "unscaled": unscaled, **dict.fromkeys(_FLAGS, False)}
         for option in OPTIONS.values():

@@ -1,4 +1,4 @@
-"""What owns a stepper: replaces it whole, settles it, and shows its hyperparameters as attributes."""
+"""The owner of a stepper: replaces it whole, settles it, and shows its hyperparameters as attributes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["StepperOwner"]
 
 
 class StepperOwner(Exclusive):
-    """What stands between the methods that users call and the stepper."""
+    """The part of an optimizer between the methods that users call and its stepper."""
 
     # For type checkers; the table of options says what they are.
     lr: Hyper[Number]
@@ -98,7 +98,7 @@ class StepperOwner(Exclusive):
 
     # Hyperparameters and columns
 
-    if not TYPE_CHECKING:  # which would take every name for one
+    if not TYPE_CHECKING:  # a type checker would take every name for a hyperparameter
 
         def __getattr__(self, name: str) -> Any:
             """A hyperparameter of the optimizer itself; groups may override it."""
@@ -106,7 +106,7 @@ class StepperOwner(Exclusive):
             if stepper is not None and name in stepper.state.groups.names:
                 return getattr(stepper.state.groups.defaults, name)
             option = OPTIONS.get(name)
-            if option is not None and option.column is not None:  # from the property of that name
+            if option is not None and option.column is not None:  # the property of that name raised an AttributeError
                 raise AttributeError(f"there is no {name}; build the optimizer with it, such as {option.on_request}.")
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
@@ -120,7 +120,7 @@ class StepperOwner(Exclusive):
                 raise AttributeError(
                     f"{type(self).__name__} has no hyperparameter {name!r} to set; there are {', '.join(names)}."
                 )
-            token = enter(self._users)  # noqa: F841  (before the groups are read: a call may exchange them)
+            token = enter(self._users)  # noqa: F841  (before the groups are read: a call may replace them)
             try:
                 groups = self.groups
                 groups.enter_value(groups.defaults, name, value)
@@ -132,7 +132,7 @@ class StepperOwner(Exclusive):
         self._stepper.examine(label, hyper, value, several)
 
     def _push_settings(self) -> None:
-        """Let graphs that have been captured see a hyperparameter that was set."""
+        """Make a hyperparameter that was set take effect in graphs that have been captured."""
         self._stepper = self._stepper.renewed()
         self._stepper.push()
 

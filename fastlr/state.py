@@ -29,7 +29,7 @@ __all__ = ["OptimizerState"]
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """All that an optimizer saves, moves and rebuilds; its parts change by steps, which parts it has does not.
+    """All that an optimizer saves, moves and rebuilds. Steps change the contents of its parts, not which parts it has.
 
     Attributes:
         options: what the optimizer was built with.

@@ -125,7 +125,7 @@ class Launch:
 class Device(Protocol):
     """What a step needs from a GPU. `Gpu` is the real one; the tests have another that runs on the CPU.
 
-    Everything happens in the order of the stream that it is given; only `download` and `upload_now` wait.
+    Everything is ordered by the stream that it is given; only `download` and `upload_now` wait.
 
     Attributes:
         ordinal: its number among those that the process may see.
@@ -138,7 +138,7 @@ class Device(Protocol):
     cc: tuple[int, int]
 
     def __hash__(self) -> int:
-        """A GPU is equal to itself alone."""
+        """A GPU is equal only to itself."""
         return id(self)
 
     def allocate(self, nbytes: int) -> int:

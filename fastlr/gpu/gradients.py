@@ -19,9 +19,6 @@ class DeviceGradients(Gradients):
 
     As on the CPU, a gradient is copied first if it cannot be read where it is, and converted if the others have another
     dtype; what a library cannot do is refused.
-
-    Attributes:
-        stream: of the step that is being prepared, in whose order copies are made; None: the caller's current one.
     """
 
     _at: DevicePlace

@@ -38,7 +38,7 @@ class Results:
         stream: that the step was made in.
         steps: the number of the step, if the host knows it.
         results: counters of the optimizer, reports, sums over leaves and loss scales.
-        live: whether they are always those of the last step, rather than of one step.
+        live: whether they are always those of the latest step, rather than of one particular step.
     """
 
     def __init__(self, device: Device, stream: int, steps: int | None, results: list[Result], live: bool) -> None:
@@ -73,7 +73,7 @@ class Results:
 class DeviceStepInfo(StepInfo):
     """What a step on a GPU did. Reading more than the rates waits for the GPU, once.
 
-    With `capturable=True` it always tells of the step made last, be it by a graph.
+    With `capturable=True` it always describes the latest step, even one that a graph made.
     """
 
     __slots__ = ("_given_scale", "_results")
@@ -83,7 +83,7 @@ class DeviceStepInfo(StepInfo):
 
     @property
     def lrs(self) -> Mapping[str, Any]:
-        """The learning rates, as `StepInfo.lrs`; of a schedule whose step only the GPU knows it is asked."""
+        """The learning rates, as `StepInfo.lrs`; waits for the GPU if a schedule needs a step that only it knows."""
         lrs = self._lrs() if callable(self._lrs) else self._lrs
         if isinstance(lrs, dict):
             return Rates(lrs, max(0, self.step - 1 + bool(np.all(self.skipped))))

@@ -28,7 +28,7 @@ KINDS: dict[str, type[Schedule]] = {}  # every class of schedules by its name
 
 @dataclass(frozen=True, repr=False)
 class Schedule(HasEquation):
-    """What all schedules can do; build one by its name."""
+    """The base class of all schedules; build one of the others, such as `Cosine`."""
 
     _method: ClassVar[str] = ""  # of a schedule, that makes one of this class from it
 

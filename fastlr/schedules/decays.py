@@ -189,7 +189,7 @@ class Polynomial(Schedule, equation=equations.polynomial):
         steps: >= 1.
         power: > 0.
         end: the last rate, >= 0.
-        cycle: begin again whenever the steps are over, each time with as many as have been made: `steps` becomes
+        cycle: instead of staying at `end`, stretch the decay each time it is over: `steps` becomes
             `steps ceil(n / steps)` (Keras, TensorFlow).
     """
 
@@ -206,14 +206,14 @@ class Polynomial(Schedule, equation=equations.polynomial):
 
 @dataclass(frozen=True, repr=False)
 class InverseSqrt(Schedule, equation=equations.inverse_sqrt):
-    """Linear to the peak, then with the inverse root: `lr min((n + 1) / warmup, sqrt(warmup / (n + 1)))`.
+    """Linear to the peak, then an inverse root: `lr min((n + 1) / warmup_steps, sqrt(warmup_steps / (n + 1)))`.
 
     Args:
-        lr: the peak, reached by update number `warmup`, >= 0.
-        warmup: steps up, >= 1.
+        lr: the peak, reached by update number `warmup_steps`, >= 0.
+        warmup_steps: steps up, >= 1.
 
-    Source: Vaswani et al. 2017, arXiv:1706.03762, eq. 3, with the peak `d_model**-0.5 warmup**-0.5` called lr; its
-    step_num is n + 1.
+    Source: Vaswani et al. 2017, arXiv:1706.03762, eq. 3, with the peak `d_model**-0.5 warmup_steps**-0.5` called lr;
+    its step_num is n + 1.
     """
 
     lr: Numbers

@@ -15,16 +15,16 @@ from .staging import Memory
 
 @dataclass(frozen=True, repr=False)
 class Plateau(Schedule, equation=equations.plateau):
-    """A schedule that drops when a metric no longer gets better: `max(scale a(n), floor)`; the one with memory.
+    """A schedule that drops when a metric stops getting better: `max(scale a(n), floor)`; the only one with memory.
 
-    The object only describes it: called by itself the scale is 1. In an optimizer the scale begins at 1 and
+    The object only describes it: if you call it yourself, the scale is 1. In an optimizer the scale begins at 1 and
     `opt.observe(metric)` changes it, by the rules of PyTorch's ReduceLROnPlateau: a metric is better if it is below
     `best - threshold abs(best)`, or with threshold_mode "abs" below `best - threshold`; after more than `patience`
     observations in a row that are not, the scale is multiplied by `factor`, and the next `cooldown` observations do not
     count as bad. (Of a negative metric PyTorch takes `best (1 - threshold)`, which is not a margin but its opposite.)
 
-    What it remembers is saved with the optimizer. It belongs to this object: where one object stands in several
-    places there is one memory, and a new object begins afresh, be it equal to the one before.
+    What it remembers is saved with the optimizer. The memory belongs to this object: one object used in several places
+    has one memory, and a new object starts afresh, even if it is equal to the one before.
 
     Args:
         schedule: what is multiplied; a number stands for `Constant`.

@@ -54,7 +54,7 @@ class Several:
 
 @dataclass(frozen=True)
 class Memory:
-    """A number that changes from outside: something that `owner` remembers."""
+    """A number that `owner` remembers and that can change between steps."""
 
     owner: Any
     start: float

@@ -101,7 +101,7 @@ class Accumulation:
         return [(self._gradients.__dict__, "own", None), (self.__dict__, "_adders", {})]
 
     def clear_unwritten(self, there: Sequence[bool], first: bool) -> None:
-        """Before gradients are added, set to zero what is added to although it is the first, or is not written.
+        """Before gradients are added, set to zero the leaves that have received none yet, unless they are overwritten.
 
         Args:
             there: for each leaf, whether there is a gradient to add.

@@ -31,8 +31,8 @@ class Located:
         format: their dtype, or their format of two bytes.
         active: whether each leaf has one; None: all of them.
         seen: the leaves that a partial step is about; None: it is about all.
-        number: of a partial step, how many steps there were before the one that it is a part of; None: the counters of
-            its leaves tell.
+        number: for a partial step, how many steps came before the one that it is a part of; None: to be found from the
+            counters of its leaves.
         flat: whether they are one array that holds all in order.
         arrays: what has the memory, and must live as long as the step; somebody else keeps it alive if it is empty.
     """
@@ -91,7 +91,7 @@ class Gradients:
         spans = sorted((m.address, m.address + m.nbytes) for m in memory if m.nbytes)
         self._starts, self._ends = [a for a, _ in spans], [b for _, b in spans]
         self._all_sizes, self._all_starts = np.array(self._sizes, np.int64), np.array(self._starts, np.int64)
-        self._all_ends = np.array([*self._ends, 0], np.int64)  # of nothing before: the last, 0
+        self._all_ends = np.array([*self._ends, 0], np.int64)  # the 0 is for index -1: no span begins before
         self.own: Any = None
         self._scratch: dict[str, Any] = {}
 

@@ -148,7 +148,7 @@ class Scope:
     Attributes:
         entries: those of the first cell, in the order of the leaves, then those of the next.
         counts: how many each cell has.
-        cells: the cell of each row, -1 for a row none of whose cell is updated.
+        cells: the cell of each row, -1 if nothing in that cell is updated.
     """
 
     entries: np.ndarray
@@ -242,7 +242,7 @@ class Plan(abc.ABC):
 
     @abc.abstractmethod
     def expect(self, gradients: Any, given: list[Any], flat: bool) -> None:
-        """Find such gradients by `find` from now on.
+        """Let `find` recognize gradients like these from now on.
 
         Args:
             gradients: knows what they must be.
@@ -252,7 +252,7 @@ class Plan(abc.ABC):
 
     @abc.abstractmethod
     def find(self, given: list[Any]) -> bool:
-        """Look at gradients, and enter their addresses if all are like those before; whether they are."""
+        """Enter the addresses of gradients if all are like those expected; False if they are not."""
 
     # A step
 
@@ -277,9 +277,9 @@ class Plan(abc.ABC):
     # Steps of a part
 
     def number(self, rows: Rows) -> int:
-        """The number of steps before the one that this is, or is a part of; -1 for a part before the first step.
+        """How many steps came before this one, or before the step that it is a part of; -1: a part of none yet.
 
-        Steps of all parts are one step: a part begins a new one if a leaf of it has been in the last one.
+        Steps of all parts are one step: a part begins a new step if one of its leaves has been in the last one.
         """
         steps: int = rows.counters.item(-1, CLOCK)
         if not self.partial:
@@ -289,9 +289,9 @@ class Plan(abc.ABC):
         return steps if begins else steps - 1
 
     def count_part(self, rows: Rows, number: int) -> None:
-        """Let the step of a part be, or be a part of, the one that comes after `number` others.
+        """Count this partial step as part of the step that comes after `number` others.
 
-        Where only the GPU knows the counters, the kernel finds out.
+        Where only the GPU knows the counters, the kernel does this by itself.
         """
         if rows.host_knows:
             self.advance[-1, TICKS] = number + 1 - rows.counters[-1, CLOCK]

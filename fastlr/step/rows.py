@@ -72,7 +72,7 @@ class Counts:
         self.scalars[k] = other.scalars[j]
 
     def agreed(self, shared: Sequence[str], configuration: np.ndarray) -> Counts:
-        """These counts, where state that is shared is that of the leaf among those that share it with most updates.
+        """These counts, with shared state taken from the leaf with the most updates among those that share it.
 
         Args:
             shared: as `Staged.shared`.
@@ -95,8 +95,8 @@ class Rows:
         configuration: for each leaf, the index of its hyperparameters.
         frozen: for each configuration and model, whether it is frozen.
         counts: of each leaf and model.
-        partition: for each leaf a number; leaves of different numbers share no row, since steps of some leaves only,
-            or sums over a leaf, tell them apart. None: none has to be told apart.
+        partition: a number for each leaf; leaves with different numbers share no row, because a step of some leaves
+            only, or a sum over a leaf, treats them differently. None: any leaves may share a row.
 
     Attributes:
         index: the row of each leaf and model.

@@ -23,14 +23,14 @@ __all__ = ["Formula", "Rates", "Remembered", "Scheduled"]
 
 
 class Remembered:
-    """What plateaus remember: each object by itself, be it equal to another.
+    """What plateaus remember, separately for each object, even if two are equal.
 
     Args:
         pairs: plateaus, each with what it remembers.
     """
 
     def __init__(self, pairs: Iterable[tuple[Plateau, Observed]] = ()) -> None:
-        # With the plateau, since its id is its own only as long as it is there.
+        # The plateau is kept as well: only while it exists does no other object have its id.
         self._states = {id(plateau): (plateau, state) for plateau, state in pairs}
 
     def of(self, plateau: Plateau) -> Observed:
@@ -101,12 +101,12 @@ def ensure(label: str, hyper: Hyper[Any], schedule: Schedule, value: Any, step: 
 
 
 def examine(label: str, hyper: Hyper[Any], value: Any, step: int, population: int | None = None) -> None:
-    """Check that a hyperparameter that follows a schedule, or a part of it that does, has a value for a step.
+    """Check the values that the schedules in a hyperparameter give for a step.
 
     Args:
         label: the hyperparameter, as the user calls it.
         hyper: whose range holds.
-        value: the hyperparameter; what is no schedule is passed over.
+        value: the hyperparameter; numbers in it are not checked.
         step: for which step.
         population: number of models, or None.
 
@@ -261,7 +261,7 @@ class Scheduled:
         return value
 
     def follows(self, rates: Mapping[str, Any]) -> bool:
-        """Whether anything follows a schedule, be it a rate that all groups override."""
+        """Whether anything follows a schedule, even if it is a rate that all groups override."""
         return bool(self.entries) or any(isinstance(lr, Schedule) for lr in rates.values())
 
     def parts(self, rates: Mapping[str, Any]) -> Mapping[str, Any]:

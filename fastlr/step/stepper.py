@@ -1,9 +1,9 @@
 """The stepper: rows, settings and plans of one program, and the one way through a step.
 
-    Gradients.find -> Located -> Plan.point_gradients -> run
+    Gradients.find -> Located -> Selection -> Plan.point_gradients -> Prepared -> run
 
-Everything that can fail comes first, in `prepare`; `run` then carries out the step. A stepper is built completely and
-replaced whole: by a step with other leaves, another flag or in another process, by a state that is loaded.
+Everything that can fail comes first, in `prepare`; `run` then carries out the step. A stepper is built completely, then
+replaced whole: when a step has other leaves or flags, after a fork, and when a state is loaded.
 """
 
 from __future__ import annotations
@@ -68,17 +68,17 @@ class Selection:
 
 
 class Prepared(NamedTuple):
-    """A step that nothing can refuse any more.
+    """A step that can no longer be refused.
 
     Attributes:
         stepper: what carries it out.
         plan: with the addresses of the gradients.
         kernel: what runs it.
-        kept: what must be kept alive meanwhile.
-        number: of a part, the steps before the one that it is a part of; None: it is a step of everything.
+        kept: what must be kept alive until it is over.
+        number: for a partial step, how many steps came before the one that it is a part of; None for a step of all.
         writes: what to write after it, see `atomic.commit`.
         scale: what gradients are divided by.
-        stream: where a GPU makes it, or None.
+        stream: the GPU stream to make it in, or None.
     """
 
     stepper: Stepper
@@ -227,7 +227,7 @@ class Stepper:
         return kept
 
     def warn_of_graphs(self) -> None:
-        """Say that graphs which have been captured go on with tables that are replaced."""
+        """Warn that graphs which have been captured keep using tables that are about to be replaced."""
         if self.rows.captured:
             warnings.warn(
                 "the tables of this optimizer are rebuilt, since flags, frozen leaves or the counts of leaves have "
@@ -243,9 +243,9 @@ class Stepper:
             label: what the user calls it.
             hyper: the hyperparameter.
             value: what was set.
-            several: whether other groups have values of their own for it. One that has to be the same in all of them
-                can only be set in one after another, so the next step sees whether it is. None: others are going to
-                be set as well, so it sees whether all fit.
+            several: whether groups override it. A value that must be the same in all groups can only be set in one
+                group after another, so whether it is the same is left to the next step to check. None: more
+                hyperparameters are about to be set, so the next step checks whether they fit together.
 
         Raises:
             ValueError: if it does not fit.
@@ -275,7 +275,7 @@ class Stepper:
         self.renewed()
 
     def push(self) -> None:
-        """Let graphs that have been captured see the settings as they are."""
+        """Make the settings as they are take effect in graphs that have been captured."""
         self.rows.upload()
 
     def _step(self) -> int:

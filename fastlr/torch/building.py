@@ -208,7 +208,7 @@ class Built:
         return out
 
     def bring_in_order(self, param_groups: Sequence[Group], state: State, changed: Mapping[int, Taken]) -> None:
-        """Bring groups in order whose hyperparameters have been taken over."""
+        """Put schedules and numbers in their places, in groups whose hyperparameters have been taken over."""
         for g, taken in changed.items():
             following.settle(g, param_groups[g], self.recipe.names, taken.values)
             self.taken[g] = taken

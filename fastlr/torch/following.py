@@ -109,7 +109,7 @@ def resolved(g: int, group: dict[str, Any], names: Sequence[str], numbers: tuple
 
 
 def settle(g: int, group: dict[str, Any], names: Sequence[str], values: Sequence[Any]) -> None:
-    """Bring a group in order after its hyperparameters have been taken over: schedules to the others, if they changed.
+    """Put a group's schedules where they belong, once engines have taken over its hyperparameters.
 
     Args:
         g: the index of the group.

@@ -47,8 +47,8 @@ class HostOptimizer(Optimizer):
     Args:
         params: as for `Optimizer`; bfloat16, float16, float32 or float64, all on one device or on several.
         rule: an optimizer of fastlr, such as `fastlr.AdamW` (default), or a rule made by `fastlr.rule`.
-        alloc: `alloc(nbytes)` returns the memory for masters, state and what is on its way: a memory-mapped file,
-            shared memory. Default: for weights on a GPU pinned memory, else plain.
+        alloc: `alloc(nbytes)` returns the memory for masters, state and what is in transit: a memory-mapped file or
+            shared memory, say. Default: pinned memory for weights on a GPU, else ordinary memory.
         chunk: elements that travel together, a whole number; a tensor is never cut. Default: 16 Mi for weights on a
             GPU, or a 128th of the model if that is more; weights on the CPU need no copies, and are staged as if they
             were on a GPU only if a chunk is given.

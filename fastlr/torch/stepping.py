@@ -75,7 +75,7 @@ def report(
     finite: bool,
     counts: bool,
 ) -> StepInfo:
-    """What a step does, told before it, where the native optimizers cannot tell it of all parameters together.
+    """What a step is going to do, where no native optimizer can tell it for all parameters together.
 
     Args:
         built: the engines.
