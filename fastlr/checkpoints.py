@@ -64,7 +64,7 @@ def _described(current: OptimizerState, params: bool) -> dict[str, Any]:
     described["params"] = params
     if current.loss_scale is not None:
         described["loss_scale"] = current.loss_scale.state_dict()
-    observed = scheduled.saved(scheduled.places(current.groups), current.observed)
+    observed = scheduled.saved(scheduled.labelled_plateaus(current.groups), current.observed)
     if observed:
         described["observed"] = observed
     if _depth(described, _DEEPEST) > _DEEPEST:
@@ -312,23 +312,26 @@ def _check(
     if current.loss_scale is not None and "loss_scale" in saved:
         loss_scale = current.loss_scale.read(saved["loss_scale"], current.parameters.population, alone=False)
 
-    def there(key: str) -> str:
+    def name_of(key: str) -> str:
         return files.member_name(key) if saved.get(_ESCAPED) else key
 
     def array(key: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        def fits(found: np.dtype, its_shape: tuple[int, ...], held: int) -> None:
-            if its_shape != shape or found != dtype:
-                raise ValueError(f"{key!r} in the state is {found} {its_shape}, expected {np.dtype(dtype)} {shape}.")
+        def fits(saved_dtype: np.dtype, saved_shape: tuple[int, ...], held: int) -> None:
+            if saved_shape != shape or saved_dtype != dtype:
+                expected = f"{np.dtype(dtype)} {shape}"
+                raise ValueError(f"{key!r} in the state is {saved_dtype} {saved_shape}, expected {expected}.")
 
-        if there(key) not in source:
+        if name_of(key) not in source:
             raise ValueError(f"the state has no {key!r}; it is incomplete.")
-        return source.array(there(key), fits)
+        return source.array(name_of(key), fits)
 
-    with_params = bool(saved.get("params")) or any(there(_key("params", p)) in source for p in current.parameters.paths)
+    with_params = bool(saved.get("params")) or any(
+        name_of(_key("params", p)) in source for p in current.parameters.paths
+    )
     arrays = [(c.array, array(c.key, c.shape, current.parameters.dtype)) for c in _columns(current, with_params)]
     counts = _counts(current, saved, steps, array)
     groups = _hyperparameters(current, saved["groups"], exact) if hyperparameters else current.groups
-    observed = scheduled.restored(scheduled.places(groups), saved.get("observed", {}))
+    observed = scheduled.restored(scheduled.labelled_plateaus(groups), saved.get("observed", {}))
     params = [a for _, a in arrays[-len(current.parameters.leaves) :]] if with_params else current.parameters.leaves
     from_file = hyperparameters and exact is None
     return Saved(saved, arrays, params, groups, observed, counts, loss_scale, from_file)
@@ -337,8 +340,8 @@ def _check(
 def _counts(current: OptimizerState, saved: Mapping[str, Any], steps: int, array: Callable[..., np.ndarray]) -> Counts:
     """What is counted for each leaf and model, in the order of this optimizer's leaves."""
     shape = len(current.parameters.paths), current.parameters.models
-    place = {path: k for k, path in enumerate(saved["leaves"])}
-    order = [place[path] for path in current.parameters.paths]
+    index = {path: k for k, path in enumerate(saved["leaves"])}
+    order = [index[path] for path in current.parameters.paths]
     counted: dict[str, np.ndarray] = {}
     for name in ("step", "clock", "skipped"):
         count = array(name, shape, np.int64)[order]

@@ -60,14 +60,14 @@ def plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, np.ndarray) else value
 
 
-def given(label: str, value: Any, like: Any, own: Any = None) -> Any:
-    """What `plain` made, in the form in which a user would give it; whether it is right is for others to check.
+def from_plain(label: str, value: Any, like: Any, fallback: Any = None) -> Any:
+    """What `plain` made, in the form in which a user would give it; it is not checked here.
 
     Args:
         label: what it is called in messages.
         value: as JSON has it.
         like: a value of the right kind: a tuple for pairs, anything else for one value.
-        own: a function of the user's that stands in for one that was not saved.
+        fallback: a function of the user's, in the place of one that was not saved.
 
     Raises:
         ValueError: if it cannot stand for a value of this kind, or is a function that was not saved.
@@ -75,8 +75,8 @@ def given(label: str, value: Any, like: Any, own: Any = None) -> Any:
     if isinstance(value, dict):
         if value.get("type") is not None:
             return Schedule.from_dict(value)
-        if isinstance(own, Schedule):
-            return own
+        if isinstance(fallback, Schedule):
+            return fallback
         raise ValueError(
             f"{label} followed {str(value.get('code'))[:100]}, a function of yours, which cannot be saved. Build "
             "the optimizer with that function and load with hyperparameters=False: then it keeps its own."
@@ -84,8 +84,8 @@ def given(label: str, value: Any, like: Any, own: Any = None) -> Any:
     if not isinstance(value, list):
         return value
     if isinstance(like, tuple):
-        owned = own if isinstance(own, tuple) and len(own) == len(value) else (None,) * len(value)
-        return tuple(given(f"{label}[{k}]", v, None, o) for k, (v, o) in enumerate(zip(value, owned, strict=True)))
+        parts = fallback if isinstance(fallback, tuple) and len(fallback) == len(value) else (None,) * len(value)
+        return tuple(from_plain(f"{label}[{k}]", v, None, f) for k, (v, f) in enumerate(zip(value, parts, strict=True)))
     if value and all(isinstance(v, bool) for v in value):
         return np.array(value)
     try:
@@ -257,15 +257,15 @@ class Groups(Mapping[str, Group]):
         where = f"groups[{group.pattern!r}]: " if group.pattern else ""
         arguments.check(f"{where}hyperparameter", [name], self.names)
         hyper = self.table[name]
-        made = hyper.normal(f"{where}{name}", value, self._population)
+        normal = hyper.normal(f"{where}{name}", value, self._population)
         before = dict(group.overrides)
         several = any(name in other.overrides for other in self._groups.values())
         try:
             self.touch(name)  # first: an interrupt in between must not leave a value that nobody takes over
-            group.overrides[name] = made
+            group.overrides[name] = normal
             examine = self.examine() if self.examine is not None else None
-            if examine is not None and (alone or follows(made)):
-                examine(f"{where}{name}", hyper, made, several if alone else None)
+            if examine is not None and (alone or follows(normal)):
+                examine(f"{where}{name}", hyper, normal, several if alone else None)
             if self.listener is not None:
                 self.listener()
         except BaseException:
@@ -289,9 +289,9 @@ class Groups(Mapping[str, Group]):
         for group in (self.defaults, *self._groups.values()):
             where = f"groups[{group.pattern!r}]: " if group.pattern else ""
             for name, value in group.overrides.items():
-                for k, one in enumerate(value if isinstance(value, tuple) else [value]):
-                    if isinstance(one, Schedule):
-                        yield f"{where}{name}" + (f"[{k}]" if isinstance(value, tuple) else ""), one
+                for k, part in enumerate(value if isinstance(value, tuple) else [value]):
+                    if isinstance(part, Schedule):
+                        yield f"{where}{name}" + (f"[{k}]" if isinstance(value, tuple) else ""), part
 
     def _resolved(self, configuration: tuple[str, ...]) -> dict[str, Any]:
         values = dict(self.defaults.overrides)
@@ -304,8 +304,8 @@ class Groups(Mapping[str, Group]):
         out = []
         for configuration in self._configurations:
             values = self._resolved(configuration)
-            rows = {n: v for k, value in values.items() for n, v in self.table[k].by_part(value)}
-            out.append({n: math.inf if v is None else v for n, v in rows.items()})
+            parts = {n: v for k, value in values.items() for n, v in self.table[k].by_part(value)}
+            out.append({n: math.inf if v is None else v for n, v in parts.items()})
         return out
 
     @property
@@ -331,7 +331,7 @@ class Groups(Mapping[str, Group]):
         kinds = self.defaults.overrides
         return {
             pattern: {
-                name: given(f"groups[{pattern!r}]: {name}" if pattern else name, value, kinds.get(name))
+                name: from_plain(f"groups[{pattern!r}]: {name}" if pattern else name, value, kinds.get(name))
                 for name, value in values.items()
             }
             for pattern, values in exported.items()

@@ -96,8 +96,8 @@ class Optimizer(StepperOwner):
         state = OptimizerState.start(options, parameters, groups, program.staged.states, external, loss_scale)
         self._users: Users = {}
         self._stepper = Stepper(state, program, _accumulation(state))
-        self._own(state)
-        self._own_groups(groups)
+        self._attach_loss_scale(state)
+        self._adopt_groups(groups)
 
     @classmethod
     def _check_settings(cls, uniforms: Sequence[Mapping[str, Any]]) -> None:

@@ -71,8 +71,7 @@ def _loss_scale(name: str, value: Any) -> LossScale:
 def _function(name: str, value: Any) -> Alloc:
     if not callable(value):
         raise TypeError(f"{name} must be a function of the number of bytes, got {checks.shown(value)}.")
-    made: Alloc = value
-    return made
+    return value  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -325,18 +324,16 @@ class StepOptions(TypedDict, total=False):
     ]
 
 
-def _rows() -> dict[str, Option]:
-    """The options of `StepOptions` by name; they and their hyperparameters know what they are called."""
-    rows = {}
-    for name, hint in get_type_hints(StepOptions, include_extras=True).items():
-        (row,) = hint.__metadata__
-        default = False if isinstance(row.default, bool) else None
-        hyper = row.hyper and replace(row.hyper, name=row.hyper.name or name, default=default, sentence=row.sentence)
-        rows[name] = replace(row, name=name, hyper=hyper)
-    return rows
+def _named(name: str, option: Option) -> Option:
+    """An option that knows what it is called, and so does its hyperparameter."""
+    hyper, default = option.hyper, False if isinstance(option.default, bool) else None
+    if hyper is not None:
+        hyper = replace(hyper, name=hyper.name or name, default=default, sentence=option.sentence)
+    return replace(option, name=name, hyper=hyper)
 
 
-OPTIONS = _rows()
+_HINTS = get_type_hints(StepOptions, include_extras=True)
+OPTIONS: dict[str, Option] = {name: _named(name, *hint.__metadata__) for name, hint in _HINTS.items()}
 # The hyperparameters of the step itself. Their ranges hold everywhere; those of a rule's are declared by its class.
 OWN: dict[str, Hyper[Any]] = {
     "lr": Hyper("lr", interval=NON_NEGATIVE),
@@ -365,7 +362,7 @@ def with_trees(settings: Mapping[str, Any], tree: Callable[[float], Any]) -> dic
 def signature() -> inspect.Signature:
     """The arguments of `Optimizer`."""
     parameter, keyword = inspect.Parameter, inspect.Parameter.KEYWORD_ONLY
-    places = [parameter(name, parameter.POSITIONAL_OR_KEYWORD, annotation=Any) for name in ("self", "params")]
+    first = [parameter(name, parameter.POSITIONAL_OR_KEYWORD, annotation=Any) for name in ("self", "params")]
     rule = parameter("rule", parameter.POSITIONAL_OR_KEYWORD, default=None, annotation="Rule | None")
     options = [
         parameter(name, keyword, default=OPTIONS[name].default, annotation=hint)
@@ -373,7 +370,7 @@ def signature() -> inspect.Signature:
     ]
     lr = parameter("lr", keyword, default=None, annotation=Any)
     rest = parameter("hyperparameters", parameter.VAR_KEYWORD, annotation=Any)
-    return inspect.Signature([*places, rule, lr, *options, rest], return_annotation=None)
+    return inspect.Signature([*first, rule, lr, *options, rest], return_annotation=None)
 
 
 def documented(docstring: str) -> str:
@@ -619,10 +616,10 @@ class Options:
             states: those of the staged rule, averages among them.
             starts: the numbers at which states of the rule begin, where it is not 0.
         """
-        made = [ROLES.get(name) or Role(name, starts_as=starts.get(name, 0.0)) for name in states]
+        roles = [ROLES.get(name) or Role(name, starts_as=starts.get(name, 0.0)) for name in states]
         for option in OPTIONS.values():
             role = option.column
             if role is not None and not role.saved and option.name in self.on:
-                kind = getattr(self, option.name, None)
-                made.append(replace(role, format=kind) if isinstance(kind, str) else role)
-        return sorted(made, key=lambda role: (not role.saved, role.written))
+                value = getattr(self, option.name, None)  # of the shadow, its format
+                roles.append(replace(role, format=value) if isinstance(value, str) else role)
+        return sorted(roles, key=lambda role: (not role.saved, role.written))

@@ -70,19 +70,19 @@ class StepperOwner(Exclusive):
         groups, before = stepper.state.groups, self._stepper.state.groups
         writes: list[tuple[Any, Any, Any]] = [(self.__dict__, "_stepper", stepper)]
         if groups is not before:
-            self._own_groups(groups)
+            self._adopt_groups(groups)
             writes.append((before.__dict__, "successor", groups))
         return writes
 
-    def _own(self, state: OptimizerState) -> None:
-        """Make the loss scale of a state this optimizer's."""
+    def _attach_loss_scale(self, state: OptimizerState) -> None:
+        """Let the loss scale of a state belong to this optimizer."""
         if state.loss_scale is not None:
             place: Any = state.parameters.place
             state.loss_scale.attach(self._catch_up, None if place is HOST else place, state.parameters.models)
 
-    def _own_groups(self, groups: Groups) -> None:
-        """Make groups this optimizer's."""
-        groups.users, groups.examine = self._users, None  # `groups` makes this optimizer's own
+    def _adopt_groups(self, groups: Groups) -> None:
+        """Let groups belong to this optimizer."""
+        groups.users, groups.examine = self._users, None  # the property `groups` sets it for this optimizer
         if self._stepper.state.options.capturable:
             groups.listener = self._push_settings
 
@@ -92,8 +92,8 @@ class StepperOwner(Exclusive):
         program = Program.of(state.options, state.groups, self._stepper.program.unscaled)
         stepper = Stepper(state, program, accumulation(state))
         if state.loss_scale is not before.loss_scale:
-            self._own(state)
-        self._own_groups(state.groups)
+            self._attach_loss_scale(state)
+        self._adopt_groups(state.groups)
         self._stepper = stepper
 
     # Hyperparameters and columns
@@ -144,10 +144,10 @@ class StepperOwner(Exclusive):
     @property
     def groups(self) -> Groups:
         """The groups by pattern; `opt.groups["head.*"].lr = 1e-4` takes effect at the next step."""
-        hyper = self._stepper.state.groups
-        if hyper.examine is None:  # weak, so that an optimizer is freed as soon as nobody has it
-            hyper.examine = weakref.WeakMethod(self._examine)
-        return hyper
+        groups = self._stepper.state.groups
+        if groups.examine is None:  # weak, so that an optimizer is freed as soon as nobody has it
+            groups.examine = weakref.WeakMethod(self._examine)
+        return groups
 
     def _column(self, role: Role) -> Any:
         """A column of the step's own in the parameters' structure."""

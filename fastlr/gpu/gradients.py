@@ -21,7 +21,7 @@ class DeviceGradients(Gradients):
     dtype; what a library cannot do is refused.
     """
 
-    _at: DevicePlace
+    _place: DevicePlace
 
     def _checked(self, path: str, leaf: Any, shapes: Sequence[Any]) -> tuple[Any, str]:
         """A gradient of this GPU, and its format.
@@ -32,10 +32,10 @@ class DeviceGradients(Gradients):
         """
         called = checks.called(path, "grads")
         place = places.of(leaf)
-        if not isinstance(place, DevicePlace) or place.device is not self._at.device:
+        if not isinstance(place, DevicePlace) or place.device is not self._place.device:
             raise TypeError(
-                f"{called} is a {type(leaf).__name__} on {place.label}, but the parameters are on {self._at.label}. "
-                f"Pass a {self._at.kind_of_array}."
+                f"{called} is a {type(leaf).__name__} on {place.label}, but the parameters are on {self._place.label}. "
+                f"Pass a {self._place.kind_of_array}."
             )
         leaf = place.readable(leaf)
         memory = place.memory(called, leaf)
@@ -65,7 +65,7 @@ class DeviceGradients(Gradients):
         """
         called, place = checks.called(path, "grads"), places.of(leaf)
         assert isinstance(place, DevicePlace)
-        stream = self._at.stream() if self.stream is None else self.stream
+        stream = self._place.stream() if self.stream is None else self.stream
         memory = place.memory(called, leaf)
         if kind != common or not memory.contiguous:
             with place.using(stream):
@@ -75,8 +75,8 @@ class DeviceGradients(Gradients):
         if memory.aligned and not self.overlaps(memory.address, memory.nbytes):
             return memory.address, leaf
         gathered = self._gather(common)
-        address = self._at.address(gathered) + first * (2 if common in FORMATS else self._dtype.itemsize)
-        self._at.device.copy(address, memory.address, memory.nbytes, stream)
+        address = self._place.address(gathered) + first * (2 if common in FORMATS else self._dtype.itemsize)
+        self._place.device.copy(address, memory.address, memory.nbytes, stream)
         return address, (gathered, leaf)
 
     def look(self, found: list[Any], flat: bool, wanted: str) -> list[int] | None:
@@ -91,21 +91,21 @@ class DeviceGradients(Gradients):
             An address for each, 0 where there is none; None if `leaves` or `flat` has to look at them, or an array of
             the caller's has moved.
         """
-        if [self._at.address(array) for _, array, _ in self._given] != [m.address for m in self._given_memory]:
+        if [self._place.address(array) for _, array, _ in self._given] != [m.address for m in self._given_memory]:
             return None
-        quick = self._at.quick_address
+        quick = self._place.quick_address
         shapes: Sequence[Any] = self._shapes
         if flat:
             shapes = [self._only_shape if getattr(found[0], "shape", None) == self._only_shape else (self._size,)]
-        for kind in (name for name, known in self._formats.items() if known == wanted):
-            addresses = [
-                0 if leaf is None else quick(leaf, shape, kind) for leaf, shape in zip(found, shapes, strict=True)
-            ]
-            known = [address for address in addresses if address is not None]
-            if len(known) == len(addresses):
-                nbytes = 2 if wanted in FORMATS else self._dtype.itemsize
-                apart = not (self.overlaps(known[0], self._size * nbytes) if flat else self.any_overlaps(known, nbytes))
-                return known if apart else None
+        for dtype in (name for name, format_ in self._formats.items() if format_ == wanted):
+            looked = (
+                0 if leaf is None else quick(leaf, shape, dtype) for leaf, shape in zip(found, shapes, strict=True)
+            )
+            addresses = [address for address in looked if address is not None]
+            if len(addresses) == len(found):
+                size = 2 if wanted in FORMATS else self._dtype.itemsize
+                overlap = self.overlaps(addresses[0], self._size * size) if flat else self.any_overlaps(addresses, size)
+                return None if overlap else addresses
         return None
 
     def flat(self, grads: Any) -> tuple[int, list[Any], str]:

@@ -40,7 +40,7 @@ class DevicePlan(Plan):
         rows: as for `Plan`.
         staged: as for `Plan`.
         advance: as for `Plan`.
-        kind: as for `Plan`.
+        grad_format: as for `Plan`.
         partial: as for `Plan`.
         place: where the parameters are.
         capturable: whether steps may be captured into a graph.
@@ -54,12 +54,12 @@ class DevicePlan(Plan):
         rows: DeviceRows,
         staged: Staged,
         advance: np.ndarray,
-        kind: str,
+        grad_format: str,
         partial: bool,
         place: DevicePlace,
         capturable: bool,
     ) -> None:
-        super().__init__(entries, rows, staged, advance, kind, partial)
+        super().__init__(entries, rows, staged, advance, grad_format, partial)
         self._place, self._device, self._capturable = place, place.device, capturable
         self.launches: dict[StepKernels, Launches] = {}
         self._last: Launches | None = None
@@ -103,7 +103,7 @@ class DevicePlan(Plan):
         gradients, there, flat = self._expected
         if [array is not None for array in given] != there:
             return False
-        addresses = gradients.look(given, flat, self.kind)
+        addresses = gradients.look(given, flat, self.grad_format)
         if addresses is None:
             return False
         self.point_gradients(addresses[0] if flat else addresses, flat)

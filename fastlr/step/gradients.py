@@ -75,7 +75,7 @@ class Gradients:
         quick: bool,
     ) -> None:
         place, paths, shapes, dtype = parameters.place, parameters.paths, parameters.shapes, parameters.dtype
-        self._at = place
+        self._place = place
         self._paths, self._shapes, self._dtype, self._alloc = paths, shapes, dtype, alloc
         self._sizes = [int(np.prod(shape, dtype=np.int64)) for shape in shapes]
         self._size = sum(self._sizes)
@@ -98,7 +98,7 @@ class Gradients:
     def allocate_own(self) -> Any:
         """Zeros to write gradients into; the same memory each time."""
         if self.own is None:
-            self.own = self._at.allocate(self._size, self._dtype, 1, self._alloc, self._given_memory)
+            self.own = self._place.allocate(self._size, self._dtype, 1, self._alloc, self._given_memory)
         return self.own
 
     def check_given(self) -> None:
@@ -108,7 +108,7 @@ class Gradients:
             RuntimeError: if one is not.
         """
         for (called, array, _), before in zip(self._given, self._given_memory, strict=True):
-            now = self._at.memory(called, array)
+            now = self._place.memory(called, array)
             if now != before:
                 raise RuntimeError(
                     f"{called} has changed: {_difference(before, now)}. Arrays that an optimizer updates must keep "
@@ -174,7 +174,7 @@ class Gradients:
             array, kind = grads, self._name  # the usual case, fast
         else:
             array, kind = checks.gradient("", grads, ((self._size,), self._only_shape), self._formats)
-        address = self._place(array)
+        address = self._address_in_place(array)
         if address is None:
             gathered = self._gather(kind)
             gathered.reshape(array.shape)[...] = array.view(gathered.dtype) if kind in FORMATS else array
@@ -221,18 +221,18 @@ class Gradients:
 
     def _settled(self, k: int, array: np.ndarray, kind: str, common: str) -> np.ndarray:
         """A leaf's gradient where it can be read in the common format: where it is, or gathered."""
-        if kind == common and self._place(array) is not None:
+        if kind == common and self._address_in_place(array) is not None:
             return array
         start = self._first[k]
-        place = self._gather(common)[start : start + self._sizes[k]].reshape(self._shapes[k])
+        target = self._gather(common)[start : start + self._sizes[k]].reshape(self._shapes[k])
         if kind == common:
-            place[...] = array.view(place.dtype) if kind in FORMATS else array
+            target[...] = array.view(target.dtype) if kind in FORMATS else array
         else:
             decode, _ = FORMATS[kind].make(np.where)
-            place[...] = decode(array.view(np.uint16))
-        return place
+            target[...] = decode(array.view(np.uint16))
+        return target
 
-    def _place(self, array: np.ndarray) -> int | None:
+    def _address_in_place(self, array: np.ndarray) -> int | None:
         """The address of a gradient that can be read where it is: in order, aligned, no part of what a step writes."""
         if array.flags.num & _IN_ORDER != _IN_ORDER:
             return None
@@ -256,7 +256,7 @@ class Gradients:
         """Memory for gradients that cannot be read where they are."""
         storage = FORMATS[kind].storage if kind in FORMATS else kind
         if storage not in self._scratch:
-            self._scratch[storage] = self._at.allocate(self._size, storage, 1, self._alloc, self._given_memory)
+            self._scratch[storage] = self._place.allocate(self._size, storage, 1, self._alloc, self._given_memory)
         return self._scratch[storage]
 
 

@@ -183,13 +183,13 @@ class Plan(abc.ABC):
         rows: of the leaves, with their tables of settings (`Rows.install`).
         staged: the rule.
         advance: see `Rows.advance`.
-        kind: the format of the gradients.
+        grad_format: of the gradients.
         partial: whether it is a step of a part.
 
     Attributes:
         entries: the tables.
         leaves, tiles, updated_tiles, left_out: see `Entries`.
-        kind, partial, advance: as given.
+        grad_format, partial, advance: as given.
         reports: what `decide` reported of each row.
         entry: the entry of each leaf and model, -1 where there is none; None if no sums are taken.
         layout: how to read what a step reported; None if it reports nothing.
@@ -201,9 +201,15 @@ class Plan(abc.ABC):
     layout: Layout | None = None
 
     def __init__(
-        self, entries: Entries, rows: Rows, staged: Staged, advance: np.ndarray, kind: str, partial: bool
+        self, entries: Entries, rows: Rows, staged: Staged, advance: np.ndarray, grad_format: str, partial: bool
     ) -> None:
-        self.entries, self.rows, self.staged, self.kind, self.partial = entries, rows, staged, kind, partial
+        self.entries, self.rows, self.staged, self.grad_format, self.partial = (
+            entries,
+            rows,
+            staged,
+            grad_format,
+            partial,
+        )
         self.leaves, self.tiles, self.updated_tiles = entries.leaves, entries.tiles, entries.updated_tiles
         self.left_out, self.advance = entries.left_out, advance
         self.gradients = self.leaves[: entries.updated, _GRADIENT]
@@ -306,9 +312,9 @@ class HostPlan(Plan):
     """
 
     def __init__(
-        self, entries: Entries, rows: Rows, staged: Staged, advance: np.ndarray, kind: str, partial: bool
+        self, entries: Entries, rows: Rows, staged: Staged, advance: np.ndarray, grad_format: str, partial: bool
     ) -> None:
-        super().__init__(entries, rows, staged, advance, kind, partial)
+        super().__init__(entries, rows, staged, advance, grad_format, partial)
         sizes = entries.itemsizes
         self._work = entries.elements * (sum(sizes) + sum(sizes[: 2 * len(staged.measures)]))  # bytes moved
         self.leaf_sums = np.zeros((len(self.leaves), staged.quantities))

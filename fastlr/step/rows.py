@@ -24,7 +24,7 @@ from ..kernels.layout import (
 
 
 def _distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct rows of a table of integers, in order: the first place of each, and for each row which it is.
+    """The distinct rows of a table of integers, in order: where each is first, and for each row which of them it is.
 
     As `np.unique(rows, axis=0)`, which compares structured arrays and turns an interrupt into a TypeError.
     """

@@ -224,8 +224,8 @@ class Scheduled:
         if len(self.entries) == 1 and len(self.entries[0].rows) == 1 and not self.entries[0].per_model:
             (e,) = self.entries
             interval = e.hyper.interval
-            place = int(e.rows[0]), e.column
-            self._single = e.value, e.numbers, place, interval.low, interval.high, interval.included
+            cell = int(e.rows[0]), e.column
+            self._single = e.value, e.numbers, cell, interval.low, interval.high, interval.included
 
     @staticmethod
     def _numbers(entry: _Entry, observed: Remembered) -> tuple[Any, ...]:
@@ -401,22 +401,22 @@ class Rates(Mapping[str, Any]):
         return len(self._parts)
 
 
-def places(hyper: Groups) -> Iterator[tuple[str, Plateau]]:
-    """The plateaus among the hyperparameters, each with the name of its place."""
-    for label, schedule in hyper.schedules():
+def labelled_plateaus(groups: Groups) -> Iterator[tuple[str, Plateau]]:
+    """The plateaus among the hyperparameters, each with a label that says where it is used."""
+    for label, schedule in groups.schedules():
         for k, plateau in enumerate(plateaus_of(schedule)):
             yield f"{label}, {k}" if k else label, plateau
 
 
-def saved(here: Iterable[tuple[str, Plateau]], observed: Remembered) -> dict[str, Any]:
-    """What plateaus remember, as plain data: by their places, since equal ones may remember different things."""
-    return {place: asdict(observed.of(plateau)) for place, plateau in here}
+def saved(labelled: Iterable[tuple[str, Plateau]], observed: Remembered) -> dict[str, Any]:
+    """What plateaus remember, as plain data: by their labels, since equal ones may remember different things."""
+    return {label: asdict(observed.of(plateau)) for label, plateau in labelled}
 
 
-def restored(here: Iterable[tuple[str, Plateau]], data: Any) -> Remembered:
-    """What `saved` returned, for the plateaus that are in these places now.
+def restored(labelled: Iterable[tuple[str, Plateau]], data: Any) -> Remembered:
+    """What `saved` returned, for the plateaus that have these labels now.
 
-    States of fastlr 0.1 have it by the code of the plateau, equal ones together.
+    States of fastlr 0.1 have the code of a plateau for its label, so that equal ones share what they remember.
 
     Raises:
         ValueError: if it is something else.
@@ -436,8 +436,8 @@ def restored(here: Iterable[tuple[str, Plateau]], data: Any) -> Remembered:
         raise ValueError(f"this is not what plateaus remember: {checks.shown(data)}.")
     states = {name: Observed(**{k: checked(k, v) for k, v in state.items()}) for name, state in data.items()}
     observed = Remembered()
-    for place, plateau in here:
-        state = states.get(place, states.get(repr(plateau)))
+    for label, plateau in labelled:
+        state = states.get(label, states.get(repr(plateau)))
         if state is not None:
             observed.put(plateau, replace(state))
     return observed

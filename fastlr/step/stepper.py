@@ -63,8 +63,7 @@ class Selection:
 
     def __hash__(self) -> int:
         """Computed once: a selection may have thousands of leaves."""
-        found: int = self.__dict__["_hash"]
-        return found
+        return self.__dict__["_hash"]  # type: ignore[no-any-return]
 
 
 class Prepared(NamedTuple):
@@ -455,7 +454,7 @@ class Stepper:
         if unscaled:
             self._enter_scale(scale)
         clear = own and self._options.zero_grads
-        kernel = self._kernels.get((plan.kind, clear)) or self.kernel(plan.kind, clear)
+        kernel = self._kernels.get((plan.grad_format, clear)) or self.kernel(plan.grad_format, clear)
         writes = None
         if own:
             writes = self.accumulation.after_step(seen)

@@ -147,7 +147,7 @@ def show(group: dict[str, Any], number: Callable[[Schedule], float]) -> None:
 
 
 def plateaus(group: Mapping[str, Any]) -> Iterator[tuple[str, Plateau]]:
-    """The plateaus among the schedules of a group, each with the name of its place."""
+    """The plateaus among the schedules of a group, each with a label that says where it is used."""
     for name, value in (group.get(SCHEDULES) or {}).items():
         for k, part in enumerate(value if isinstance(value, tuple) else [value]):
             for j, plateau in enumerate(plateaus_of(part) if isinstance(part, Schedule) else ()):

@@ -243,7 +243,9 @@ def _rule_names(recipe: Recipe, present: Group) -> list[str]:
 
 def _schedules_from(saved: Mapping[str, Any], present: Group, schedules: Mapping[str, Any]) -> dict[str, Any]:
     """The schedules that were saved of a group; a function of the user's is the one that is there now."""
-    return {name: groups.given(name, value, present.get(name), schedules.get(name)) for name, value in saved.items()}
+    return {
+        name: groups.from_plain(name, value, present.get(name), schedules.get(name)) for name, value in saved.items()
+    }
 
 
 @contextlib.contextmanager
