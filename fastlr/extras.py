@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from .checks import shown
+
 __all__ = ["pack", "unpack"]
 
 DEEPEST = 200  # containers within containers
@@ -30,7 +32,7 @@ def pack(extra: Any) -> tuple[Any, list[np.ndarray]]:
         if isinstance(value, Mapping):
             for key in value:
                 if not isinstance(key, str):
-                    raise TypeError(f"{label} has the key {key!r}; keys must be strings. Convert it with str.")
+                    raise TypeError(f"{label} has the key {shown(key)}; keys must be strings. Convert it with str.")
             return {
                 ("$" if key.startswith("$") else "") + key: one(f"{label}[{key!r}]", v, depth + 1)
                 for key, v in value.items()
@@ -52,7 +54,7 @@ def pack(extra: Any) -> tuple[Any, list[np.ndarray]]:
         )
 
     if not isinstance(extra, Mapping):
-        raise TypeError(f"extra must be a dict, got {extra!r}.")
+        raise TypeError(f"extra must be a dict, got {shown(extra)}.")
     return one("extra", extra, 0), arrays
 
 

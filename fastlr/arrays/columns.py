@@ -122,6 +122,16 @@ class Parameters:
             return self.source.like(data)
         return FlatBuffer(self.structure, self.shapes, data)
 
+    def data_of(self, name: str, buffer: FlatBuffer) -> Any:
+        """The array of a buffer that goes along with the parameters.
+
+        Raises:
+            ValueError: if its structure or its shapes differ from theirs.
+        """
+        if buffer.structure.paths != self.paths or buffer.shapes != tuple(self.shapes):
+            raise ValueError(f"{name} was made from a different structure than params. Make it from the same one.")
+        return buffer.data
+
     def companions(self, name: str, tree: Any, written: bool, kinds: Sequence[str] | None = None) -> list[Any]:
         """The leaves of a tree that goes along with the parameters, checked.
 

@@ -175,9 +175,7 @@ class FlatPoint:
         """
         params = self.parameters
         if isinstance(grads, FlatBuffer):
-            if grads.structure.paths != params.paths or grads.shapes != tuple(params.shapes):
-                raise ValueError(f"{name} was made from a different structure than params. Make it from the same one.")
-            grads = grads.data
+            grads = params.data_of(name, grads)
         if params.is_array or not is_container(grads):
             array = checks.numeric(name, grads)
             shapes = {(params.size,): None, **({params.shapes[0]: None} if params.is_array else {})}
@@ -192,8 +190,8 @@ class FlatPoint:
             if array.shape != shape:
                 raise ValueError(f"{called} has shape {array.shape}, but the parameter has {shape}.")
             arrays.append(array)
-        for place, array in zip(params.cut(self.g), arrays, strict=True):
-            place[...] = array
+        for part, array in zip(params.cut(self.g), arrays, strict=True):
+            part[...] = array
 
 
 def _cubic(a: float, fa: float, da: float, b: float, fb: float, db: float) -> float | None:

@@ -349,7 +349,7 @@ class Stepper:
             flat = True
         elif not flat:
             if isinstance(grads, FlatBuffer):
-                grads = self._data_of(grads)
+                grads = parameters.data_of("grads", grads)
             flat = parameters.is_array or not is_container(grads)
         if flat:
             things = [grads]
@@ -411,13 +411,6 @@ class Stepper:
             mask = tuple(path in matched for path in paths)
             self._masks[key] = None if all(mask) else mask
         return self._masks[key]
-
-    def _data_of(self, buffer: FlatBuffer) -> Any:
-        """The array of a buffer of gradients."""
-        parameters = self.state.parameters
-        if buffer.structure.paths != parameters.paths or buffer.shapes != tuple(parameters.shapes):
-            raise ValueError("grads was made from a different structure than params. Make it from the same one.")
-        return buffer.data
 
     def _point(self, located: Located, unscaled: bool) -> tuple[Stepper, Plan]:
         """The plan for gradients, which knows where they are, and its stepper: this one, or one that suits it."""

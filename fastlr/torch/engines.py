@@ -156,10 +156,7 @@ class Engine:
     @property
     def stepper(self) -> Stepper:
         """What makes the steps of the native optimizer, for the settings as they are."""
-        stepper = self.native._stepper
-        if stepper.is_outdated:
-            stepper = self.native._stepper = stepper.renewed()
-        return stepper
+        return self.native._current()
 
     @stepper.setter
     def stepper(self, stepper: Stepper) -> None:
@@ -364,7 +361,7 @@ class Engine:
 
     def _watch(self) -> None:
         """Remember where parameters, states and averages are."""
-        unwatched = {"step", *self.rule.scalars, *(() if self.ema_out is None else ["ema"])}
+        unwatched = {"step", *self.rule.scalars, *(() if self.ema_out is None else [EMA.name])}
         states = [t for entries in self.entries for name, t in entries.items() if name not in unwatched]
         watched = [*self.params, *states[:: -(-len(states) // _MOST_WATCHED) or 1]]
         self._first_average = len(watched)
@@ -478,13 +475,13 @@ class Engine:
         watched, gradients = (array.__array_interface__["data"][0] for array in (self._watched, grads))
         # From here on addresses may be new: an interrupt must not leave them beside gradients of an earlier step.
         usual, self._usual = self._usual, None
-        news = EXCHANGE.compare(watched, gradients, self._described, self._addresses, self._kind)
+        result = EXCHANGE.compare(watched, gradients, self._described, self._addresses, self._kind)
         if averages:  # which only their owner keeps
             self._watched[self._first_average :] = None
-        if news == exchange.MOVED:
+        if result == exchange.MOVED:
             return False
-        if news < 0 and not any(p.grad.is_neg() for p in self._singles):  # others with this bit differ in their strides
-            if news == exchange.SAME and usual is not None:
+        if result < 0 and not any(p.grad.is_neg() for p in self._singles):  # larger ones with it have other strides
+            if result == exchange.SAME and usual is not None:
                 self._located = self._usual = usual
                 return True
             name = self._kinds.get(self._kind.item())
