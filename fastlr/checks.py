@@ -209,11 +209,11 @@ def scale(name: str, value: Any, population: int | None) -> float | np.ndarray:
 
 
 def number(name: str, value: Any, low: float, high: float) -> float:
-    """A number between two others.
+    """A number between `low` and `high`, both excluded.
 
     Raises:
         TypeError: if it is no number.
-        ValueError: if it is not above the one and below the other.
+        ValueError: if it is outside this range.
     """
     found = real(name, value)
     if not low < found < high:
@@ -223,11 +223,11 @@ def number(name: str, value: Any, low: float, high: float) -> float:
 
 
 def within(name: str, value: Any, low: float = 0.0, high: float = math.inf) -> float:
-    """A finite number from one to another, these included.
+    """A finite number from `low` to `high`, both included.
 
     Raises:
         TypeError: if it is no number.
-        ValueError: if it is below the one, above the other, or not finite.
+        ValueError: if it is outside this range or not finite.
     """
     found = real(name, value)
     if not (low <= found <= high and math.isfinite(found)):
@@ -363,7 +363,7 @@ def readable(name: str, leaf: Any) -> np.ndarray:
     """What a user gave for an array of numbers, as NumPy reads it; without a copy where possible.
 
     Raises:
-        TypeError: if it is none, or means more than its memory.
+        TypeError: if it is not one, or is more than the numbers in its memory, see `places.is_plain`.
     """
     places.check_plain(name, leaf)
     try:
@@ -380,7 +380,7 @@ def numeric(name: str, leaf: Any) -> np.ndarray:
     """As `readable`, of whatever dtype of real numbers.
 
     Raises:
-        TypeError: if it is no array of real numbers, or means more than its memory.
+        TypeError: if it is no array of real numbers, or is more than the numbers in its memory.
     """
     array = readable(name, leaf)
     if array.dtype.kind not in "iuf" and array.dtype.name not in FORMATS:

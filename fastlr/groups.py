@@ -20,12 +20,12 @@ __all__ = ["Group", "Groups", "everywhere", "plain", "somewhere"]
 
 
 def everywhere(value: Any) -> bool:
-    """Whether a hyperparameter is on, not 0, in all models; one that follows a schedule is."""
+    """Whether a hyperparameter is on, that is not 0, in all models; one that follows a schedule counts as on."""
     return isinstance(value, Schedule) or bool(np.all(value))
 
 
 def somewhere(value: Any) -> bool:
-    """Whether a hyperparameter is on, not 0, in some model; one that follows a schedule is."""
+    """Whether a hyperparameter is on, that is not 0, in some model; one that follows a schedule counts as on."""
     return isinstance(value, Schedule) or bool(np.any(value))
 
 
@@ -35,7 +35,7 @@ def matching(name: str, pattern: str, paths: Sequence[str]) -> list[str]:
     Raises:
         ValueError: if none does.
     """
-    if pattern in paths:  # brackets in it are no set of characters, then
+    if pattern in paths:  # then brackets in it do not mean a set of characters
         return [pattern]
     matched = [p for p in paths if fnmatchcase(p, pattern)]
     if not matched:
@@ -49,7 +49,7 @@ def matching(name: str, pattern: str, paths: Sequence[str]) -> list[str]:
 
 
 def plain(value: Any) -> Any:
-    """A hyperparameter as JSON has it: numbers, lists, and schedules as dicts; of a function of the user's its name."""
+    """A hyperparameter as JSON: numbers, lists, and dicts for schedules; for a function of the user's, its name."""
     if isinstance(value, Schedule):
         try:
             return value.to_dict()

@@ -35,11 +35,11 @@ class Hyper(Generic[T]):
         kind: "number", "flag" or "pair".
         interval: where each number of it must be.
         parts: the names that the rule has for the numbers of a pair.
-        optional: whether None is allowed: off.
-        per_model: whether a population takes one for each model.
+        optional: whether None is allowed, which turns it off.
+        per_model: whether a population can have one for each model.
         scheduled: whether it may follow a schedule.
-        starts: the state that begins at it. Such a number is chosen when the optimizer is built: it follows no schedule
-            and is the same for all groups and models.
+        starts: the state whose first value it is, or "". Such a number is fixed when the optimizer is built: it follows
+            no schedule and is the same for all groups and models.
         default: if nobody gives another; None where there is none.
         sentence: what it is, from the docstring of the class.
     """

@@ -90,10 +90,10 @@ class LossScale:
         return float(self._scale) if self._scale.ndim == 0 else self._scale.copy()
 
     def update(self, skipped: Any) -> None:
-        """Take account of a step.
+        """Grow or shrink after a step.
 
         Args:
-            skipped: whether it was skipped, for each model of a population if there is one.
+            skipped: whether the step was skipped, for each model of a population if there is one.
         """
         skipped = checks.readable("skipped", skipped)
         self._catch_up()
@@ -138,7 +138,7 @@ class LossScale:
         Args:
             state: what it returned.
             population: number of models of the optimizer that it is for, or None.
-            alone: whether it is for no optimizer, so that it may be of any number of models.
+            alone: whether it is for a scale without an optimizer, which may have any number of models.
 
         Raises:
             ValueError: if it is something else.

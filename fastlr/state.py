@@ -177,7 +177,7 @@ class OptimizerState:
 
 
 def rows_of(groups: Groups, counts: Counts) -> tuple[np.ndarray, np.ndarray]:
-    """For each leaf the index of its settings, and for each of these and each model whether it is frozen.
+    """For each leaf, the index of its configuration; for each configuration and model, whether it is frozen.
 
     Args:
         groups: the hyperparameters.

@@ -65,7 +65,7 @@ class Parameters:
         population: number of models, or None.
         place: where they are.
         leaves, memory, shapes, sizes: the arrays in order, of all models.
-        starts: the place of each leaf's first element if all stood one after the other.
+        starts: the index of each leaf's first element in flat data.
         size: number of elements.
         dtype: of every leaf.
         everyone: True for each leaf.
@@ -158,7 +158,7 @@ class Parameters:
 
 
 class Columns:
-    """What a step reads and writes of each element beside parameter and gradient.
+    """What a step reads and writes for each element besides the parameter and the gradient.
 
     Args:
         parameters: what they go along with.
@@ -247,7 +247,7 @@ class Columns:
     def tree(self, name: str) -> Any:
         """A column in the parameters' structure: a view, or the caller's own arrays as they were given.
 
-        Numbers in another format than the parameters' are bits where NumPy does not know it.
+        Numbers in a format that NumPy does not know are given as their bits.
         """
         if name in self.external:
             return self.external[name]
@@ -260,7 +260,7 @@ class Columns:
             self._copy(self.roles[SHADOW.name], self._parameters.leaves)
 
     def shadow_of(self, leaves: Sequence[Any]) -> list[tuple[Any, np.ndarray]]:
-        """For other parameters, the arrays of the copy in low precision and what belongs there; none without a copy.
+        """The arrays of the low-precision copy, each with what it is to hold for other parameters; none without a copy.
 
         Args:
             leaves: the parameters, here or on the host.

@@ -252,7 +252,7 @@ def _take(raw: np.ndarray, begin: int, nbytes: int, used: Sequence[Memory]) -> N
         return any(a < end and begin < b for a, b, _ in list(_IN_USE.values()))
 
     if taken():
-        gc.collect()  # what used it may be gone but for a circle of references
+        gc.collect()  # what used it may be garbage that refers to itself
     if taken() or any(m.address < end and begin < m.address + m.nbytes for m in used):
         raise ValueError(
             "alloc returned memory that is in use: that of parameters, or what it returned for a buffer that still "

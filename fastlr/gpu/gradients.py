@@ -17,8 +17,8 @@ __all__ = ["DeviceGradients"]
 class DeviceGradients(Gradients):
     """Finds the addresses of gradients on a GPU, of any library; arguments as for `Gradients`.
 
-    As on the CPU, a gradient is copied first if it cannot be read where it is, and converted if the others have another
-    dtype; what a library cannot do is refused.
+    As on the CPU, a gradient that cannot be read where it is is copied first, and one whose dtype differs from the
+    others' is converted. If its library can do neither, the gradient is refused.
     """
 
     _place: DevicePlace

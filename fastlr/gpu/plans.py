@@ -1,10 +1,9 @@
 """Plans on a GPU: the tables of a step, uploaded when they change, and its launches.
 
-Who knows the counters: `decide` needs nothing that the host does not know if a step takes no sums, does not test its
-gradients and has one row. Then the host decides, and hands the few numbers to a single kernel by value. Otherwise
-`decide` runs on the GPU, from settings that are uploaded when they change, and advances the counters there. The host
-counts along where it can; where it cannot (a step may be skipped, a graph may be replayed), whoever asks for a counter
-waits for the GPU.
+If a step takes no sums, does not test its gradients and has one row, the host knows all that `decide` needs: then the
+host decides, and passes the few numbers to a single kernel by value. Otherwise `decide` runs on the GPU, from settings
+that are uploaded when they change, and advances the counters there. The host counts along where it can; where it cannot
+(a step may be skipped, a graph may be replayed), whoever asks for a counter waits for the GPU.
 """
 
 from __future__ import annotations

@@ -156,7 +156,7 @@ class Rows:
         """Learn what only a GPU knows; nothing to do on the CPU."""
 
     def replace(self, new: Rows) -> bool:
-        """Take over the counts of other rows if the same leaves share them; whether that was possible."""
+        """Take over the counts of other rows if the same leaves share them; False if they do not."""
         same = ("index", "configuration", "model", "frozen")
         if not all(np.array_equal(getattr(self, name), getattr(new, name)) for name in same):
             return False
@@ -174,11 +174,11 @@ class Rows:
         return Counts(t, clock, skipped, self.scalars[self.index], self.steps)
 
     def split(self, active: Sequence[bool], seen: Sequence[bool]) -> np.ndarray | None:
-        """A partition that tells leaves apart which a step treats differently; None if they share no row.
+        """A partition that separates leaves which a step treats differently; None if such leaves share no row.
 
         Args:
             active: for each leaf, whether it is updated if it is not frozen.
-            seen: for each leaf, whether the step is one of it at all.
+            seen: for each leaf, whether it takes part in the step at all.
         """
         leaves, models = self.index.shape
         part = np.array(active, np.int64) + 2 * np.array(seen, np.int64)
@@ -193,7 +193,7 @@ class Rows:
 
         Args:
             active: for each leaf, whether it is updated if it is not frozen.
-            seen: for each leaf, whether the step is one of it at all: then it is part of it while it is frozen.
+            seen: for each leaf, whether it takes part in the step at all; a frozen leaf can.
         """
         out = np.zeros((len(self) + 1, ADVANCES), np.int64)
         active, seen, frozen = active[:, None], seen[:, None], self.frozen[self.index]

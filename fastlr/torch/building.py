@@ -68,7 +68,7 @@ class Built:
         params: the parameters of each group that the engines are made for; None before there are engines.
         taken: the hyperparameters of each group as engines have taken them over; None: to be taken over again.
         outside: whether clipping and the test for NaN and Inf are done outside of the native optimizers.
-        held: what `opt.state` holds.
+        held: remembers what `opt.state` holds.
     """
 
     recipe: Recipe
@@ -99,7 +99,7 @@ class Built:
             return True
         if not all(engine.is_in(state) for engine in self.engines):
             return False
-        self.held.remember(state)  # it is something of others that has changed
+        self.held.remember(state)  # only what others keep there has changed
         return True
 
     def find(self) -> bool:

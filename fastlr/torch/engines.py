@@ -234,7 +234,7 @@ class Engine:
         return not self._state.gradients.any_overlaps(addresses, getattr(torch, name).itemsize)
 
     def prepare_native(self, located: Located, scale: float) -> Prepared:
-        """Everything of a step of the native optimizer that can fail.
+        """Do everything in a step of the native optimizer that can fail.
 
         Args:
             located: where the gradients are.
@@ -522,7 +522,7 @@ class Engine:
         return self._located.active is None or any(self._located.active)
 
     def prepare(self, scale: float) -> list[Any]:
-        """Everything of a step with the gradients found that can fail; it writes nothing that a user could see.
+        """Do everything in a step with the gradients found that can fail; nothing that a user could see is written.
 
         Args:
             scale: what to divide the gradients by.

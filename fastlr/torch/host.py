@@ -37,7 +37,7 @@ class HostOptimizer(Optimizer):
     on its way; clipping and the test for NaN and Inf are done on the GPU before.
 
     Memory per parameter, with AdamW and bfloat16: 12 bytes on the host (master, two states) beside weight and gradient
-    (4 bytes); with weights on a GPU 4 more on the host, for gradient and weight on their way. A step moves 28 bytes per
+    (4 bytes); with weights on a GPU 4 more on the host, for gradients and weights in transit. A step moves 28 bytes per
     parameter through the host's memory, and 2 each way between host and GPU; with clipping or the test, weights on the
     CPU have their gradients read once more, 2 bytes.
 

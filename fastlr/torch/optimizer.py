@@ -32,7 +32,7 @@ __all__ = ["IMPLEMENTATIONS", "OFFERED", "Optimizer"]
 
 # Arguments of torch.optim that choose between its implementations: taken, kept in the groups, without effect here.
 IMPLEMENTATIONS = {"foreach": None, "capturable": False, "differentiable": False, "fused": None}
-# Options whose part PyTorch or this module plays.
+# Options that PyTorch or this module takes care of.
 _ELSEWHERE = {name for name, option in OPTIONS.items() if not option.torch}
 # The options of the step that optimizers for PyTorch take.
 OFFERED = [name for name in OPTIONS if name not in _ELSEWHERE | {"capturable"}]
@@ -41,20 +41,20 @@ OFFERED = [name for name in OPTIONS if name not in _ELSEWHERE | {"capturable"}]
 class Optimizer(Exclusive, torch.optim.Optimizer):  # type: ignore[misc]
     """Any rule as a `torch.optim.Optimizer`; `fastlr.torch.AdamW` and the others are this class with a rule.
 
-    Parameters and gradients stay where they are, and one pass updates all of them; only the state is in flat memory,
-    of which `opt.state[p]` has views. Everything that works on an optimizer of PyTorch works on this one: groups,
+    Parameters and gradients stay where they are, and one pass updates all of them; only the state is in flat memory, of
+    which `opt.state[p]` has views. Everything that works on an optimizer of PyTorch works on this one: groups,
     `add_param_group`, closures, hooks, learning-rate schedulers, `GradScaler`, `copy.deepcopy` and pickle, and
-    `state_dict` goes over to the counterpart in `torch.optim` and back. A parameter that has moved or was exchanged, a
-    gradient in another place, a state that was set, cleared or replaced, a hyperparameter set in a group: the next step
-    sees it. What others keep in `opt.state` stays. A parameter whose gradient is None is not updated. On a GPU the step
-    counts in `opt.state` are brought up to date when the state is saved.
+    `state_dict` can be exchanged with the counterpart in `torch.optim`. The next step notices a parameter that has
+    moved or was replaced, a gradient in another place, a state that was set, cleared or replaced, and a hyperparameter
+    set in a group. What others keep in `opt.state` stays. A parameter whose gradient is None is not updated. On a GPU
+    the step counts in `opt.state` are brought up to date when the state is saved.
 
-    A group has a number for each hyperparameter; of one that follows a schedule it is that of the next step, and the
-    schedule is beside it in `group["schedules"]`. A number that somebody sets takes the place of the schedule, with a
-    warning; a scheduler of PyTorch that changes it is refused.
+    A group holds a number for each hyperparameter. For one that follows a schedule it is the number for the next step,
+    and the schedule itself is in `group["schedules"]`. If somebody sets the number, it replaces the schedule, with a
+    warning; if a scheduler of PyTorch changes it, the next step raises.
 
     A step tells autograd what it writes, so that a backward pass that needs the old values fails instead of being
-    wrong. Several dtypes and devices in one optimizer are fine; clipping and skipping are about all of them together.
+    wrong. Several dtypes and devices in one optimizer are fine; clipping and skipping treat all of them together.
 
     Args:
         params: parameters, named parameters, or groups, as `torch.optim` takes them: float32 or float64, dense in
@@ -93,7 +93,7 @@ class Optimizer(Exclusive, torch.optim.Optimizer):  # type: ignore[misc]
 
     _counterpart: ClassVar[str | None] = None  # the name of the counterpart in torch.optim
     _step_supports_amp_scaling = True  # GradScaler sets grad_scale and found_inf instead of writing the gradients
-    _is_complete = False  # until then schedules may be functions of what is not there yet
+    _is_complete = False  # until then schedules are not evaluated: they may use what does not exist yet
 
     def __init__(
         self,
@@ -206,7 +206,7 @@ class Optimizer(Exclusive, torch.optim.Optimizer):  # type: ignore[misc]
 
     @property
     def ema_out(self) -> list[torch.Tensor] | None:
-        """The tensors in which the average is kept, or None; set it when they are others, such as a new target network.
+        """The tensors in which the average is kept, or None; set it to use others, such as a new target network's.
 
         Raises:
             TypeError: if something else than tensors is set.
@@ -231,11 +231,11 @@ class Optimizer(Exclusive, torch.optim.Optimizer):  # type: ignore[misc]
     # Engines
 
     def _current(self) -> Built:
-        """The engines, made anew if parameters or groups are others than before."""
+        """The engines, rebuilt if parameters or groups have changed."""
         return self._built if self._built.fits(self.param_groups) else self._rebuild()
 
     def _ready(self) -> Built:
-        """The engines, made anew if parameters, groups or the state are others than before; gradients are found."""
+        """The engines, rebuilt if parameters, groups or the state have changed, with the gradients found."""
         built = self._current()
         if not built.is_in(self.state):
             built = self._rebuild()
@@ -444,18 +444,18 @@ class Optimizer(Exclusive, torch.optim.Optimizer):  # type: ignore[misc]
 
     @property
     def averaged(self) -> Any:
-        """Of a schedule-free optimizer the averaged parameters, what to evaluate and to keep; as `ema`."""
+        """The averaged parameters of a schedule-free optimizer, to evaluate and to keep; in the form of `ema`."""
         return self._by_parameter(self._average_letter())
 
     @property
     def eval(self) -> Callable[[], None]:
-        """Of a schedule-free optimizer: `opt.eval()` puts the averages into the parameters, until `train()`."""
+        """For a schedule-free optimizer: `opt.eval()` puts the averages into the parameters, until `train()`."""
         self._average_letter()
         return self._put_averages
 
     @property
     def train(self) -> Callable[[], None]:
-        """Of a schedule-free optimizer: `opt.train()` puts the weights of training back, bit for bit."""
+        """For a schedule-free optimizer: `opt.train()` puts the training weights back, bit for bit."""
         self._average_letter()
         return self._put_weights
 

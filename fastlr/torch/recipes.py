@@ -77,7 +77,7 @@ class Recipe:
         return dict(zip(self.names, values, strict=True))
 
     def probe(self, values: Iterable[Any]) -> Native:
-        """A native optimizer of one number with the settings of a group: checks them, and tells which states they need.
+        """A native optimizer over one number, with a group's settings: it checks them and shows which states they need.
 
         Raises:
             TypeError: if a value is of the wrong kind.
