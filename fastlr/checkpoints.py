@@ -54,7 +54,7 @@ def _identity(current: OptimizerState) -> dict[str, Any]:
 
 
 def _described(current: OptimizerState, params: bool) -> dict[str, Any]:
-    """What an optimizer knows beside arrays, and whether the parameters are there."""
+    """What an optimizer knows besides arrays, and whether the parameters are there."""
     described = {
         **_identity(current),
         "optimizer": current.options.optimizer,

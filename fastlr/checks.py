@@ -20,7 +20,7 @@ from .kernels.formats import FORMATS
 
 DTYPES = ("float32", "float64")
 
-# What a state dict holds beside the states of the rule.
+# What a state dict holds besides the states of the rule.
 RESERVED = ("params", "step", "clock", "skipped", "fastlr")
 
 
@@ -441,7 +441,7 @@ def state_names(names: Iterable[str], columns: Iterable[str]) -> None:
 
     Args:
         names: of the states.
-        columns: what a step keeps of each element beside the states.
+        columns: what a step keeps for each element besides the states.
 
     Raises:
         ValueError: if one is taken; saving such a state would overwrite something else.

@@ -1,4 +1,4 @@
-"""What a caller saves beside an optimizer: numbers, strings, lists, dicts and arrays, as JSON and a list of arrays."""
+"""What a caller saves with an optimizer: numbers, strings, lists, dicts and arrays, as JSON and a list of arrays."""
 
 from __future__ import annotations
 

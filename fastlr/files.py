@@ -187,7 +187,7 @@ def _beside(path: Path, mode: int) -> tuple[Path, int]:
 
 
 def _remove_left_over(path: Path) -> None:
-    """Remove the files beside a path that processes have left there which died while they wrote it."""
+    """Remove the files beside a path that were left by processes which died while writing it."""
     ours = re.compile(rf"\.{re.escape(path.name)}\.fastlr-[0-9a-f]{{8}}\.part")
     for entry in path.parent.iterdir():
         if ours.fullmatch(entry.name):

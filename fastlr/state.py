@@ -34,7 +34,7 @@ class OptimizerState:
     Attributes:
         options: what the optimizer was built with.
         parameters: the caller's.
-        columns: the states, averages and copies beside them.
+        columns: the states, averages and copies that belong to them.
         gradients: what finds gradients for them.
         backend: what carries out steps where they are.
         groups: the hyperparameters.
@@ -81,7 +81,7 @@ class OptimizerState:
 
     @property
     def addresses(self) -> list[Column]:
-        """The columns of a plan: of the parameters, then of what is beside them."""
+        """The columns of a plan: of the parameters, then of the other columns."""
         place, columns = self.parameters.place, self.columns
         return [
             Column.of(self.parameters.leaves, place, self.parameters.dtype.itemsize),
@@ -191,7 +191,7 @@ def rows_of(groups: Groups, counts: Counts) -> tuple[np.ndarray, np.ndarray]:
 def _memory(
     options: Options, parameters: Parameters, states: Sequence[str], external: Mapping[str, Any]
 ) -> tuple[Columns, Gradients, Backend]:
-    """The columns beside parameters and gradients, what finds the gradients, and where it all is."""
+    """The columns besides parameters and gradients, what finds the gradients, and where it all is."""
     columns = Columns(parameters, options.roles(states, options.starts), external, options.alloc)
     given: list[Given] = [
         (checks.called(path), leaf, True) for path, leaf in zip(parameters.paths, parameters.leaves, strict=True)

@@ -199,7 +199,7 @@ def test_nothing_to_accumulate():
 def test_gradients_of_a_part():
     opt = fastlr.SGD({"w": np.ones(2), "b": np.ones(3)}, lr=1.0, backend="numpy")
     message = (
-        "missing b. Pass one gradient per parameter. Where there is none, also beside only=, pass None in its place."
+        "missing b. Pass one gradient per parameter. Where there is none, even with only=, pass None in its place."
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         opt.step({"w": np.ones(2)}, only="w")

@@ -167,7 +167,7 @@ class Host(Place):
             position: 0 for parameters, 1 for gradients, 2 and up for states.
             alloc: where the memory comes from: `alloc(nbytes)` returns a writable buffer of at least that size, none
                 of which is in use.
-            used: what is in use, beside all that came from `alloc` before.
+            used: what is in use, besides all that came from `alloc` before.
 
         Raises:
             TypeError: if what `alloc` returns is no buffer.

@@ -188,7 +188,7 @@ class _Node:
             if name != "grads":
                 advice = "Pass the same structure as params."
             elif missing:
-                advice += " Where there is none, also beside only=, pass None in its place."
+                advice += " Where there is none, even with only=, pass None in its place."
             raise ValueError(f"{where} does not have the structure of params: {problem}. {advice}")
         for key, child in zip(self.keys, self.children, strict=True):
             child.take(parts[key], out, name)

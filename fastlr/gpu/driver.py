@@ -394,7 +394,7 @@ class Gpu(Device):
 
 
 class _Relaxed:
-    """While a graph is captured by this thread, let it allocate and load beside the capture."""
+    """While a graph is captured by this thread, let it allocate and load outside of the capture."""
 
     def __init__(self, driver: Any) -> None:
         self._driver = driver

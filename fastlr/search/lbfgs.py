@@ -44,7 +44,7 @@ class LBFGSInfo:
 
 @dataclass(frozen=True)
 class _Memory:
-    """What L-BFGS remembers beside the parameters and the gradient.
+    """What L-BFGS remembers besides the parameters and the gradient.
 
     Attributes:
         steps: number of iterations made.
@@ -292,7 +292,7 @@ class LBFGS(Exclusive):
 
     @exclusive
     def state_dict(self) -> dict[str, np.ndarray]:
-        """What the optimizer knows beside the parameters, as copies in a flat dict of arrays."""
+        """What the optimizer knows besides the parameters, as copies in a flat dict of arrays."""
         memory = self._memory
         loss = np.array(math.nan if memory.loss is None else memory.loss)
         out = {"steps": np.array(memory.steps), "loss": loss, "grads": self._flat.g.copy()}

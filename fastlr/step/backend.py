@@ -31,8 +31,8 @@ class Backend(Protocol):
 
         Args:
             parameters: the parameters.
-            columns: what a step writes beside them.
-            given: the caller's arrays that a step uses beside the gradients.
+            columns: what a step writes besides them.
+            given: the caller's arrays that a step uses besides the gradients.
         """
 
     def rows(

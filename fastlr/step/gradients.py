@@ -54,7 +54,7 @@ class Gradients:
         written: the arrays that a step writes. Kernels assume that gradients are other memory.
         alloc: where memory for gradients comes from.
         bits: the format that arrays of uint16 hold, or None.
-        given: the caller's arrays that a step uses beside the gradients. A step makes sure that they are as they are
+        given: the caller's arrays that a step uses besides the gradients. A step makes sure that they are as they are
             now.
         quick: whether arrays may be looked at in compiled code.
 

@@ -92,7 +92,7 @@ class Built:
         )
 
     def is_in(self, state: dict[Any, Any]) -> bool:
-        """Whether the entries of the engines stand in the state unchanged, beside whatever others keep there."""
+        """Whether the entries of the engines are in the state unchanged, along with whatever others keep there."""
         if not all(engine.is_shown for engine in self.engines):
             return False
         if self.held.is_in(state):
@@ -149,7 +149,7 @@ class Built:
         )
 
     def save_counts(self, state: State) -> None:
-        """Put into the state what engines count beside it."""
+        """Put into the state what engines count outside of it."""
         for engine in self.engines:
             for param, skipped in zip(engine.params, engine.skipped(), strict=True):
                 entries = state.get(param)

@@ -183,7 +183,7 @@ class Engine:
 
     @property
     def columns(self) -> dict[str, Any]:
-        """The flat arrays of the native optimizer beside the parameters, by their letters."""
+        """The flat arrays of the native optimizer besides the parameters, by their letters."""
         return self._state.columns.flat
 
     @property

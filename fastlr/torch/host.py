@@ -36,10 +36,10 @@ class HostOptimizer(Optimizer):
     a GPU gradients come to the host and weights go back in chunks, and the host updates one chunk while the next is
     on its way; clipping and the test for NaN and Inf are done on the GPU before.
 
-    Memory per parameter, with AdamW and bfloat16: 12 bytes on the host (master, two states) beside weight and gradient
-    (4 bytes); with weights on a GPU 4 more on the host, for gradients and weights in transit. A step moves 28 bytes per
-    parameter through the host's memory, and 2 each way between host and GPU; with clipping or the test, weights on the
-    CPU have their gradients read once more, 2 bytes.
+    Memory per parameter, with AdamW and bfloat16: 12 bytes on the host (master, two states) in addition to weight and
+    gradient (4 bytes); with weights on a GPU 4 more on the host, for gradients and weights in transit. A step moves 28
+    bytes per parameter through the host's memory, and 2 each way between host and GPU; with clipping or the test,
+    weights on the CPU have their gradients read once more, 2 bytes.
 
     The masters are the truth. Weights that somebody writes between two steps (`model.load_state_dict`) are noticed by
     their version and become the masters; after writes that autograd cannot see (`p.data`), call `take_params`.

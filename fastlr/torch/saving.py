@@ -37,7 +37,7 @@ def to_save(
     Args:
         built: the engines.
         param_groups: the groups.
-        state: of the parameters; counts that engines keep beside it are put into it.
+        state: of the parameters; counts that engines keep outside of it are put into it.
         counterpart: the name of the counterpart in `torch.optim`, or None.
         averaging: whether averages are in the place of the weights.
     """
