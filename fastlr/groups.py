@@ -217,6 +217,10 @@ class Groups(Mapping[str, Group]):
         """Number of patterns."""
         return len(self._groups)
 
+    def __repr__(self) -> str:
+        """What the optimizer's own group and each other one sets."""
+        return f"Groups({', '.join(map(repr, (self.defaults, *self._groups.values())))})"
+
     def current(self) -> Groups:
         """The groups that the optimizer has now: loading, restoring and rebuilding replace them."""
         now = self

@@ -96,8 +96,9 @@ class LossScale:
             skipped: whether the step was skipped, for each model of a population if there is one.
         """
         skipped = checks.readable("skipped", skipped)
-        self._catch_up()
+        self._learn()
         commit(self.after(skipped))
+        self.upload()
 
     @property
     def rule(self) -> tuple[float, float, int, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -57,13 +56,16 @@ class StepperOwner(Exclusive):
 
     def _catch_up(self) -> None:
         """Settle what an interrupted call has left, unless one is under way."""
-        if self._stepper.unsettled is not None:
-            with contextlib.suppress(RuntimeError):
-                token = enter(self._users)  # noqa: F841
-                try:
-                    self._settle()
-                finally:
-                    self._users.clear()
+        if self._stepper.unsettled is None:
+            return
+        try:
+            token = enter(self._users)  # noqa: F841  (a frame that holds it is what shows that the call is in)
+        except RuntimeError:
+            return
+        try:
+            self._settle()
+        finally:
+            self._users.clear()
 
     def _replacement(self, stepper: Stepper) -> list[tuple[Any, Any, Any]]:
         """What to write to go on with another stepper over the same parameters, see `atomic.commit`."""

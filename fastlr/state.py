@@ -108,12 +108,14 @@ class OptimizerState:
         groups = self.groups.with_values(self.groups.everything(), after.paths)
         if self.options.capturable and after.place is HOST:
             raise ValueError("this optimizer is capturable, but the new parameters are on the CPU. Build a new one.")
-        for name in self.columns.external:
-            if external[name] is None:
-                argument = self.columns.roles[name].argument
+        for name, arrays in external.items():
+            argument = ROLES[name].argument
+            if arrays is None and name in self.columns.external:
                 raise ValueError(f"this optimizer was given {argument}; pass it for the new parameters as well.")
-        arrays = {name: external[name] for name in self.columns.external}
-        new = OptimizerState.start(self.options, after, groups, self.columns.letters, arrays, None)
+            if arrays is not None and name not in self.columns.external:
+                raise ValueError(f"this optimizer was built without {argument}. Build a new one with it.")
+        given = {name: external[name] for name in self.columns.external}
+        new = OptimizerState.start(self.options, after, groups, self.columns.letters, given, None)
         counts, kept = new.rows.counts(), self.rows.counts()
         counts.scalars, counts.steps = counts.scalars.copy(), kept.steps
         at = {path: k for k, path in enumerate(before.paths)}

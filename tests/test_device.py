@@ -637,6 +637,8 @@ def test_a_loss_scale_is_of_one_optimizer():
     scale.load_state_dict({"scale": 2.0, "good": 1})
     assert scale.scale == 2.0 and again.loss_scale.scale == 8.0
     assert opt.to("cpu").loss_scale.scale == 2.0
+    scale.update(True)
+    assert scale.scale == 1.0 and np.asarray(scale.on_device).tolist() == [1.0]
 
 
 # What the documentation says that only one place can do

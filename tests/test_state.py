@@ -109,6 +109,14 @@ def test_population_is_saved(rng, tmp_path):
     np.testing.assert_array_equal(other.lr, [0.1, 0.2, 0.3, 0.4])
 
 
+@pytest.mark.parametrize("name", ["ema_out", "lr_scale", "shadow_out"])
+def test_rebuild_refuses_what_the_optimizer_was_built_without(name):
+    opt = fastlr.SGD(np.zeros(3), lr=1.0)
+    with pytest.raises(ValueError, match=f"was built without {name}"):
+        opt.rebuild(np.zeros(4), **{name: np.zeros(4)})
+    assert opt.params.shape == (3,)
+
+
 def test_rebuild_carries_state_over(rng):
     old = {"a": rng.standard_normal(4), "b": rng.standard_normal((2, 2)), "c": rng.standard_normal(3)}
     opt = fastlr.Adam(old, lr=0.1, groups={"a": {"lr": 0.2}})

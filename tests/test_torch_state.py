@@ -812,6 +812,28 @@ def test_plateaus_are_told():
         fastlr.torch.SGD(params, lr=0.1).observe(1.0)
 
 
+def test_plateaus_are_told_all_or_none():
+    params, fails = [*parameters(), *parameters(torch.float32)], []
+
+    def rate(n):
+        if fails:
+            raise ValueError("no rate today")
+        return 0.5
+
+    plateau = Plateau(0.1, patience=0, factor=0.5)
+    groups = [{"params": params[:3], "lr": plateau}, {"params": params[3:], "lr": Function(rate) * Plateau(1.0, patience=0)}]
+    opt = fastlr.torch.SGD(groups, lr=1.0)
+    set_gradients(params, seed=0)
+    opt.step()
+    opt.observe(1.0)
+    fails.append(1)
+    with pytest.raises(ValueError, match="no rate today"):
+        opt.observe(1.0)
+    fails.clear()
+    opt.step()
+    assert [group["lr"] for group in opt.param_groups] == [0.1, 0.5]
+
+
 @pytest.mark.parametrize("kind", ["adam", "two dtypes", "host", "average"])
 def test_find_lr_puts_everything_back(kind):
     """The curve is that of fastlr's own optimizer; then parameters, gradients, states and schedules are as before."""

@@ -337,6 +337,11 @@ class Scheduled:
 
     # Plateaus
 
+    @property
+    def plateaus(self) -> list[Plateau]:
+        """The plateaus among the schedules, each once."""
+        return list({id(p): p for entry in self.entries for p in plateaus_of(entry.schedule)}.values())
+
     def observe(self, metric: float, step: int) -> None:
         """Let every plateau take account of a metric.
 
@@ -347,11 +352,11 @@ class Scheduled:
         Raises:
             ValueError: if there is none.
         """
-        plateaus = {id(p): p for entry in self.entries for p in plateaus_of(entry.schedule)}
+        plateaus = self.plateaus
         if not plateaus:
             raise ValueError("no hyperparameter follows a Plateau: lr=fastlr.schedules.Plateau(1e-3) would.")
         observed = self._observed.copy()  # nothing changes if a user's function raises
-        for plateau in plateaus.values():
+        for plateau in plateaus:
             if observed.of(plateau).observe(plateau, metric):
                 lowered = observed.copy()
                 lowered.of(plateau).scale *= plateau.factor

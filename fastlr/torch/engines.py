@@ -220,6 +220,16 @@ class Engine:
         """What plateaus remember."""
         return self._state.observed
 
+    def forget(self, observed: Remembered) -> None:
+        """Let plateaus remember what they did before, from the next step on."""
+        self.observed.take(observed)
+        self.native.groups.touch("lr")
+
+    @property
+    def has_plateaus(self) -> bool:
+        """Whether a hyperparameter of some parameter follows a `Plateau`."""
+        return bool(self.stepper.scheduled.plateaus)
+
     def present(self, schedule: Schedule, step: int) -> float | None:
         """What a schedule that hyperparameters follow gives for a step; None if none of the parameters follows it."""
         value = self.stepper.scheduled.present(schedule, step)

@@ -413,14 +413,15 @@ class Optimizer(Exclusive, torch.optim.Optimizer):  # type: ignore[misc]
         """
         built = self._current()
         built.take_settings(self.param_groups, self.state)
-        refused = []
-        for engine in built.engines:
-            try:
+        engines = [engine for engine in built.engines if engine.has_plateaus] or built.engines[:1]
+        before = [engine.observed.copy() for engine in engines]
+        try:
+            for engine in engines:
                 engine.native.observe(metric)
-            except ValueError as error:  # there is none among its parameters
-                refused.append(error)
-        if len(refused) == len(built.engines):
-            raise refused[0]
+        except BaseException:  # a user's function may raise: then no plateau has observed anything
+            for engine, observed in zip(engines, before, strict=True):
+                engine.forget(observed)
+            raise
         built.show_numbers(self.param_groups, self.state)
 
     def _trial(self) -> Trial:
