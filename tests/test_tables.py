@@ -103,7 +103,9 @@ def test_formats_of_columns():
     """A state has the format that its role says, and starts as that says."""
     params = np.array([1.0, -2.0, 3.0], np.float32)
     roles = [Role("m", starts_as=0.5), Role("q", format="bfloat16", starts_as=PARAMETERS)]
+    roles.append(Role("h", format="bfloat16", starts_as=0.5))
     columns = Columns(Parameters(params), roles, {}, None)
-    assert columns.letters == ("m", "q") and (columns.itemsize("m"), columns.itemsize("q")) == (4, 2)
+    assert columns.letters == ("m", "q", "h") and (columns.itemsize("m"), columns.itemsize("q")) == (4, 2)
     np.testing.assert_array_equal(columns.arrays["m"][0], np.full(3, 0.5, np.float32))
     np.testing.assert_array_equal(columns.arrays["q"][0], params.view(np.uint32) >> 16)
+    np.testing.assert_array_equal(columns.arrays["h"][0], np.full(3, 0x3F00, np.uint16))

@@ -821,7 +821,10 @@ def test_plateaus_are_told_all_or_none():
         return 0.5
 
     plateau = Plateau(0.1, patience=0, factor=0.5)
-    groups = [{"params": params[:3], "lr": plateau}, {"params": params[3:], "lr": Function(rate) * Plateau(1.0, patience=0)}]
+    groups = [
+        {"params": params[:3], "lr": plateau},
+        {"params": params[3:], "lr": Function(rate) * Plateau(1.0, patience=0)},
+    ]
     opt = fastlr.torch.SGD(groups, lr=1.0)
     set_gradients(params, seed=0)
     opt.step()

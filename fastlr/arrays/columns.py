@@ -195,7 +195,8 @@ class Columns:
             if role.starts_as == PARAMETERS and (role.format != COMPUTE or name not in given):
                 self._copy(role, parameters.leaves)
             elif isinstance(role.starts_as, float) and role.starts_as and name not in given:
-                parameters.place.fill(self.flat[name], role.starts_as)
+                start = self._encoded(role, [np.full(1, role.starts_as, parameters.dtype)])[0]
+                parameters.place.fill(self.flat[name], start.item())
 
     def _companions(self, role: Role, tree: Any) -> list[Any]:
         """The caller's arrays for a column, one for each leaf."""

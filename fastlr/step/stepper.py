@@ -19,6 +19,7 @@ import numpy as np
 
 from .. import checks
 from ..arrays.buffers import FlatBuffer
+from ..arrays.columns import COMPUTE
 from ..arrays.trees import is_container
 from ..groups import matching
 from ..hyperparameters import Hyper
@@ -121,6 +122,9 @@ class Stepper:
         grad_scale: Any = 1.0,
     ) -> None:
         staged, parameters, backend = program.staged, state.parameters, state.backend
+        narrow = [role.name for role in state.columns.roles.values() if role.saved and role.format != COMPUTE]
+        if narrow:  # they would read and write beyond the end of the column
+            raise NotImplementedError(f"kernels do not know states in another format than the parameters': {narrow}.")
         program.check_states(state.columns.letters, state.options)
         if any(scope == "leaf" for _, scope in staged.sums):
             partition = parameters.one_by_one
