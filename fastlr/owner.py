@@ -84,7 +84,8 @@ class StepperOwner(Exclusive):
 
     def _adopt_groups(self, groups: Groups) -> None:
         """Let groups belong to this optimizer."""
-        groups.users, groups.examine = self._users, None  # the property `groups` sets it for this optimizer
+        groups.users = self._users
+        groups.examine = weakref.WeakMethod(self._examine)  # so that an optimizer is freed as soon as nobody has it
         if self._stepper.state.options.capturable:
             groups.listener = self._push_settings
 
@@ -146,10 +147,7 @@ class StepperOwner(Exclusive):
     @property
     def groups(self) -> Groups:
         """The groups by pattern; `opt.groups["head.*"].lr = 1e-4` takes effect at the next step."""
-        groups = self._stepper.state.groups
-        if groups.examine is None:  # weak, so that an optimizer is freed as soon as nobody has it
-            groups.examine = weakref.WeakMethod(self._examine)
-        return groups
+        return self._stepper.state.groups
 
     def _column(self, role: Role) -> Any:
         """A column of the step's own in the parameters' structure."""

@@ -435,7 +435,10 @@ def test_there_and_back_again(rng):
 
 def test_a_copy_on_the_host_is_made_the_same_way():
     opt = fastlr.Adam(np.ones(3), backend="numpy")
-    assert opt.to("cpu")._options.backend == "numpy" and opt.to("cuda").to("cpu")._options.backend == "numba"
+    assert (
+        opt.to("cpu")._stepper.state.options.backend == "numpy"
+        and opt.to("cuda").to("cpu")._stepper.state.options.backend == "numba"
+    )
 
 
 def test_buffers_move(rng):

@@ -113,7 +113,7 @@ POSITIVE = {
 }
 METRIC = {"observe": lambda x: adam(lr=schedules.Plateau(0.5)).observe(x) or float(x)}
 COUNTS = {
-    "threads": lambda x: adam(threads=x)._options.threads,
+    "threads": lambda x: adam(threads=x)._stepper.state.options.threads,
     "population": lambda x: fastlr.flatten({"w": np.ones(1)}, population=x).population,
     "steps": lambda x: schedules.Cosine(0.5, x).steps,
     "interval": lambda x: fastlr.LossScale(interval=x).interval,

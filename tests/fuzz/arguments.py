@@ -18,7 +18,7 @@ import numpy as np
 from cases import CASES, Case
 
 import fastlr
-from fastlr.schedules import Schedule
+from fastlr.schedules import Plateau, Schedule
 
 from .promises import BrokenPromiseError, bits, difference, leaves, refusal, tree_map
 from .values import ALLOCATORS, ARRAYS, NUMBERS, SCHEDULED, VALUES, WithArray, WithFloat, made
@@ -671,9 +671,7 @@ def _grows(schedule: Schedule) -> bool:
     """Whether a factor above 1 is in it, which overflows to infinity."""
     inner = [getattr(schedule, f.name) for f in dataclasses.fields(schedule)]
     factor = getattr(schedule, "factor", None)
-    grows = (
-        factor is not None and not isinstance(schedule, Schedule._names["Plateau"]) and np.any(np.greater(factor, 1))
-    )
+    grows = factor is not None and not isinstance(schedule, Plateau) and np.any(np.greater(factor, 1))
     return bool(grows) or any(isinstance(part, Schedule) and _grows(part) for part in inner)
 
 

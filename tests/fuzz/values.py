@@ -195,7 +195,7 @@ SCHEDULED = [
     *("lambda n: np.full(2, 0.1)", "lambda n: [0.1]", "lambda n: True", "lambda n: np.timedelta64(1)", "lambda: 0.1"),
     *("lambda n: np.float32(0.1)", "lambda n: np.ma.masked", "lambda n: b'1'", "lambda n, m: 0.1", "lambda n: 1 / 0"),
     *("(schedules.Constant(0.9), 0.99)", "(lambda n: 0.5, lambda n: 0.9)", "(0.9, schedules.Constant(2.0))", "abs"),
-    *("[lambda n: 0.1]", "schedules.Plateau(schedules.Cosine(0.1, steps=9))", "len", "lambda n: 1 / (n - 1)"),
+    *("[lambda n: 0.1]", "schedules.Plateau(schedules.Cosine(0.1, steps=9))", "len", "lambda n: 1 / float(n - 1)"),
 ]
 if _HAVE["torch"]:
     NOT_NUMBERS += ["torch.tensor([0.1])", "torch.tensor(1j)", "torch.tensor(True)", "torch.float32", "torch"]
