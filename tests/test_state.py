@@ -281,7 +281,7 @@ def test_a_state_of_another_class(rng):
     w = np.ones(2)
     adamw = fastlr.AdamW(w, lr=0.1, weight_decay=0.5, backend="numpy")
     before = adamw.state_dict()
-    with pytest.raises(ValueError, match=r"of 'Adam', this optimizer is 'AdamW'.*hyperparameters=False"):
+    with pytest.raises(ValueError, match=r"of 'Adam', but this optimizer is 'AdamW'.*hyperparameters=False"):
         adamw.load_state_dict(adam.state_dict())
     assert_same(before, adamw.state_dict())
     adamw.load_state_dict(adam.state_dict(), hyperparameters=False)
