@@ -15,7 +15,7 @@ from .arrays.columns import EMA, LR_SCALE, ROLES, SHADOW, Role
 from .arrays.places import HOST, Alloc, Place
 from .checks import FRACTION, NON_NEGATIVE, POSITIVE
 from .groups import everywhere, somewhere
-from .hyperparameters import Hyper, flag, number, part_labels, table_of
+from .hyperparameters import Hyper, Number, flag, number, part_labels, table_of
 from .kernels import rules
 from .kernels.formats import FORMATS
 from .kernels.primitives import SCOPES
@@ -31,6 +31,7 @@ __all__ = [
     "OWN",
     "Option",
     "Options",
+    "StepHyperparameters",
     "StepOptions",
     "documented",
     "signature",
@@ -322,6 +323,22 @@ class StepOptions(TypedDict, total=False):
             torch=False,
         ),
     ]
+
+
+class StepHyperparameters:
+    """The options above that are hyperparameters, and `lr` and `frozen`, as attributes of an optimizer.
+
+    This says their types to type checkers; the rows of the table say what they are.
+    """
+
+    lr: Hyper[Number]
+    weight_decay: Hyper[Number]
+    decoupled_weight_decay: Hyper[bool]
+    maximize: Hyper[bool]
+    clip_norm: Hyper[Number | None]
+    clip_value: Hyper[Number | None]
+    ema_decay: Hyper[Number]
+    frozen: Hyper[bool | np.ndarray]
 
 
 def _named(name: str, option: Option) -> Option:

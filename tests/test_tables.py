@@ -15,8 +15,7 @@ from fastlr.arrays.columns import PARAMETERS, Columns, Parameters, Role
 from fastlr.checks import FINITE, FRACTION, NON_NEGATIVE, POSITIVE, RATE
 from fastlr.hyperparameters import declared
 from fastlr.kernels.binding import AVERAGES
-from fastlr.options import AFTER, BEFORE, EXAMPLES, OPTIONS, OWN
-from fastlr.owner import StepperOwner
+from fastlr.options import AFTER, BEFORE, EXAMPLES, OPTIONS, OWN, StepHyperparameters
 
 CLASSES = [getattr(fastlr, name) for name in fastlr.optimizers.__all__]
 WORDS = {FINITE: "", NON_NEGATIVE: ">= 0", POSITIVE: "> 0", FRACTION: "in [0, 1]", RATE: "in [0, 1)"}
@@ -91,7 +90,7 @@ def test_every_option_is_where_it_belongs():
     static = {*BEFORE.hyperparameters, *AFTER.hyperparameters} - {*OWN, "grad_scale"}
     turned_on = {flag for option in OPTIONS.values() for flag in option.flags}
     assert turned_on == static - {"scope", "unscaled"} | {"statistics"}
-    assert set(OWN) <= set(StepperOwner.__annotations__)
+    assert StepHyperparameters.__annotations__.keys() == OWN.keys()
     assert set(EXAMPLES) <= {name for build, _ in ONE_BY_ONE.values() for name in build}
     assert {o.column.name for o in OPTIONS.values() if o.column and o.column.saved} == {*AVERAGES}
     for name, option in OPTIONS.items():
