@@ -10,7 +10,7 @@ from pathlib import Path
 
 from . import __version__, bench, info, plots
 from .bench import report
-from .checks import DTYPES
+from .checks import COUNTABLE, DTYPES
 
 
 def _list(text: str) -> list[str]:
@@ -27,7 +27,7 @@ def _counts(text: str) -> list[int]:
             value = float(word[:-1] if scale > 1 else word) * scale
         except ValueError:
             value = 0.0
-        if not 1 <= value <= 2**53 or value != int(value):
+        if not 1 <= value <= COUNTABLE or value != int(value):
             raise argparse.ArgumentTypeError(f"{word!r} is not a positive whole number (1000, 10_000, 25M)")
         out.append(int(value))
     return out

@@ -6,8 +6,6 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from .arrays.columns import Role
 from .arrays.places import HOST
 from .exclusive import Exclusive, enter
