@@ -55,7 +55,7 @@ class LossScale:
         (False, 512.0, [0.0, 0.5])
     """
 
-    @arguments.answered_as("LossScale")
+    @arguments.answered
     def __init__(
         self,
         init: float = 2.0**16,

@@ -15,7 +15,7 @@ from .arrays.columns import EMA, LR_SCALE, ROLES, SHADOW, Role
 from .arrays.places import HOST, Alloc, Place
 from .checks import FRACTION, NON_NEGATIVE, POSITIVE
 from .groups import everywhere, somewhere
-from .hyperparameters import Hyper, Number, flag, number, part_labels, table_of
+from .hyperparameters import Hyper, Number, declared, flag, number, part_labels
 from .kernels import rules
 from .kernels.formats import FORMATS
 from .kernels.primitives import SCOPES
@@ -548,8 +548,24 @@ class Options:
     # Hyperparameters
 
     def hyperparameters(self, optimizer: type, settings: Mapping[str, Any]) -> dict[str, Hyper[Any]]:
-        """Every hyperparameter that an optimizer of this rule can have; arguments as for `table_of`."""
-        return table_of(optimizer, self.rule, OWN, settings)
+        """Every hyperparameter that an optimizer can have.
+
+        One that a user's rule has and no class declares can be any finite number. It is a flag if its default is True
+        or False, or if it has no default and True or False is given.
+
+        Args:
+            optimizer: the class.
+            settings: what the user gave.
+        """
+        table = {**declared(optimizer), **OWN}
+        parts = {part for h in table.values() for part in h.parts}
+        for name in self.rule.hyperparameters:
+            if name not in table and name not in parts:
+                default = self.rule.defaults.get(name)
+                is_flag = isinstance(settings.get(name) if default is None else default, bool)
+                kind: Hyper[Any] = flag() if is_flag else number()
+                table[name] = replace(kind, name=name, default=default)
+        return table
 
     def values(
         self, table: Mapping[str, Hyper[Any]], settings: Mapping[str, Any], population: int | None

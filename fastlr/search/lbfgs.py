@@ -93,7 +93,7 @@ class LBFGS(Exclusive):
         (array([1., 1.]), True)
     """
 
-    @arguments.answered_as("LBFGS")
+    @arguments.answered
     def __init__(
         self,
         params: Any,
