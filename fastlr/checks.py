@@ -7,7 +7,7 @@ import math
 import numbers
 import reprlib
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -238,6 +238,14 @@ def aligned(leaf_name: str, memory: Memory) -> None:
         )
 
 
+def _overlapping(labeled: Iterable[tuple[str, Memory]]) -> Iterator[tuple[str, str]]:
+    """Which arrays share memory with the next one in memory, by what they are called."""
+    spans = sorted((leaf.address, leaf.nbytes, label) for label, leaf in labeled if leaf.nbytes)
+    for (start, nbytes, label), (after, _, other) in itertools.pairwise(spans):
+        if start + nbytes > after:
+            yield label, other
+
+
 def arrays(paths: Sequence[str], leaves: Sequence[Memory]) -> str:
     """Check that leaves have one floating dtype; its name.
 
@@ -282,13 +290,11 @@ def parameters(paths: Sequence[str], leaves: Sequence[Memory], make_contiguous: 
         aligned(leaf_name, leaf)
         if not leaf.writeable:
             raise ValueError(f"{leaf_name} is read-only, so it cannot be updated in place. Pass a copy of it.")
-    spans = sorted((leaf.address, leaf.nbytes, path) for path, leaf in zip(paths, leaves, strict=True) if leaf.nbytes)
-    for (start, nbytes, path), (after, _, other) in itertools.pairwise(spans):
-        if start + nbytes > after:
-            raise ValueError(
-                f"{called(path)} and {called(other)} share memory, so both cannot be updated. "
-                "Pass each parameter once (tied weights: keep one of them and add up their gradients)."
-            )
+    for path, other in _overlapping(zip(paths, leaves, strict=True)):
+        raise ValueError(
+            f"{called(path)} and {called(other)} share memory, so both cannot be updated. "
+            "Pass each parameter once (tied weights: keep one of them and add up their gradients)."
+        )
     return dtype
 
 
@@ -329,12 +335,10 @@ def companions(
         aligned(leaf_name, leaf)
         if written and not leaf.writeable:
             raise ValueError(f"{leaf_name} is read-only, so it cannot be written. Pass a copy of it.")
-    labelled = [(called(path, name), leaf) for path, leaf in zip(paths, leaves, strict=True)]
-    labelled += [(called(path), leaf) for path, leaf in zip(paths, params, strict=True)]
-    own = {label for label, _ in labelled[: len(leaves)]}
-    spans = sorted((leaf.address, leaf.nbytes, label) for label, leaf in labelled if leaf.nbytes)
-    for (start, nbytes, label), (after, _, other) in itertools.pairwise(spans):
-        if start + nbytes > after and (written or (label in own) != (other in own)):
+    own = {called(path, name): leaf for path, leaf in zip(paths, leaves, strict=True)}
+    others = {called(path): leaf for path, leaf in zip(paths, params, strict=True)}
+    for label, other in _overlapping([*own.items(), *others.items()]):
+        if written or (label in own) != (other in own):
             raise ValueError(f"{label} and {other} share memory. Pass memory of its own for {name}.")
 
 

@@ -26,7 +26,7 @@ try:
 except ImportError:  # Windows, where a file that somebody has open cannot be removed anyway
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Archive", "Member", "member_name", "reading", "write"]
+__all__ = ["DTYPES", "Archive", "Member", "member_name", "reading", "write"]
 
 Fits = Callable[[np.dtype, tuple[int, ...], int], None]
 
@@ -93,7 +93,8 @@ def _write_npz(file: BinaryIO, members: Sequence[Member]) -> None:
                 into.write(_bytes_of(array))
 
 
-_SAFETENSORS = {
+# The numbers that a file can hold, by the names that safetensors has for them.
+DTYPES = {
     **{f"F{8 * n}": np.dtype(f"<f{n}") for n in (2, 4, 8)},
     **{f"I{8 * n}": np.dtype(f"<i{n}") for n in (1, 2, 4, 8)},
     **{f"U{8 * n}": np.dtype(f"<u{n}") for n in (1, 2, 4, 8)},
@@ -104,7 +105,7 @@ _LONGEST_HEADER = 100_000_000  # as the package safetensors has it
 
 def _write_safetensors(file: BinaryIO, members: Sequence[Member]) -> None:
     members = sorted(members, key=lambda m: -m.dtype.itemsize)  # so that each stands at a multiple of its size
-    called = {dtype: name for name, dtype in _SAFETENSORS.items()}
+    called = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"crc32": "0" * 8 * len(members)}}
     end = 0
     for member in members:
@@ -266,8 +267,9 @@ class _Npz:
             array = np.empty(shape[::-1] if transposed else shape, dtype)
             into = _bytes_of(array)
             for first in range(0, nbytes, _CHUNK):
-                part = into[first : first + _CHUNK]
-                if member.readinto(part) != len(part):
+                part = member.read(min(_CHUNK, nbytes - first))
+                into[first : first + len(part)] = part
+                if len(part) != min(_CHUNK, nbytes - first):
                     raise _DamagedError(f"{name} is cut short")
             member.read(1)  # at the end the sum is checked, of an empty member too
         return array.T if transposed else array
@@ -303,7 +305,7 @@ class _Safetensors:
         metadata = header.pop("__metadata__", {})
         self._members: dict[str, tuple[np.dtype, tuple[int, ...], int, int]] = {}
         for name, entry in header.items():
-            dtype, shape, (begin, end) = _SAFETENSORS[entry["dtype"]], entry["shape"], entry["data_offsets"]
+            dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
             if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)) or end - begin != _span(shape, dtype):
                 raise _DamagedError(f"{name!r} has another length than its shape says")
             self._members[name] = dtype, tuple(shape), begin, end
