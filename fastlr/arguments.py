@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from . import checks
 
-__all__ = ["METHOD", "answered", "answered_as", "check"]
+__all__ = ["METHOD", "answered", "check"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -152,25 +152,20 @@ def check(name: str, given: Iterable[str], known: Iterable[str], more: Sequence[
         checks.choices(name, [one], known)
 
 
-def answered(function: _Function, name: str = "", more: Sequence[str] = ()) -> _Function:
+def answered(function: _Function, more: Sequence[str] = ()) -> _Function:
     """A function that checks the names of its arguments by `check`.
 
     Args:
-        function: the function, or the `__init__` of a class.
-        name: what its caller calls it; default: its own name.
+        function: the function, or the `__init__` of a class, which is called by the name of the class.
         more: as for `check`.
     """
+    name = function.__qualname__.removesuffix(".__init__").rpartition(".")[2]
     known = [n for n in inspect.signature(function).parameters if n != "self"]
 
     @functools.wraps(function)
     def answering(*args: Any, **given: Any) -> Any:
         if not given.keys() <= set(known):
-            check(f"{name or function.__name__}: argument", given, known, more)
+            check(f"{name}: argument", given, known, more)
         return function(*args, **given)
 
     return answering  # type: ignore[return-value]
-
-
-def answered_as(name: str) -> Callable[[_Function], _Function]:
-    """As `answered`, for the `__init__` of a class of that name."""
-    return functools.partial(answered, name=name)

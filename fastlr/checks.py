@@ -7,7 +7,7 @@ import math
 import numbers
 import reprlib
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -20,8 +20,9 @@ from .kernels.formats import FORMATS
 
 DTYPES = ("float32", "float64")
 
+COUNTERS = ("step", "clock", "skipped")  # their names in a state dict, in the order of `step.rows.Counts`
 # What a state dict holds besides the states of the rule.
-RESERVED = ("params", "step", "clock", "skipped", "fastlr")
+RESERVED = ("params", *COUNTERS, "fastlr")
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,10 @@ class Interval:
         """What a number in it must be, for messages."""
         if math.isinf(self.low):
             return "must be finite"
-        if math.isinf(self.high):
+        if math.isinf(self.high) and self.low == 0:
             return f"must be {'non-negative' if self.included else 'positive'} and finite"
+        if math.isinf(self.high):
+            return f"must be {'at least' if self.included else 'above'} {self.low:g} and finite"
         begin, end = "[" if self.low in self.included else "(", "]" if self.high in self.included else ")"
         return f"must be in {begin}{self.low:g}, {self.high:g}{end}"
 
@@ -57,8 +60,10 @@ class Interval:
 
 FINITE = Interval()
 POSITIVE = Interval(0.0)
-NON_NEGATIVE = Interval(0.0, math.inf, (0.0,))
+NON_NEGATIVE = Interval(0.0, included=(0.0,))
+AT_LEAST_ONE = Interval(1.0, included=(1.0,))
 FRACTION = Interval(0.0, 1.0, (0.0, 1.0))
+PROPER_FRACTION = Interval(0.0, 1.0)
 RATE = Interval(0.0, 1.0, (0.0,))  # the decay of an average, which at 1 would never move
 
 
@@ -88,6 +93,7 @@ def shown(value: Any) -> str:
 
 
 MOST = 2**63 - 1  # the largest whole number that is taken
+COUNTABLE = 2**53  # up to which float64 knows every whole number
 
 
 def _python_number(value: Any) -> Any:
@@ -149,6 +155,19 @@ def reals(name: str, value: Any) -> np.ndarray:
     return numeric(name, value).astype(np.float64)
 
 
+def number(name: str, value: Any, interval: Interval = NON_NEGATIVE) -> float:
+    """A number in an interval.
+
+    Raises:
+        TypeError: if it is no number.
+        ValueError: if it is outside the interval.
+    """
+    found = real(name, value)
+    if not interval.holds(found):
+        raise ValueError(f"{name} {interval.words}, got {shown(value)}.")
+    return found
+
+
 def bounded(name: str, value: Any, interval: Interval, population: int | None) -> float | np.ndarray:
     """A number in an interval, or for a population an array `(population,)` of them, which is read-only then.
 
@@ -161,12 +180,10 @@ def bounded(name: str, value: Any, interval: Interval, population: int | None) -
         wanted = "one number" if population is None else f"one number or an array of shape ({population},)"
         hint = "" if population is not None else " (only a population takes arrays: see fastlr.flatten)"
         raise ValueError(f"{name} must be {wanted}, got shape {array.shape}{hint}.")
-    good = interval.holds(array)
-    if not good.all():
-        bad = array if array.ndim == 0 else array[~good][0]
-        raise ValueError(f"{name} {interval.words}, got {float(bad)!r}.")
     if array.ndim == 0:
-        return float(array)
+        return number(name, array.item(), interval)
+    for outside in array[~interval.holds(array)].tolist():
+        number(name, outside, interval)
     array.flags.writeable = False
     return array
 
@@ -199,41 +216,8 @@ def mask(name: str, value: Any, population: int | None) -> np.ndarray:
 
 
 def scale(name: str, value: Any, population: int | None) -> float | np.ndarray:
-    """A factor on gradients: positive and finite, one number or one for each model.
-
-    Raises:
-        TypeError: if it is no number.
-        ValueError: if it is 0, negative, infinite or NaN, or of another shape.
-    """
+    """A factor on gradients: positive and finite, one number or one for each model, see `bounded`."""
     return bounded(name, value, POSITIVE, population)
-
-
-def number(name: str, value: Any, low: float, high: float) -> float:
-    """A number between `low` and `high`, both excluded.
-
-    Raises:
-        TypeError: if it is no number.
-        ValueError: if it is outside this range.
-    """
-    found = real(name, value)
-    if not low < found < high:
-        expected = f"above {low:g} and finite" if high == math.inf else f"between {low:g} and {high:g}, exclusive"
-        raise ValueError(f"{name} must be {expected}, got {shown(value)}.")
-    return found
-
-
-def within(name: str, value: Any, low: float = 0.0, high: float = math.inf) -> float:
-    """A finite number from `low` to `high`, both included.
-
-    Raises:
-        TypeError: if it is no number.
-        ValueError: if it is outside this range or not finite.
-    """
-    found = real(name, value)
-    if not (low <= found <= high and math.isfinite(found)):
-        wanted = f"at least {low:g} and finite" if high == math.inf else f"from {low:g} to {high:g}"
-        raise ValueError(f"{name} must be {wanted}, got {shown(value)}.")
-    return found
 
 
 def called(path: str, name: str = "params") -> str:
@@ -252,6 +236,14 @@ def aligned(leaf_name: str, memory: Memory) -> None:
             f"{leaf_name} is not aligned: its address {memory.address:#x} is no multiple of the size of a "
             f"{memory.kind}. Pass a copy of it."
         )
+
+
+def _overlapping(labeled: Iterable[tuple[str, Memory]]) -> Iterator[tuple[str, str]]:
+    """Which arrays share memory with the next one in memory, by what they are called."""
+    spans = sorted((leaf.address, leaf.nbytes, label) for label, leaf in labeled if leaf.nbytes)
+    for (start, nbytes, label), (after, _, other) in itertools.pairwise(spans):
+        if start + nbytes > after:
+            yield label, other
 
 
 def arrays(paths: Sequence[str], leaves: Sequence[Memory]) -> str:
@@ -298,13 +290,11 @@ def parameters(paths: Sequence[str], leaves: Sequence[Memory], make_contiguous: 
         aligned(leaf_name, leaf)
         if not leaf.writeable:
             raise ValueError(f"{leaf_name} is read-only, so it cannot be updated in place. Pass a copy of it.")
-    spans = sorted((leaf.address, leaf.nbytes, path) for path, leaf in zip(paths, leaves, strict=True) if leaf.nbytes)
-    for (start, nbytes, path), (after, _, other) in itertools.pairwise(spans):
-        if start + nbytes > after:
-            raise ValueError(
-                f"{called(path)} and {called(other)} share memory, so both cannot be updated. "
-                "Pass each parameter once (tied weights: keep one of them and add up their gradients)."
-            )
+    for path, other in _overlapping(zip(paths, leaves, strict=True)):
+        raise ValueError(
+            f"{called(path)} and {called(other)} share memory, so both cannot be updated. "
+            "Pass each parameter once (tied weights: keep one of them and add up their gradients)."
+        )
     return dtype
 
 
@@ -345,12 +335,10 @@ def companions(
         aligned(leaf_name, leaf)
         if written and not leaf.writeable:
             raise ValueError(f"{leaf_name} is read-only, so it cannot be written. Pass a copy of it.")
-    labelled = [(called(path, name), leaf) for path, leaf in zip(paths, leaves, strict=True)]
-    labelled += [(called(path), leaf) for path, leaf in zip(paths, params, strict=True)]
-    own = {label for label, _ in labelled[: len(leaves)]}
-    spans = sorted((leaf.address, leaf.nbytes, label) for label, leaf in labelled if leaf.nbytes)
-    for (start, nbytes, label), (after, _, other) in itertools.pairwise(spans):
-        if start + nbytes > after and (written or (label in own) != (other in own)):
+    own = {called(path, name): leaf for path, leaf in zip(paths, leaves, strict=True)}
+    others = {called(path): leaf for path, leaf in zip(paths, params, strict=True)}
+    for label, other in _overlapping([*own.items(), *others.items()]):
+        if written or (label in own) != (other in own):
             raise ValueError(f"{label} and {other} share memory. Pass memory of its own for {name}.")
 
 
@@ -499,12 +487,12 @@ def count(name: str, value: Any) -> int:
 
 
 def counted(name: str, value: Any) -> int:
-    """A whole number that something has counted: from 0 to 2**53, up to which float64 knows every one.
+    """A whole number that something has counted: from 0 to `COUNTABLE`.
 
     Raises:
         ValueError: if it is something else.
     """
-    if type(value) is not int or not 0 <= value < 2**53:
+    if type(value) is not int or not 0 <= value < COUNTABLE:
         raise ValueError(f"{name} must be a whole number from 0 to 2**53, got {shown(value)}.")
     return value
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from . import __version__, bench, info, plots
 from .bench import report
-from .checks import DTYPES
+from .checks import COUNTABLE, DTYPES
 
 
 def _list(text: str) -> list[str]:
@@ -18,27 +18,21 @@ def _list(text: str) -> list[str]:
     return [x for x in text.replace(" ", "").split(",") if x]
 
 
-def _counts(text: str) -> list[int]:
-    """Whole numbers such as 1000, 10_000, 25M, 1e6."""
-    out = []
-    for word in _list(text):
-        scale = {"k": 1_000, "m": 1_000_000, "g": 1_000_000_000}.get(word[-1].lower(), 1)
-        try:
-            value = float(word[:-1] if scale > 1 else word) * scale
-        except ValueError:
-            value = 0.0
-        if not 1 <= value <= 2**53 or value != int(value):
-            raise argparse.ArgumentTypeError(f"{word!r} is not a positive whole number (1000, 10_000, 25M)")
-        out.append(int(value))
-    return out
-
-
 def _count(text: str) -> int:
-    """A whole number as in `_counts`."""
-    found = _counts(text)
-    if len(found) != 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not one whole number")
-    return found[0]
+    """A whole number such as 1000, 10_000, 25M, 1e6."""
+    scale = {"k": 1_000, "m": 1_000_000, "g": 1_000_000_000}.get(text[-1:].lower(), 1)
+    try:
+        value = float(text[:-1] if scale > 1 else text) * scale
+    except ValueError:
+        value = 0.0
+    if not 1 <= value <= COUNTABLE or value != int(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number (1000, 10_000, 25M)")
+    return int(value)
+
+
+def _counts(text: str) -> list[int]:
+    """Whole numbers as `_count` has them, with commas between them."""
+    return [_count(word) for word in _list(text)]
 
 
 def _parser() -> argparse.ArgumentParser:

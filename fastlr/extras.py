@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from .checks import shown
+from .files import DTYPES
 
 __all__ = ["pack", "unpack"]
 
 DEEPEST = 200  # containers within containers
-_DTYPES = ("bool", *(f"{u}int{n}" for u in ("", "u") for n in (8, 16, 32, 64)), "float16", "float32", "float64")
+_DTYPES = {dtype.name for dtype in DTYPES.values()}
 _ARRAY, _TUPLE = "$array", "$tuple"  # stand for what JSON lacks; a caller's key that begins with $ gets one more
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 import contextlib
 import errno
 import json
@@ -16,7 +15,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
@@ -27,7 +26,7 @@ try:
 except ImportError:  # Windows, where a file that somebody has open cannot be removed anyway
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Archive", "Member", "member_name", "reading", "write"]
+__all__ = ["DTYPES", "Archive", "Member", "member_name", "reading", "write"]
 
 Fits = Callable[[np.dtype, tuple[int, ...], int], None]
 
@@ -94,7 +93,8 @@ def _write_npz(file: BinaryIO, members: Sequence[Member]) -> None:
                 into.write(_bytes_of(array))
 
 
-_SAFETENSORS = {
+# The numbers that a file can hold, by the names that safetensors has for them.
+DTYPES = {
     **{f"F{8 * n}": np.dtype(f"<f{n}") for n in (2, 4, 8)},
     **{f"I{8 * n}": np.dtype(f"<i{n}") for n in (1, 2, 4, 8)},
     **{f"U{8 * n}": np.dtype(f"<u{n}") for n in (1, 2, 4, 8)},
@@ -105,7 +105,7 @@ _LONGEST_HEADER = 100_000_000  # as the package safetensors has it
 
 def _write_safetensors(file: BinaryIO, members: Sequence[Member]) -> None:
     members = sorted(members, key=lambda m: -m.dtype.itemsize)  # so that each stands at a multiple of its size
-    called = {dtype: name for name, dtype in _SAFETENSORS.items()}
+    called = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"crc32": "0" * 8 * len(members)}}
     end = 0
     for member in members:
@@ -215,18 +215,12 @@ def write(members: Sequence[Member], path: str | os.PathLike[str]) -> None:
 # Reading
 
 
-class Archive(abc.ABC):
+class Archive(Protocol):
     """A file that is being read: only what is asked for is read, and it is checked before there is memory for it."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._size = os.fstat(file.fileno()).st_size
-
-    @abc.abstractmethod
     def __contains__(self, name: str) -> bool:
         """Whether there is a member of this name."""
 
-    @abc.abstractmethod
     def array(self, name: str, fits: Fits) -> np.ndarray:
         """A member.
 
@@ -236,10 +230,6 @@ class Archive(abc.ABC):
                 they should be; only then the member is read.
         """
 
-    def _room(self, shape: tuple[int, ...], dtype: np.dtype) -> tuple[np.ndarray, memoryview]:
-        array = np.empty(shape, dtype)
-        return array, _bytes_of(array)
-
 
 class _DamagedError(Exception):
     """What a file says of itself does not hold."""
@@ -248,12 +238,15 @@ class _DamagedError(Exception):
 _CHUNK = 1 << 20
 
 
-class _Npz(Archive):
+def _size(file: BinaryIO) -> int:
+    return os.fstat(file.fileno()).st_size
+
+
+class _Npz:
     """A zip file of .npy files."""
 
     def __init__(self, file: BinaryIO) -> None:
-        super().__init__(file)
-        self._zip = zipfile.ZipFile(file)
+        self._size, self._zip = _size(file), zipfile.ZipFile(file)
         self._members = {info.filename: info for info in self._zip.infolist()}
         if len(self._members) != len(self._zip.infolist()):
             raise _DamagedError("two members have one name")
@@ -271,7 +264,8 @@ class _Npz(Archive):
             fits(dtype, shape, info.compress_size - length if info.compress_type == zipfile.ZIP_STORED else 0)
             if info.file_size != length + nbytes:
                 raise _DamagedError(f"{name} has another length than its header says")
-            array, into = self._room(shape[::-1] if transposed else shape, dtype)
+            array = np.empty(shape[::-1] if transposed else shape, dtype)
+            into = _bytes_of(array)
             for first in range(0, nbytes, _CHUNK):
                 part = member.read(min(_CHUNK, nbytes - first))
                 into[first : first + len(part)] = part
@@ -299,26 +293,25 @@ def _npy_header(member: Any) -> tuple[int, np.dtype, tuple[int, ...], bool]:
     return 8 + size + length, np.dtype(found[1].decode()), shape, found[2] == b"True"
 
 
-class _Safetensors(Archive):
+class _Safetensors:
     """A header in JSON and the arrays, one after the other."""
 
     def __init__(self, file: BinaryIO) -> None:
-        super().__init__(file)
         length = int.from_bytes(file.read(8), "little")
-        if not 0 < length <= min(self._size - 8, _LONGEST_HEADER):
+        if not 0 < length <= min(_size(file) - 8, _LONGEST_HEADER):
             raise _DamagedError("its header is longer than the file")
         header = json.loads(file.read(length).decode())
-        self._first = 8 + length
+        self._file, self._first = file, 8 + length
         metadata = header.pop("__metadata__", {})
         self._members: dict[str, tuple[np.dtype, tuple[int, ...], int, int]] = {}
         for name, entry in header.items():
-            dtype, shape, (begin, end) = _SAFETENSORS[entry["dtype"]], entry["shape"], entry["data_offsets"]
+            dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
             if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)) or end - begin != _span(shape, dtype):
                 raise _DamagedError(f"{name!r} has another length than its shape says")
             self._members[name] = dtype, tuple(shape), begin, end
         order = sorted(self._members, key=lambda name: self._members[name][2:])
         ends = [0, *(self._members[name][3] for name in order)]
-        if [self._members[name][2] for name in order] != ends[:-1] or ends[-1] != self._size - self._first:
+        if [self._members[name][2] for name in order] != ends[:-1] or ends[-1] != _size(file) - self._first:
             raise _DamagedError("its arrays do not follow one another to the end of the file")
         # Files of the package safetensors have no sums; ours have something as long even if its key is damaged.
         sums = metadata.get("crc32", next((text for text in metadata.values() if len(text) >= 8 * len(order)), ""))
@@ -332,7 +325,8 @@ class _Safetensors(Archive):
     def array(self, name: str, fits: Fits) -> np.ndarray:
         dtype, shape, begin, end = self._members[name]
         fits(dtype, shape, end - begin)
-        array, into = self._room(shape, dtype)
+        array = np.empty(shape, dtype)
+        into = _bytes_of(array)
         self._file.seek(self._first + begin)
         if self._file.readinto(into) != end - begin:  # type: ignore[attr-defined]
             raise _DamagedError(f"{name!r} is cut short")

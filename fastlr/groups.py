@@ -94,6 +94,11 @@ def from_plain(label: str, value: Any, like: Any, fallback: Any = None) -> Any:
         raise ValueError(str(error)) from None
 
 
+def _label(pattern: str, name: str) -> str:
+    """What a hyperparameter of a group is called in messages; of the optimizer itself if the pattern is empty."""
+    return f"groups[{pattern!r}]: {name}" if pattern else name
+
+
 class Group:
     """The hyperparameters of the leaves that match a pattern; read and set as attributes, between any two steps.
 
@@ -110,19 +115,14 @@ class Group:
     owner: Groups
 
     def __init__(self, owner: Groups, pattern: str, paths: Sequence[str]) -> None:
-        object.__setattr__(self, "owner", owner)
-        object.__setattr__(self, "overrides", {})
-        object.__setattr__(self, "pattern", pattern)
-        object.__setattr__(self, "paths", tuple(paths))
+        vars(self).update(owner=owner, overrides={}, pattern=pattern, paths=tuple(paths))
 
     def __getattr__(self, name: str) -> Any:
         """A hyperparameter."""
         owner = self.owner.current()
-        values, defaults = owner.like(self).overrides, owner.defaults.overrides
-        if name in values:
-            return values[name]
-        if name in defaults:
-            return defaults[name]
+        for values in (owner.like(self).overrides, owner.defaults.overrides):
+            if name in values:
+                return values[name]
         raise AttributeError(f"group {self.pattern!r} has no {name!r}; it has {', '.join(owner.names)}")
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -258,25 +258,20 @@ class Groups(Mapping[str, Group]):
 
     def enter_value(self, group: Group, name: str, value: Any, alone: bool = True) -> None:
         """As `set`, for a caller who keeps others out: a user's number can do anything while it is read."""
-        where = f"groups[{group.pattern!r}]: " if group.pattern else ""
-        arguments.check(f"{where}hyperparameter", [name], self.names)
-        hyper = self.table[name]
-        normal = hyper.normal(f"{where}{name}", value, self._population)
-        before = dict(group.overrides)
+        arguments.check(_label(group.pattern, "hyperparameter"), [name], self.names)
+        hyper, label, before = self.table[name], _label(group.pattern, name), group.overrides
+        normal = hyper.normal(label, value, self._population)
         several = any(name in other.overrides for other in self._groups.values())
         try:
             self.touch(name)  # first: an interrupt in between must not leave a value that nobody takes over
-            group.overrides[name] = normal
+            vars(group)["overrides"] = {**before, name: normal}
             examine = self.examine() if self.examine is not None else None
             if examine is not None and (alone or follows(normal)):
-                examine(f"{where}{name}", hyper, normal, several if alone else None)
+                examine(label, hyper, normal, several if alone else None)
             if self.listener is not None:
                 self.listener()
         except BaseException:
-            if name in before:
-                group.overrides[name] = before[name]
-            else:
-                group.overrides.pop(name, None)
+            vars(group)["overrides"] = before
             raise
 
     def touch(self, name: str) -> None:
@@ -291,23 +286,18 @@ class Groups(Mapping[str, Group]):
     def schedules(self) -> Iterator[tuple[str, Schedule]]:
         """The schedules among the values that were set, each with what it is for."""
         for group in (self.defaults, *self._groups.values()):
-            where = f"groups[{group.pattern!r}]: " if group.pattern else ""
             for name, value in group.overrides.items():
                 for k, part in enumerate(value if isinstance(value, tuple) else [value]):
                     if isinstance(part, Schedule):
-                        yield f"{where}{name}" + (f"[{k}]" if isinstance(value, tuple) else ""), part
-
-    def _resolved(self, configuration: tuple[str, ...]) -> dict[str, Any]:
-        values = dict(self.defaults.overrides)
-        for pattern in configuration:
-            values.update(self._groups[pattern].overrides)
-        return values
+                        yield _label(group.pattern, f"{name}[{k}]" if isinstance(value, tuple) else name), part
 
     def uniforms(self) -> list[dict[str, Any]]:
         """For each configuration, the values under the rule's names; what is None has no limit."""
         out = []
         for configuration in self._configurations:
-            values = self._resolved(configuration)
+            values = dict(self.defaults.overrides)
+            for pattern in configuration:
+                values.update(self._groups[pattern].overrides)
             parts = {n: v for k, value in values.items() for n, v in self.table[k].by_part(value)}
             out.append({n: math.inf if v is None else v for n, v in parts.items()})
         return out
@@ -334,10 +324,7 @@ class Groups(Mapping[str, Group]):
         """
         kinds = self.defaults.overrides
         return {
-            pattern: {
-                name: from_plain(f"groups[{pattern!r}]: {name}" if pattern else name, value, kinds.get(name))
-                for name, value in values.items()
-            }
+            pattern: {name: from_plain(_label(pattern, name), value, kinds.get(name)) for name, value in values.items()}
             for pattern, values in exported.items()
         }
 

@@ -7,7 +7,7 @@ import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+from typing import Any, Generic, TypeVar, overload
 
 import numpy as np
 
@@ -15,10 +15,7 @@ from . import checks
 from .checks import FINITE, Interval
 from .schedules import Function, Schedule
 
-if TYPE_CHECKING:
-    from .kernels.staging import Rule
-
-__all__ = ["Hyper", "Number", "declared", "fixed", "flag", "follows", "number", "pair", "part_labels", "table_of"]
+__all__ = ["Hyper", "Number", "declared", "fixed", "flag", "follows", "number", "pair", "part_labels"]
 
 Number = float | np.ndarray
 T = TypeVar("T")
@@ -156,31 +153,6 @@ def declared(optimizer: type) -> Mapping[str, Hyper[Any]]:
             parameters = inspect.signature(vars(cls)["__init__"]).parameters.values()
             defaults.update({p.name: p.default for p in parameters if p.default is not p.empty})
     return {n: replace(h, default=defaults.get(n), sentence=sentences.get(n, "")) for n, h in out.items()}
-
-
-def table_of(
-    optimizer: type, rule: Rule, own: Mapping[str, Hyper[Any]], settings: Mapping[str, Any]
-) -> dict[str, Hyper[Any]]:
-    """Every hyperparameter of an optimizer.
-
-    A hyperparameter that a user's rule has and no class declares can be any finite number. It is a flag if its default
-    is True or False, or if it has no default and True or False is given.
-
-    Args:
-        optimizer: the class.
-        rule: the rule.
-        own: the hyperparameters that the step itself has.
-        settings: what the user gave.
-    """
-    table = {**declared(optimizer), **own}
-    parts = {part for h in table.values() for part in h.parts}
-    for name in rule.hyperparameters:
-        if name not in table and name not in parts:
-            default = rule.defaults.get(name)
-            is_flag = isinstance(settings.get(name) if default is None else default, bool)
-            kind: Hyper[Any] = flag() if is_flag else number()
-            table[name] = replace(kind, name=name, default=default)
-    return table
 
 
 def part_labels(table: Mapping[str, Hyper[Any]]) -> dict[str, tuple[str, Hyper[Any]]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -56,7 +55,7 @@ class LossScale:
         (False, 512.0, [0.0, 0.5])
     """
 
-    @arguments.answered_as("LossScale")
+    @arguments.answered
     def __init__(
         self,
         init: float = 2.0**16,
@@ -66,11 +65,11 @@ class LossScale:
         interval: int = 2000,
         min_scale: float = loss_scaling.SMALLEST,
     ) -> None:
-        init = checks.number("init", init, 0.0, math.inf)
-        self.growth = checks.number("growth", growth, 1.0, math.inf)
-        self.backoff = checks.number("backoff", backoff, 0.0, 1.0)
+        init = checks.number("init", init, checks.POSITIVE)
+        self.growth = checks.number("growth", growth, checks.Interval(1.0))
+        self.backoff = checks.number("backoff", backoff, checks.PROPER_FRACTION)
         self.interval = checks.count("interval", interval)
-        self.min_scale = checks.number("min_scale", min_scale, 0.0, math.inf)
+        self.min_scale = checks.number("min_scale", min_scale, checks.POSITIVE)
         if self.min_scale > init:
             raise ValueError(f"min_scale must be at most init, {init!r}, got {min_scale!r}.")
         self._scale = np.asarray(init)
@@ -158,7 +157,7 @@ class LossScale:
                 f"this is not the state of a LossScale: its scale is {checks.shown(state['scale'])}, which must be "
                 "positive and finite."
             )
-        if not ((good >= 0) & (good < 2**53)).all():
+        if not ((good >= 0) & (good < checks.COUNTABLE)).all():
             raise ValueError(f"this is not the state of a LossScale: its good steps are {checks.shown(state['good'])}.")
         return scale, good.astype(np.int64)
 

@@ -15,7 +15,7 @@ from .arrays.columns import EMA, LR_SCALE, ROLES, SHADOW, Role
 from .arrays.places import HOST, Alloc, Place
 from .checks import FRACTION, NON_NEGATIVE, POSITIVE
 from .groups import everywhere, somewhere
-from .hyperparameters import Hyper, flag, number, part_labels, table_of
+from .hyperparameters import Hyper, Number, declared, flag, number, part_labels
 from .kernels import rules
 from .kernels.formats import FORMATS
 from .kernels.primitives import SCOPES
@@ -31,6 +31,7 @@ __all__ = [
     "OWN",
     "Option",
     "Options",
+    "StepHyperparameters",
     "StepOptions",
     "documented",
     "signature",
@@ -81,6 +82,7 @@ class Option:
     Attributes:
         sentence: what it is, for the documentation.
         default: if nobody gives another. None is always allowed where it is the default: off.
+        fallback: the value where nobody gives one, neither the user nor a rule that names it itself.
         hyper: the hyperparameter that it becomes in a built optimizer; None if it is not one. It can have another name.
         check: `check(name, value)` checks an option that is not a hyperparameter, and returns its normal form.
         flags: the static flags of `before` and `after` in `kernels/rules.py` that it turns on, each with a function of
@@ -96,6 +98,7 @@ class Option:
 
     sentence: str
     default: Any = None
+    fallback: Any = None
     hyper: Hyper[Any] | None = None
     check: Callable[[str, Any], Any] | None = None
     flags: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict)
@@ -125,6 +128,7 @@ class StepOptions(TypedDict, total=False):
         Option(
             ">= 0. Default: that of a rule that names it itself, else 0.",
             hyper=number(NON_NEGATIVE),
+            fallback=0.0,
         ),
     ]
     decoupled_weight_decay: Annotated[
@@ -324,6 +328,22 @@ class StepOptions(TypedDict, total=False):
     ]
 
 
+class StepHyperparameters:
+    """The options above that are hyperparameters, and `lr` and `frozen`, as attributes of an optimizer.
+
+    This says their types to type checkers; the rows of the table say what they are.
+    """
+
+    lr: Hyper[Number]
+    weight_decay: Hyper[Number]
+    decoupled_weight_decay: Hyper[bool]
+    maximize: Hyper[bool]
+    clip_norm: Hyper[Number | None]
+    clip_value: Hyper[Number | None]
+    ema_decay: Hyper[Number]
+    frozen: Hyper[bool | np.ndarray]
+
+
 def _named(name: str, option: Option) -> Option:
     """An option that knows what it is called, and so does its hyperparameter."""
     hyper, default = option.hyper, False if isinstance(option.default, bool) else None
@@ -343,6 +363,24 @@ OWN: dict[str, Hyper[Any]] = {
 # Each option that costs something, with a value with which it does something, for tests and the benchmark.
 EXAMPLES = {name: option.example for name, option in OPTIONS.items() if option.example is not None}
 _FLAGS = {name for option in OPTIONS.values() for name in option.flags}
+
+
+def check_rows(step: Before | After) -> None:
+    """Check that what runs before or after every rule takes nothing but what the table has.
+
+    Raises:
+        TypeError: if it takes something else, which no step would have a value for.
+    """
+    for name in step.hyperparameters:
+        if name not in {*OWN, *_FLAGS, "grad_scale", "scope", "unscaled"}:
+            raise TypeError(
+                f"{step.name}() in kernels/rules.py takes {name!r}, which no row of StepOptions in fastlr/options.py "
+                "has. Add the row: a hyperparameter is the hyper of one, a flag one of its flags."
+            )
+
+
+check_rows(BEFORE)
+check_rows(AFTER)
 # Names that the step itself uses, so that a rule's hyperparameter cannot have them. The four that are taken out again a
 # rule may use: then they are the rule's, and the step leaves them alone.
 _TAKEN = {*BEFORE.hyperparameters, *BEFORE.states, *AFTER.hyperparameters, *AFTER.states, "statistics", "frozen"}
@@ -510,8 +548,24 @@ class Options:
     # Hyperparameters
 
     def hyperparameters(self, optimizer: type, settings: Mapping[str, Any]) -> dict[str, Hyper[Any]]:
-        """Every hyperparameter that an optimizer of this rule can have; arguments as for `table_of`."""
-        return table_of(optimizer, self.rule, OWN, settings)
+        """Every hyperparameter that an optimizer can have.
+
+        One that a user's rule has and no class declares can be any finite number. It is a flag if its default is True
+        or False, or if it has no default and True or False is given.
+
+        Args:
+            optimizer: the class.
+            settings: what the user gave.
+        """
+        table = {**declared(optimizer), **OWN}
+        parts = {part for h in table.values() for part in h.parts}
+        for name in self.rule.hyperparameters:
+            if name not in table and name not in parts:
+                default = self.rule.defaults.get(name)
+                is_flag = isinstance(settings.get(name) if default is None else default, bool)
+                kind: Hyper[Any] = flag() if is_flag else number()
+                table[name] = replace(kind, name=name, default=default)
+        return table
 
     def values(
         self, table: Mapping[str, Hyper[Any]], settings: Mapping[str, Any], population: int | None
@@ -533,7 +587,7 @@ class Options:
         if rule.takes_lr:
             known["lr"] = None
         starts = {name: settings.get(name, h.default) for name, h in table.items() if h.starts}
-        own = [option.hyper.name for name, option in OPTIONS.items() if option.hyper is not None and name != "ema"]
+        own = [name for name in OWN if name in OPTIONS]
         given = {name: value for name, value in settings.items() if name not in OPTIONS and name not in starts}
         if not rule.takes_lr:
             given.pop("lr", None)
@@ -547,8 +601,8 @@ class Options:
             if option.hyper is None:
                 continue
             value = settings.get(name, option.default)
-            if name == "weight_decay" and value is None:
-                value = rule.defaults.get(name, 0.0)
+            if value is None:
+                value = rule.defaults.get(name, option.fallback)
             if name == option.hyper.name or value is not None:
                 known[option.hyper.name], labels[option.hyper.name] = value, name
         return (

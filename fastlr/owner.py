@@ -6,15 +6,13 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from .arrays.columns import Role
 from .arrays.places import HOST
 from .exclusive import Exclusive, enter
 from .groups import Groups
-from .hyperparameters import Hyper, Number
+from .hyperparameters import Hyper
 from .loss_scale import LossScale
-from .options import OPTIONS
+from .options import OPTIONS, StepHyperparameters
 from .state import OptimizerState
 from .step.accumulation import Accumulation
 from .step.program import Program
@@ -23,18 +21,8 @@ from .step.stepper import Stepper
 __all__ = ["StepperOwner"]
 
 
-class StepperOwner(Exclusive):
+class StepperOwner(Exclusive, StepHyperparameters):
     """The part of an optimizer between the methods that users call and its stepper."""
-
-    # For type checkers; the table of options says what they are.
-    lr: Hyper[Number]
-    weight_decay: Hyper[Number]
-    decoupled_weight_decay: Hyper[bool]
-    maximize: Hyper[bool]
-    clip_norm: Hyper[Number | None]
-    clip_value: Hyper[Number | None]
-    ema_decay: Hyper[Number]
-    frozen: Hyper[bool | np.ndarray]
 
     _stepper: Stepper
 

@@ -20,7 +20,6 @@ __all__ = ["draw", "parse", "plot"]
 _METHODS = ("warmup", "then", "clip", "shift", "repeat", "per_epoch")
 _LONGEST, _DEEPEST = 10_000, 50  # of expressions
 _HIGHEST = 1e300  # higher values cannot be scaled to a picture
-_LAST = 2**53  # the last step that is drawn
 _NOT_NAMED = ("Function", "Schedule")  # a user's function cannot be written on a command line
 
 
@@ -206,7 +205,7 @@ def plot(drawn: Sequence[Schedule], path: str | Path | None = None, steps: int |
         ImportError: if matplotlib, or plotext for the terminal, is missing.
     """
     last = max(schedule.extent() for schedule in drawn) if steps is None else checks.count("steps", steps)
-    n = np.unique(np.linspace(0, min(last, _LAST), 2001).astype(np.int64))
+    n = np.unique(np.linspace(0, min(last, checks.COUNTABLE), 2001).astype(np.int64))
     curves = {}
     for schedule in drawn:
         name = shown(schedule)

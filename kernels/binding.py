@@ -293,9 +293,10 @@ class Stager:
     def _call(self, function: ast.expr, args: list[ast.expr]) -> Value:
         name = name_of(self._resolve(function))
         if name is None:
-            raise StagingError(
-                f"the function {ast.unparse(function)!r} is not known to staging; a rule may call {', '.join(CALLABLE)}"
-            )
+            called, advice = ast.unparse(function), f"a rule may call {', '.join(CALLABLE)}"
+            if called in CALLABLE and called not in {*self.env, *self.globals}:
+                advice = "import it where the rule is defined, such as from numpy"
+            raise StagingError(f"the function {called!r} is not known to staging; {advice}")
         row = TABLE[name]
         parameters = inspect.signature(row.python).parameters.values()
         most = len(parameters)

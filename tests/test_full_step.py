@@ -1232,9 +1232,9 @@ def test_bad_steps(arguments, error, message):
 
 def test_more_bad_input():
     for arguments, message in (
-        ({"init": 0.0}, "init must be above 0 and finite, got 0.0."),
+        ({"init": 0.0}, "init must be positive and finite, got 0.0."),
         ({"growth": 1.0}, "growth must be above 1 and finite, got 1.0."),
-        ({"backoff": 1.0}, "backoff must be between 0 and 1, exclusive, got 1.0."),
+        ({"backoff": 1.0}, "backoff must be in (0, 1), got 1.0."),
         ({"interval": 0}, "interval must be at least 1, got 0."),
         ({"init": 1.0, "min_scale": 2.0}, "min_scale must be at most init, 1.0, got 2.0."),
         ({"init": "much"}, "init must be a number, got 'much'."),

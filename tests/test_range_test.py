@@ -224,10 +224,10 @@ def test_a_picture(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"low": 0.0}, ValueError, "low must be above 0 and finite, got 0.0."),
+        ({"low": 0.0}, ValueError, "low must be positive and finite, got 0.0."),
         ({"low": 1.0, "high": 0.5}, ValueError, "high must be above 1 and finite, got 0.5."),
         ({"steps": 3}, ValueError, "steps must be at least 5, got 3."),
-        ({"smoothing": 1.0}, ValueError, "smoothing must be between 0 and 1, exclusive, got 1.0."),
+        ({"smoothing": 1.0}, ValueError, "smoothing must be in [0, 1), got 1.0."),
         ({"diverge": 0.5}, ValueError, "diverge must be at least 1 and finite, got 0.5."),
     ],
 )

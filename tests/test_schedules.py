@@ -664,7 +664,7 @@ def test_a_rate_that_all_groups_override_is_a_number_in_the_report():
 
 
 BAD = [
-    (lambda: s.Constant(-1.0), ValueError, "value must be at least 0 and finite, got -1.0."),
+    (lambda: s.Constant(-1.0), ValueError, "value must be non-negative and finite, got -1.0."),
     (lambda: s.Constant("x"), TypeError, "value must be a number, got 'x'."),
     (lambda: s.Cosine(0.1, steps=0), ValueError, "steps must be at least 1, got 0."),
     (lambda: s.Cosine(0.1, steps=1.5), TypeError, "steps must be a whole number, got 1.5."),
@@ -1174,7 +1174,7 @@ def test_a_picture_in_the_terminal(capsys):
         ("Cosine(0.1, " + "9" * 4000 + ")", "steps must be"),
         ("Cosine(" + "9" * 4000 + ", 5)", "lr must be"),
         ("Cosine(0.1, 1e999)", "steps must be a whole number, got inf."),
-        ("Cosine(1e999, 5)", "lr must be at least 0 and finite, got inf."),
+        ("Cosine(1e999, 5)", "lr must be non-negative and finite, got inf."),
         ("Piecewise((" + "1, " * 3000 + "), 0.1)", "boundaries must be rising and not empty"),
         ("'a' * 10000000000", "multiplies no schedule"),
         ("(1, 2) * 1000000000", "multiplies no schedule"),

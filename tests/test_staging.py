@@ -310,6 +310,10 @@ def variadic(p, g, *states, lr):
     return p - lr * g
 
 
+def not_imported(p, g, *, lr):
+    return p - lr * tanh(g)
+
+
 def wrong_arity(p, g, *, lr):
     return p - lr * sqrt(g, 2)
 
@@ -404,6 +408,7 @@ BAD = [
     (shadowing_inside, 1, "'where' is the name of a function that staged code calls"),
     (loop, 1, "a for loop cannot be staged"),
     (unknown, 1, "the function 'np.cumsum' is not known to staging; a rule may call sqrt, abs"),
+    (not_imported, 1, "the function 'tanh' is not known to staging; import it where the rule is defined"),
     (undefined, 1, "'velocity' is not an argument, an earlier assignment or a numeric constant"),
     (half_assigned, 3, "'u' is assigned in one branch of a conditional only"),
     (early, 2, "a return inside a conditional cannot be staged"),

@@ -15,8 +15,8 @@ from fastlr.arrays.columns import PARAMETERS, Columns, Parameters, Role
 from fastlr.checks import FINITE, FRACTION, NON_NEGATIVE, POSITIVE, RATE
 from fastlr.hyperparameters import declared
 from fastlr.kernels.binding import AVERAGES
-from fastlr.options import AFTER, BEFORE, EXAMPLES, OPTIONS, OWN
-from fastlr.owner import StepperOwner
+from fastlr.kernels.staging import After
+from fastlr.options import AFTER, BEFORE, EXAMPLES, OPTIONS, OWN, StepHyperparameters, check_rows
 
 CLASSES = [getattr(fastlr, name) for name in fastlr.optimizers.__all__]
 WORDS = {FINITE: "", NON_NEGATIVE: ">= 0", POSITIVE: "> 0", FRACTION: "in [0, 1]", RATE: "in [0, 1)"}
@@ -91,12 +91,20 @@ def test_every_option_is_where_it_belongs():
     static = {*BEFORE.hyperparameters, *AFTER.hyperparameters} - {*OWN, "grad_scale"}
     turned_on = {flag for option in OPTIONS.values() for flag in option.flags}
     assert turned_on == static - {"scope", "unscaled"} | {"statistics"}
-    assert set(OWN) <= set(StepperOwner.__annotations__)
+    assert StepHyperparameters.__annotations__.keys() == OWN.keys()
     assert set(EXAMPLES) <= {name for build, _ in ONE_BY_ONE.values() for name in build}
     assert {o.column.name for o in OPTIONS.values() if o.column and o.column.saved} == {*AVERAGES}
     for name, option in OPTIONS.items():
         assert f"\n        {name}: " in fastlr.Optimizer.__doc__ and option.sentence
         assert inspect.signature(fastlr.Optimizer).parameters[name].default == option.default
+
+
+def test_an_argument_without_a_row_is_named():
+    def after(p, start, *, update_clip):
+        return min(p, start + update_clip)
+
+    with pytest.raises(TypeError, match=r"after\(\) in kernels/rules.py takes 'update_clip', which no row"):
+        check_rows(After(after))
 
 
 def test_formats_of_columns():

@@ -62,4 +62,4 @@ __all__ = [
 for _kind in (*KINDS.values(), Schedule, Observed):
     _kind.__module__ = __name__
 for _kind in KINDS.values():  # a dataclass makes its `__init__` itself
-    _kind.__init__ = arguments.answered(_kind.__init__, _kind.__name__, [arguments.METHOD])  # type: ignore[method-assign]
+    _kind.__init__ = arguments.answered(_kind.__init__, [arguments.METHOD])  # type: ignore[method-assign]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias
@@ -14,7 +13,7 @@ import numpy as np
 
 from .. import checks
 from ..arguments import answered
-from ..checks import MOST, shown
+from ..checks import COUNTABLE, MOST, shown
 from . import equations
 from .evaluating import StagedSchedule
 from .staging import Equation, HasEquation
@@ -235,14 +234,14 @@ def count(name: str, value: Any, zero: bool = False) -> int:
     return checks.whole(name, value, 0 if zero else 1)
 
 
-def numbers(name: str, value: Any, low: float = 0.0, high: float = math.inf) -> Any:
-    """A number within limits, or a tuple of one for each model of a population."""
+def numbers(name: str, value: Any) -> Any:
+    """A number >= 0, or a tuple of one for each model of a population."""
     array = checks.reals(name, value)
     if array.ndim == 0:
-        return checks.within(name, value, low, high)
+        return checks.number(name, value)
     if array.ndim > 1 or not array.size:
         raise ValueError(f"{name} must be a number, or one for each model, got {shown(value)}.")
-    return tuple(checks.within(f"{name}[{k}]", x, low, high) for k, x in enumerate(array.tolist()))
+    return tuple(checks.number(f"{name}[{k}]", x) for k, x in enumerate(array.tolist()))
 
 
 def divided(value: Any, divisor: float) -> Any:
@@ -265,7 +264,7 @@ def rising(name: str, values: Any) -> tuple[int, ...]:
     steps = tuple(count(f"{name}[{k}]", v) for k, v in enumerate(listed))
     if not steps or any(a >= b for a, b in itertools.pairwise(steps)):
         raise ValueError(f"{name} must be rising and not empty, got {shown(values)}.")
-    if steps[-1] > 2**53:  # beyond it, neighbors are the same float
+    if steps[-1] > COUNTABLE:  # beyond it, neighbors are the same float
         raise ValueError(f"{name}[{len(steps) - 1}] must be at most 2**53, got {steps[-1]}.")
     return steps
 
@@ -294,7 +293,7 @@ class Warmup(Schedule, equation=equations.warmup):
 
     def __post_init__(self) -> None:
         check_schedule("schedule", self.schedule)
-        fix(self, steps=count("steps", self.steps), start=checks.within("start", self.start, 0.0, 1.0))
+        fix(self, steps=count("steps", self.steps), start=checks.number("start", self.start, checks.FRACTION))
         for name in ("included", "first_at_start"):
             fix(self, **{name: checks.flag(name, getattr(self, name))})
         checks.choices("shape", [self.shape], ["linear", "cosine", "sqrt", "log"])

@@ -56,7 +56,7 @@ class CosineRestarts(Schedule, equation=equations.cosine_restarts):
 
     def __post_init__(self) -> None:
         fix(self, lr=numbers("lr", self.lr), steps=count("steps", self.steps), end=numbers("end", self.end))
-        fix(self, growth=count("growth", self.growth), decay=checks.within("decay", self.decay, 0.0, 1.0))
+        fix(self, growth=count("growth", self.growth), decay=checks.number("decay", self.decay, checks.FRACTION))
 
     def extent(self) -> int:
         """As `Schedule.extent`."""
@@ -98,8 +98,9 @@ class OneCycle(Schedule, equation=equations.one_cycle):
 
     def __post_init__(self) -> None:
         fix(self, lr=numbers("lr", self.lr), steps=count("steps", self.steps))
-        fix(self, rise=checks.within("rise", self.rise, 0.0, 1.0))
-        fix(self, div=checks.within("div", self.div, 1.0), final_div=checks.within("final_div", self.final_div, 1.0))
+        fix(self, rise=checks.number("rise", self.rise, checks.FRACTION))
+        fix(self, div=checks.number("div", self.div, checks.AT_LEAST_ONE))
+        fix(self, final_div=checks.number("final_div", self.final_div, checks.AT_LEAST_ONE))
         checks.choices("shape", [self.shape], ["cosine", "linear"])
         if self.phases not in (2, 3):
             raise ValueError(f"phases must be 2 or 3, got {shown(self.phases)}.")
@@ -147,7 +148,7 @@ class Cyclic(Schedule, equation=equations.cyclic):
     def __post_init__(self) -> None:
         fix(self, low=numbers("low", self.low), high=numbers("high", self.high), up=count("up", self.up))
         fix(self, down=self.up if self.down is None else count("down", self.down))
-        fix(self, gamma=checks.within("gamma", self.gamma, 0.0, 1.0))
+        fix(self, gamma=checks.number("gamma", self.gamma, checks.FRACTION))
         checks.choices("mode", [self.mode], ["triangular", "triangular2", "exp_range"])
         check_ordered(self.low, self.high)
 
@@ -226,8 +227,8 @@ class SlantedTriangular(Schedule, equation=equations.slanted_triangular):
         fix(self, lr=numbers("lr", self.lr), steps=count("steps", self.steps))
         fix(
             self,
-            cut_fraction=checks.within("cut_fraction", self.cut_fraction, 0.0, 1.0),
-            ratio=checks.within("ratio", self.ratio, 1.0),
+            cut_fraction=checks.number("cut_fraction", self.cut_fraction, checks.FRACTION),
+            ratio=checks.number("ratio", self.ratio, checks.AT_LEAST_ONE),
         )
         if not 0 < int(self.steps * self.cut_fraction) < self.steps:
             raise ValueError(

@@ -147,7 +147,7 @@ class Exponential(Schedule, equation=equations.exponential):
         if len(given) != 1:
             raise ValueError(f"give one of decay, factor and half_life, got {', '.join(given) or 'none'}.")
         ((name, value),) = given.items()
-        value = checks.within(name, value) if name == "half_life" else numbers(name, value)
+        value = checks.number(name, value) if name == "half_life" else numbers(name, value)
         if name != "decay" and 0 in (value if isinstance(value, tuple) else (value,)):
             raise ValueError(f"{name} must be positive, got 0.")
         fix(self, lr=numbers("lr", self.lr), every=count("every", self.every), floor=numbers("floor", self.floor))
@@ -201,7 +201,7 @@ class Polynomial(Schedule, equation=equations.polynomial):
 
     def __post_init__(self) -> None:
         fix(self, lr=numbers("lr", self.lr), steps=count("steps", self.steps), end=numbers("end", self.end))
-        fix(self, power=checks.within("power", self.power), cycle=checks.flag("cycle", self.cycle))
+        fix(self, power=checks.number("power", self.power), cycle=checks.flag("cycle", self.cycle))
 
 
 @dataclass(frozen=True, repr=False)
@@ -241,7 +241,7 @@ class Piecewise(Schedule, equation=equations.piecewise):
 
     def __post_init__(self) -> None:
         fix(self, boundaries=rising("boundaries", self.boundaries))
-        fix(self, values=tuple(checks.within(f"values[{k}]", v) for k, v in enumerate(self.values)))
+        fix(self, values=tuple(checks.number(f"values[{k}]", v) for k, v in enumerate(self.values)))
         if len(self.values) != len(self.boundaries) + 1:
             raise ValueError(
                 f"values must be one more than boundaries, got {len(self.values)} and {len(self.boundaries)}."
@@ -268,7 +268,7 @@ class Interpolated(Schedule, equation=equations.interpolated):
 
     def __post_init__(self) -> None:
         fix(self, steps=rising("steps", self.steps))
-        fix(self, values=tuple(checks.within(f"values[{k}]", v) for k, v in enumerate(self.values)))
+        fix(self, values=tuple(checks.number(f"values[{k}]", v) for k, v in enumerate(self.values)))
         checks.choices("shape", [self.shape], ["linear", "cosine"])
         if len(self.values) != len(self.steps) + 1:
             raise ValueError(f"values must be one more than steps, got {len(self.values)} and {len(self.steps)}.")

@@ -51,8 +51,9 @@ class Plateau(Schedule, equation=equations.plateau):
     def __post_init__(self) -> None:
         if not isinstance(self.schedule, Schedule):
             fix(self, schedule=Constant(self.schedule))
-        fix(self, factor=checks.number("factor", self.factor, 0.0, 1.0), floor=numbers("floor", self.floor))
-        fix(self, threshold=checks.within("threshold", self.threshold), eps=checks.within("eps", self.eps))
+        fix(self, factor=checks.number("factor", self.factor, checks.PROPER_FRACTION))
+        fix(self, floor=numbers("floor", self.floor))
+        fix(self, threshold=checks.number("threshold", self.threshold), eps=checks.number("eps", self.eps))
         for name in ("patience", "cooldown"):
             fix(self, **{name: count(name, getattr(self, name), zero=True)})
         checks.choices("mode", [self.mode], ["min", "max"])

@@ -144,11 +144,10 @@ def find_lr(
         >>> 0.05 < found.suggestion < 1.0, w
         (True, array([5., 5.]))
     """
-    low = checks.number("low", low, 0.0, math.inf)
-    high = checks.number("high", high, low, math.inf)
-    if checks.real("smoothing", smoothing) != 0:
-        smoothing = checks.number("smoothing", smoothing, 0.0, 1.0)
-    diverge = checks.within("diverge", diverge, 1.0)
+    low = checks.number("low", low, checks.POSITIVE)
+    high = checks.number("high", high, checks.Interval(low))
+    smoothing = checks.number("smoothing", smoothing, checks.RATE)
+    diverge = checks.number("diverge", diverge, checks.AT_LEAST_ONE)
     steps = checks.whole("steps", steps, 5, _MAX_STEPS)
     lrs = np.geomspace(low, high, steps)
     trial = getattr(opt, "_trial", functools.partial(Trial, opt))()

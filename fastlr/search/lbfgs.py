@@ -93,7 +93,7 @@ class LBFGS(Exclusive):
         (array([1., 1.]), True)
     """
 
-    @arguments.answered_as("LBFGS")
+    @arguments.answered
     def __init__(
         self,
         params: Any,
@@ -108,8 +108,8 @@ class LBFGS(Exclusive):
         self._flat = FlatPoint(params)
         self.history = checks.count("history", history)
         self.method = method
-        self.c1 = checks.number("c1", c1, 0.0, 1.0)
-        self.c2 = checks.number("c2", c2, self.c1, 1.0)
+        self.c1 = checks.number("c1", c1, checks.PROPER_FRACTION)
+        self.c2 = checks.number("c2", c2, checks.Interval(self.c1, 1.0))
         self.max_evaluations = checks.count("max_evaluations", max_evaluations)
         self._memory = _Memory()
         self._users: Users = {}
@@ -252,10 +252,10 @@ class LBFGS(Exclusive):
         If `fun` or `callback` raises, everything is as it was before or after the iteration that is under way.
         """
         max_steps = checks.count("max_steps", max_steps)
-        grad_tolerance = checks.within("grad_tolerance", grad_tolerance)
+        grad_tolerance = checks.number("grad_tolerance", grad_tolerance)
         if loss_tolerance is None:
             loss_tolerance = 10 * float(np.finfo(self._flat.data.dtype).eps)
-        loss_tolerance = checks.within("loss_tolerance", loss_tolerance)
+        loss_tolerance = checks.number("loss_tolerance", loss_tolerance)
         if max_evaluations is not None:
             max_evaluations = checks.count("max_evaluations", max_evaluations)
         if callback is not None and not callable(callback):

@@ -330,9 +330,9 @@ def line_search(
         (0.5, array([0., 0.]))
     """
     checks.choices("method", [method], ["armijo", "wolfe"])
-    first = checks.number("first", first, 0.0, math.inf)
-    c1 = checks.number("c1", c1, 0.0, 1.0)
-    c2 = checks.number("c2", c2, c1, 1.0)
+    first = checks.number("first", first, checks.POSITIVE)
+    c1 = checks.number("c1", c1, checks.PROPER_FRACTION)
+    c2 = checks.number("c2", c2, checks.Interval(c1, 1.0))
     budget = checks.count("max_evaluations", max_evaluations)
     flat = FlatPoint(params)
     flat.take("direction", direction)

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..checks import COUNTABLE
 from . import tensors
 
 __all__ = ["check_containers", "check_whole", "count", "entries_of", "number", "tensor"]
 
 # What PyTorch keeps without a count, and starts anew where it is missing: of SGD and Muon, which keep nothing else.
 _UNCOUNTED = {"step", "momentum_buffer"}
-_MOST = 2**53  # up to which float64 knows every whole number
 
 
 def number(called: str, name: str, value: Any, infinite: bool = False, nan: bool = False) -> float:
@@ -61,7 +61,7 @@ def count(called: str, name: str, value: Any) -> int:
         ValueError: if it is something else.
     """
     whole = number(called, name, value)
-    if not 0 <= whole <= _MOST or whole != int(whole):
+    if not 0 <= whole <= COUNTABLE or whole != int(whole):
         raise ValueError(f"{name!r} of {called} must be a whole number from 0 on, got {whole:g}.")
     return int(whole)
 
