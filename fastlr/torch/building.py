@@ -109,11 +109,6 @@ class Built:
         """Find the gradients; False if a tensor is no longer where it was."""
         return all([engine.find() for engine in self.engines])  # noqa: C419  (all of them)
 
-    def forget_gradients(self) -> None:
-        """Do not keep gradients alive."""
-        for engine in self.engines:
-            engine.gradients = ()
-
     # What has happened so far
 
     def steps(self, state: State) -> int:
@@ -144,12 +139,10 @@ class Built:
 
     def shown(self) -> Shown:
         """What the engines have put into the state."""
-        shown = [engine.shown() for engine in self.engines]
-        return Shown(
-            {k: v for each in shown for k, v in each.addresses.items()},
-            {k: v for each in shown for k, v in each.updates.items()},
-            {k: v for each in shown for k, v in each.names.items()},
-        )
+        out = Shown()
+        for engine in self.engines:
+            engine.add_shown(out)
+        return out
 
     def save_counts(self, state: State) -> None:
         """Put into the state what engines count outside of it."""
@@ -173,9 +166,11 @@ class Built:
 
     def number(self, schedule: Schedule, step: int) -> float:
         """What a schedule gives for a step; a plateau has what it remembers."""
-        values = (engine.present(schedule, step) for engine in self.engines)
-        value = next((value for value in values if value is not None), None)
-        return schedule(step) if value is None else value
+        for engine in self.engines:
+            value = engine.present(schedule, step)
+            if value is not None:
+                return value
+        return schedule(step)
 
     def evaluated(self, value: Any, step: int) -> Any:
         """A hyperparameter with numbers in the place of schedules; NaN where a schedule fails."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any
 
@@ -76,9 +76,9 @@ class Shown:
             they start again from the parameter.
     """
 
-    addresses: dict[int, int]
-    updates: dict[int, int]
-    names: dict[int, tuple[str, ...]]
+    addresses: dict[int, int] = field(default_factory=dict)
+    updates: dict[int, int] = field(default_factory=dict)
+    names: dict[int, tuple[str, ...]] = field(default_factory=dict)
 
 
 class Engine:
@@ -118,8 +118,8 @@ class Engine:
         self._members = sorted({leaf.group for leaf in leaves})
         several = len(hyper) > 1
         paths = [f"{leaf.group}:{leaf.name}" if several else leaf.name for leaf in leaves]
-        self._taken: dict[int, list[tuple[str, Any]] | None] = {g: self._plain(hyper[g]) for g in self._members}
-        overrides = {f"{g}:*": dict(self._taken[g] or ()) for g in self._members}
+        self._taken = {g: self._plain(hyper[g]) for g in self._members}  # empty: to be taken over again
+        overrides = {f"{g}:*": dict(self._taken[g]) for g in self._members}
         if len({*paths, *overrides}) < len(paths) + len(overrides):  # names need not be unique, and one may be "*"
             paths = [f"{path}#{k}" for k, path in enumerate(paths)]
         self.ema_out = ema_out
@@ -129,7 +129,7 @@ class Engine:
         if ema_out is not None:
             averages = (self._as_array(average.tensor) for average in ema_out)
             options["ema_out"] = dict(zip(paths, averages, strict=True))
-        first = as_arguments(dict(self._taken[self._members[0]] or ()))
+        first = as_arguments(self._taken[self._members[0]])
         groups = overrides if several else None
         self.native = make(self._targets(paths), **first, **settings, **options, groups=groups)
         self._pattern_of = {g: f"{g}:*" if several else "" for g in self._members}
@@ -320,14 +320,14 @@ class Engine:
         self._described = EXCHANGE.describe(self._watched)
         self._watched[self._first_average :] = None  # which only their owner keeps
 
-    def shown(self) -> Shown:
-        """What has been put into the state, as far as nobody has changed it."""
-        addresses = {id(t): _address(t) for entries in self.entries for t in entries.values()}
+    def add_shown(self, shown: Shown) -> None:
+        """Tell what has been put into the state, as far as nobody has changed it."""
+        shown.addresses.update((id(t), _address(t)) for entries in self.entries for t in entries.values())
         t = self.state.rows.counts().t[:, 0].tolist()
         same = np.frombuffer(self._last[0], np.float32) == self._shown[0]
-        updates = {id(e["step"]): n for e, n, kept in zip(self.entries, t, same, strict=True) if kept}
+        shown.updates.update((id(e["step"]), n) for e, n, kept in zip(self.entries, t, same, strict=True) if kept)
         names = [name for name in self.entries[0] if name not in (EMA.name, "master")] if self.entries else []
-        return Shown(addresses, updates, dict.fromkeys(map(id, self.params), tuple(names)))
+        shown.names.update(dict.fromkeys(map(id, self.params), tuple(names)))
 
     @property
     def is_shown(self) -> bool:
@@ -349,22 +349,6 @@ class Engine:
         steps[:], scalars[:] = counts.t[:, 0], counts.scalars[:, 0].T
         self._last = steps.tobytes(), scalars.tobytes()
 
-    def _show_counts(self) -> None:
-        """Bring the counts in the state up to date, if the host knows them without waiting for a GPU."""
-        state, (steps, scalars) = self.state, self._shown
-        if state.backend.on_device:
-            return
-        rows = state.rows
-        if len(rows) == 1:
-            steps.fill(rows.counters.item(0, T))
-        else:
-            steps[:] = rows.counters[rows.index[:, 0], T]
-        last = b""
-        if len(scalars):
-            scalars[:] = rows.scalars[rows.index[:, 0]].T
-            last = scalars.tobytes()
-        self._last = steps.tobytes(), last
-
     def skipped(self) -> list[int]:
         """The steps skipped for each parameter; counts in the state that nobody has changed are brought up to date."""
         counts = self.state.rows.counts()
@@ -379,8 +363,8 @@ class Engine:
 
     # A step
 
-    def _plain(self, values: Mapping[str, Any]) -> list[tuple[str, Any]]:
-        return [(name, tensors.number(name, values[name])) for name in self._names]
+    def _plain(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: tensors.number(name, values[name]) for name in self._names}
 
     def take_settings(self, hyper: Mapping[int, Mapping[str, Any]]) -> None:
         """Take over hyperparameters of groups.
@@ -398,10 +382,10 @@ class Engine:
             groups, pattern = self.native.groups, self._pattern_of[g]
             group = groups[pattern] if pattern else groups.defaults
             plain, before = self._plain(hyper[g]), self._taken[g]
-            self._taken[g] = None  # until all have been taken over
-            for k, (name, value) in enumerate(plain):
-                old = None if before is None else before[k][1]
-                if before is None or (value is not old and (isinstance(value, Schedule) or value != old)):
+            self._taken[g] = {}  # until all have been taken over
+            for name, value in plain.items():
+                old = before.get(name)
+                if not before or (value is not old and (isinstance(value, Schedule) or value != old)):
                     groups.set(group, name, value, alone=False)
             self._taken[g] = plain
 
@@ -500,8 +484,20 @@ class Engine:
         """Do what belongs to a part of a step that has been run; once more if it was interrupted."""
 
     def done(self) -> None:
-        """All parts of a step have been run."""
-        self._show_counts()
+        """All parts of a step have been run: bring counts in the state up to date, if that needs no wait for a GPU."""
+        state, (steps, scalars) = self.state, self._shown
+        if state.backend.on_device:
+            return
+        rows = state.rows
+        if len(rows) == 1:
+            steps.fill(rows.counters.item(0, T))
+        else:
+            steps[:] = rows.counters[rows.index[:, 0], T]
+        last = b""
+        if len(scalars):
+            scalars[:] = rows.scalars[rows.index[:, 0]].T
+            last = scalars.tobytes()
+        self._last = steps.tobytes(), last
 
 
 def objects(items: Iterable[Any], count: int = -1) -> np.ndarray:

@@ -322,7 +322,8 @@ class Optimizer(Exclusive, torch.optim.Optimizer):  # type: ignore[misc]
                 )
             self._update(self._ready())
         finally:
-            self._built.forget_gradients()
+            for engine in self._built.engines:  # do not keep gradients alive
+                engine.gradients = ()
             self._users.clear()
         return loss
 
