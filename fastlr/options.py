@@ -109,10 +109,10 @@ class Option:
     moved: int = 0
     name: str = ""
 
-    @property
-    def on_request(self) -> str:
-        """How to ask for the column of this option, for messages."""
-        return f"{self.name}={'tree' if self.takes_tree else repr(self.example)}"
+    def missing(self) -> AttributeError:
+        """The error for an optimizer that was built without the column of this option."""
+        example = f"{self.name}={'tree' if self.takes_tree else repr(self.example)}"
+        return AttributeError(f"there is no {self.name}; build the optimizer with it, such as {example}.")
 
     @property
     def takes_tree(self) -> bool:

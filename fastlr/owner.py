@@ -98,7 +98,7 @@ class StepperOwner(Exclusive, StepHyperparameters):
                 return getattr(stepper.state.groups.defaults, name)
             option = OPTIONS.get(name)
             if option is not None and option.column is not None:  # the property of that name raised an AttributeError
-                raise AttributeError(f"there is no {name}; build the optimizer with it, such as {option.on_request}.")
+                raise option.missing()
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
         def __setattr__(self, name: str, value: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .building import Built, State
-from .recipes import Group
+from .following import Group
 
 __all__ = ["Training", "Write", "put_averages", "put_weights", "state_letter", "weights_by_state"]
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,11 +16,12 @@ from ..kernels import exchange
 from ..kernels.staging import Staged
 from ..options import OWN
 from ..schedules import Schedule
+from ..step import scheduled
 from ..step.scheduled import Remembered
-from . import following, states, tensors
-from .engines import EXCHANGE, Engine, Leaf, Shown, holds_tensors
-from .following import SCHEDULES
-from .recipes import Group, Recipe, Taken, all_leaves
+from . import states, tensors
+from .engines import EXCHANGE, Engine, Leaf, Shown
+from .following import SCHEDULES, Group, GroupValues, schedules_of
+from .recipes import Recipe, all_leaves
 
 __all__ = ["Built", "History", "State", "build", "check_ema_out", "most_updates"]
 
@@ -66,7 +69,7 @@ class Built:
         ema_out: the tensors that hold averages, or None.
         engines: one for each dtype and device; none before the first step.
         params: the parameters of each group that the engines are made for; None before there are engines.
-        taken: the hyperparameters of each group as engines have taken them over; None: to be taken over again.
+        values: the hyperparameters of each group as engines have taken them over.
         outside: whether clipping and the test for NaN and Inf are done outside of the native optimizers.
         held: remembers what `opt.state` holds.
     """
@@ -76,7 +79,7 @@ class Built:
     ema_out: list[tensors.UserTensor] | None = None
     engines: Sequence[Engine] = ()
     params: list[list[torch.Tensor]] | None = None
-    taken: list[Taken | None] = field(default_factory=list)
+    values: list[GroupValues] = field(default_factory=list)
     outside: bool = False
     held: Held = field(default_factory=Held)
 
@@ -106,11 +109,6 @@ class Built:
         """Find the gradients; False if a tensor is no longer where it was."""
         return all([engine.find() for engine in self.engines])  # noqa: C419  (all of them)
 
-    def forget_gradients(self) -> None:
-        """Do not keep gradients alive."""
-        for engine in self.engines:
-            engine.gradients = ()
-
     # What has happened so far
 
     def steps(self, state: State) -> int:
@@ -128,7 +126,7 @@ class Built:
         """What plateaus remember; a copy."""
         out = self.history.observed.copy()
         for engine in self.engines:
-            out.update(engine.observed)
+            out.update(engine.state.observed)
         return out
 
     def so_far(self, state: State) -> History:
@@ -141,12 +139,10 @@ class Built:
 
     def shown(self) -> Shown:
         """What the engines have put into the state."""
-        shown = [engine.shown() for engine in self.engines]
-        return Shown(
-            {k: v for each in shown for k, v in each.addresses.items()},
-            {k: v for each in shown for k, v in each.updates.items()},
-            {k: v for each in shown for k, v in each.names.items()},
-        )
+        out = Shown()
+        for engine in self.engines:
+            engine.add_shown(out)
+        return out
 
     def save_counts(self, state: State) -> None:
         """Put into the state what engines count outside of it."""
@@ -170,14 +166,26 @@ class Built:
 
     def number(self, schedule: Schedule, step: int) -> float:
         """What a schedule gives for a step; a plateau has what it remembers."""
-        values = (engine.present(schedule, step) for engine in self.engines)
-        value = next((value for value in values if value is not None), None)
-        return schedule(step) if value is None else value
+        for engine in self.engines:
+            value = engine.present(schedule, step)
+            if value is not None:
+                return value
+        return schedule(step)
+
+    def evaluated(self, value: Any, step: int) -> Any:
+        """A hyperparameter with numbers in the place of schedules; NaN where a schedule fails."""
+        if isinstance(value, tuple | list):
+            return tuple(self.evaluated(part, step) for part in value)
+        if not isinstance(value, Schedule):
+            return value
+        try:
+            return float(self.number(value, step))
+        except Exception:  # in a function of the user's; the step that needs the number raises it
+            return math.nan
 
     def present(self, group: Mapping[str, Any], name: str, step: int) -> Any:
         """A hyperparameter of a group in a step."""
-        value = (group.get(SCHEDULES) or {}).get(name, group[name])
-        return following.evaluated(tensors.number(name, value), lambda schedule: self.number(schedule, step))
+        return self.evaluated(tensors.number(name, schedules_of(group).get(name, group[name])), step)
 
     def take_settings(self, param_groups: Sequence[Group], state: State) -> None:
         """Have engines take over what has changed in the groups.
@@ -186,54 +194,31 @@ class Built:
             TypeError: if a value is of the wrong kind.
             ValueError: if one is out of range.
         """
-        changed = self._changed(param_groups)
+        changed = [g for g, group in enumerate(param_groups) if not self.values[g].are_in(group)]
         if changed:
-            hyper = {g: self.recipe.named(taken.values) for g, taken in changed.items()}
+            values = {g: GroupValues(g, param_groups[g], self.recipe.names) for g in changed}
             if self.outside:  # then no engine knows this one
-                for values in hyper.values():
-                    following.examine(OWN["clip_norm"], values["clip_norm"], self.steps(state))
+                for each in values.values():
+                    scheduled.examine("clip_norm", OWN["clip_norm"], each.hyper["clip_norm"], self.steps(state))
             for g in changed:  # if one of several is refused and all are put back, all are taken over again
-                self.taken[g] = None
+                self.values[g] = values[g]
             for engine in self.engines:
-                engine.take_settings(hyper)
-            self.bring_in_order(param_groups, state, changed)
+                engine.take_settings({g: each.hyper for g, each in values.items()})
+            self.settle(param_groups, state)
 
-    def _changed(self, param_groups: Sequence[Group]) -> dict[int, Taken]:
-        """The hyperparameters of the groups in which something has changed since they were taken over."""
-        out = {}
-        values_of = self.recipe.values_of
-        for g, (group, taken) in enumerate(zip(param_groups, self.taken, strict=True)):
-            if taken is None or values_of(group) != taken.numbers or (group.get(SCHEDULES) or {}) != taken.schedules:
-                out[g] = self.recipe.taken(g, group)
-        return out
-
-    def bring_in_order(self, param_groups: Sequence[Group], state: State, changed: Mapping[int, Taken]) -> None:
-        """Put schedules and numbers in their places, in groups whose hyperparameters have been taken over."""
-        for g, taken in changed.items():
-            following.settle(g, param_groups[g], self.recipe.names, taken.values)
-            self.taken[g] = taken
-        self._show(param_groups, state, changed)
-        for g, taken in changed.items():
-            numbers = self.recipe.values_of(param_groups[g])
-            schedules = dict(param_groups[g].get(SCHEDULES, ()))
-            # A tensor can change and stay the same object.
-            self.taken[g] = None if holds_tensors(numbers) else Taken(numbers, schedules, taken.values)
+    def settle(self, param_groups: Sequence[Group], state: State) -> None:
+        """Put schedules and numbers in their places, in groups whose hyperparameters have just been taken over."""
+        for values, group in zip(self.values, param_groups, strict=False):  # there are none before there are engines
+            if values.numbers is None:
+                values.settle(group)
+        self.show_numbers(param_groups, state)
 
     def show_numbers(self, param_groups: Sequence[Group], state: State) -> None:
-        """Put the numbers for the next step where people look, in all groups that follow schedules."""
-        if not any(SCHEDULES in group for group in param_groups):
-            return
-        self._show(param_groups, state, range(len(param_groups)))
-        for group, taken in zip(param_groups, self.taken, strict=True):
-            if taken is not None:
-                taken.numbers = self.recipe.values_of(group)
-
-    def _show(self, param_groups: Sequence[Group], state: State, which: Iterable[int]) -> None:
         """Put numbers for the next step into groups, if the host knows the step without waiting for a GPU."""
-        if all(engine.host_counts for engine in self.engines):
-            step = self.steps(state)
-            for g in which:
-                following.show(param_groups[g], lambda schedule: self.number(schedule, step))
+        if any(SCHEDULES in group for group in param_groups) and all(e.host_counts for e in self.engines):
+            evaluated = functools.partial(self.evaluated, step=self.steps(state))
+            for values, group in zip(self.values, param_groups, strict=False):
+                values.show(group, evaluated)
 
 
 def build(
@@ -275,8 +260,8 @@ def build(
         names.remove("clip_norm")
     if any(group["capturable"] for group in param_groups):
         settings["capturable"] = True
-    taken = [recipe.taken(g, group) for g, group in enumerate(param_groups)]
-    hyper = [recipe.named(each.values) for each in taken]
+    values = recipe.values(param_groups)
+    hyper = [each.hyper for each in values]
     engines = []
     for members in by_place.values():
         averages = None if fresh is None else [fresh[k] for k in members]
@@ -286,7 +271,7 @@ def build(
             _check_sums(engine.native.rule)
         engines.append(engine)
     params = [list(group["params"]) for group in param_groups]
-    return Built(recipe, history, fresh, engines, params, [*taken], outside)
+    return Built(recipe, history, fresh, engines, params, values, outside)
 
 
 def _averages(ema_out: Sequence[tensors.UserTensor], leaves: Sequence[Leaf]) -> list[tensors.UserTensor]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any
 
@@ -18,14 +18,13 @@ from ..arrays.columns import COMPUTE, EMA
 from ..kernels import exchange
 from ..kernels.formats import FORMATS
 from ..kernels.layout import T
-from ..kernels.staging import Rule
 from ..optimizer import Optimizer as Native
 from ..options import OPTIONS
 from ..schedules import Schedule
 from ..state import OptimizerState
 from ..step.gradients import Located
 from ..step.info import StepInfo
-from ..step.rows import Counts, Rows
+from ..step.rows import Counts
 from ..step.scheduled import Remembered
 from ..step.stepper import Prepared, Stepper
 from . import states, tensors
@@ -77,9 +76,9 @@ class Shown:
             they start again from the parameter.
     """
 
-    addresses: dict[int, int]
-    updates: dict[int, int]
-    names: dict[int, tuple[str, ...]]
+    addresses: dict[int, int] = field(default_factory=dict)
+    updates: dict[int, int] = field(default_factory=dict)
+    names: dict[int, tuple[str, ...]] = field(default_factory=dict)
 
 
 class Engine:
@@ -119,8 +118,8 @@ class Engine:
         self._members = sorted({leaf.group for leaf in leaves})
         several = len(hyper) > 1
         paths = [f"{leaf.group}:{leaf.name}" if several else leaf.name for leaf in leaves]
-        self._taken: dict[int, list[tuple[str, Any]] | None] = {g: self._plain(hyper[g]) for g in self._members}
-        overrides = {f"{g}:*": dict(self._taken[g] or ()) for g in self._members}
+        self._taken = {g: self._plain(hyper[g]) for g in self._members}  # empty: to be taken over again
+        overrides = {f"{g}:*": dict(self._taken[g]) for g in self._members}
         if len({*paths, *overrides}) < len(paths) + len(overrides):  # names need not be unique, and one may be "*"
             paths = [f"{path}#{k}" for k, path in enumerate(paths)]
         self.ema_out = ema_out
@@ -130,13 +129,13 @@ class Engine:
         if ema_out is not None:
             averages = (self._as_array(average.tensor) for average in ema_out)
             options["ema_out"] = dict(zip(paths, averages, strict=True))
-        first = as_arguments(dict(self._taken[self._members[0]] or ()))
+        first = as_arguments(self._taken[self._members[0]])
         groups = overrides if several else None
         self.native = make(self._targets(paths), **first, **settings, **options, groups=groups)
         self._pattern_of = {g: f"{g}:*" if several else "" for g in self._members}
         self._sizes = sizes
         self._singles = [p for p in self.params if p.numel() == 1]
-        dtype = self.dtype
+        dtype = self.state.parameters.dtype.name
         self._dtype: torch.dtype = getattr(torch, dtype)
         self._readable = {self._dtype, *tensors.HALVES}
         self._located = Located([], "")
@@ -163,85 +162,29 @@ class Engine:
         self.native._stepper = stepper
 
     @property
-    def _state(self) -> OptimizerState:
+    def state(self) -> OptimizerState:
+        """All that the native optimizer holds."""
         return self.native._stepper.state
-
-    @property
-    def dtype(self) -> str:
-        """The name of the dtype of what the native optimizer updates."""
-        return self._state.parameters.dtype.name
-
-    @property
-    def on_host(self) -> bool:
-        """Whether the native optimizer updates memory of the host."""
-        return not self._state.backend.on_device
-
-    @property
-    def rule(self) -> Rule:
-        """The rule, not staged."""
-        return self._state.options.rule
-
-    @property
-    def columns(self) -> dict[str, Any]:
-        """The flat arrays of the native optimizer besides the parameters, by their letters."""
-        return self._state.columns.flat
-
-    @property
-    def rows(self) -> Rows:
-        """The table of counts as the kernels update it; replaced when leaves have to be told apart."""
-        return self._state.rows
-
-    @property
-    def counts(self) -> Counts:
-        """What has been counted for each parameter, read from the GPU where it is there."""
-        return self.rows.counts()
-
-    def take_counts(self, counts: Counts, observed: Remembered) -> None:
-        """Go on from other counts; the low-precision copy is that of the parameters as they are now.
-
-        Args:
-            counts: of each parameter.
-            observed: what plateaus remember.
-        """
-        self._state.columns.encode_shadow()
-        self.stepper = self.stepper.resumed(replace(self._state, observed=observed), counts, False)
-
-    def initial_scalars(self) -> list[float]:
-        """The values at which the rule's state of a whole group starts."""
-        return [self._state.options.starts[name] for name in self.rule.scalars]
 
     @property
     def host_counts(self) -> bool:
         """Whether the host knows the number of steps without waiting for a GPU."""
-        return self.on_host or (self.rows.host_knows and not self._state.options.capturable)
-
-    @property
-    def observed(self) -> Remembered:
-        """What plateaus remember."""
-        return self._state.observed
+        state = self.state
+        return not state.backend.on_device or (state.rows.host_knows and not state.options.capturable)
 
     def forget(self, observed: Remembered) -> None:
         """Let plateaus remember what they did before, from the next step on."""
-        self.observed.take(observed)
+        self.state.observed.take(observed)
         self.native.groups.touch("lr")
-
-    @property
-    def has_plateaus(self) -> bool:
-        """Whether a hyperparameter of some parameter follows a `Plateau`."""
-        return bool(self.stepper.scheduled.plateaus)
 
     def present(self, schedule: Schedule, step: int) -> float | None:
         """What a schedule that hyperparameters follow gives for a step; None if none of the parameters follows it."""
         value = self.stepper.scheduled.present(schedule, step)
         return None if value is None else float(value)
 
-    def overlaps(self, address: int, nbytes: int) -> bool:
-        """Whether memory overlaps what a step writes."""
-        return self._state.gradients.overlaps(address, nbytes)
-
     def _may_read(self, addresses: np.ndarray, name: str) -> bool:
         """Whether gradients of a dtype at these addresses are apart from what a step writes."""
-        return not self._state.gradients.any_overlaps(addresses, getattr(torch, name).itemsize)
+        return not self.state.gradients.any_overlaps(addresses, getattr(torch, name).itemsize)
 
     def prepare_native(self, located: Located, scale: float) -> Prepared:
         """Do everything in a step of the native optimizer that can fail.
@@ -255,10 +198,6 @@ class Engine:
         if prepared.stepper is not stepper:
             self.stepper = prepared.stepper
         return prepared
-
-    def run_native(self, prepared: Prepared) -> StepInfo:
-        """Make a step of the native optimizer."""
-        return prepared.stepper.run(prepared)
 
     # What subclasses do differently
 
@@ -296,8 +235,8 @@ class Engine:
         """A column of the native optimizer as one tensor for each parameter, with its shape and strides."""
         if name == EMA.name and self.ema_out is not None:
             return [average.tensor for average in self.ema_out]
-        flat = self._flats.setdefault(name, self._as_tensor(self.columns[name]))
-        role = self._state.columns.roles[name]
+        flat = self._flats.setdefault(name, self._as_tensor(self.state.columns.flat[name]))
+        role = self.state.columns.roles[name]
         if role.format != COMPUTE:
             flat = flat.view(getattr(torch, role.format))
         return [tensors.like(p, flat, start) for p, start in zip(self.params, self._starts, strict=True)]
@@ -316,9 +255,9 @@ class Engine:
         Raises:
             ValueError: if an entry cannot be the state of a parameter, or some entries are missing.
         """
-        scalar_names = self.rule.scalars
+        options, scalar_names = self.state.options, self.state.options.rule.scalars
         columns = {name: self.views(letter) for letter, name in state_letters(self.native).items()}
-        counts = Counts.zero(len(self.params), 1, self.initial_scalars())
+        counts = Counts.zero(len(self.params), 1, [options.starts[name] for name in scalar_names])
         counts.scalars = counts.scalars.copy()
         updates = {} if shown is None else shown.updates
         for k, leaf in enumerate(self.leaves):
@@ -331,7 +270,7 @@ class Engine:
             counts.skipped[k] = states.count(leaf.called, "skipped", entries.get("skipped", 0))
             for j, name in enumerate(scalar_names):
                 if name in entries:
-                    nan = self._state.options.scalars_can_be_nan
+                    nan = options.scalars_can_be_nan
                     counts.scalars[k, 0, j] = states.number(leaf.called, name, entries[name], True, nan)
             for name, views in columns.items():
                 value = entries.get(name)
@@ -345,15 +284,16 @@ class Engine:
                     self.writes.append((views[k].detach(), value))
             self._initial(k, entries, shown)
         counts.steps = steps
-        self.take_counts(counts, observed)
+        self.state.columns.encode_shadow()  # the low-precision copy is that of the parameters as they are now
+        self.stepper = self.stepper.resumed(replace(self.state, observed=observed), counts, False)
         count = torch.zeros(len(self.params))
         scalars = torch.zeros((len(scalar_names), len(self.params)), dtype=torch.float64)
         self._shown = count.numpy(), scalars.numpy()
-        self._show(self.counts)
+        self._show(self.state.rows.counts())
         self._written = [
             *self.params,
             *(average.memory for average in self.ema_out or ()),
-            *(self._flats.setdefault(name, self._as_tensor(flat)) for name, flat in self.columns.items()),
+            *(self._flats.setdefault(name, self._as_tensor(flat)) for name, flat in self.state.columns.flat.items()),
         ]
         if self.ema_out is not None and EMA.name in columns:  # the tensors themselves are the user's to keep
             columns[EMA.name] = [average.memory for average in self.ema_out]
@@ -371,7 +311,7 @@ class Engine:
 
     def _watch(self) -> None:
         """Remember where parameters, states and averages are."""
-        unwatched = {"step", *self.rule.scalars, *(() if self.ema_out is None else [EMA.name])}
+        unwatched = {"step", *self.state.options.rule.scalars, *(() if self.ema_out is None else [EMA.name])}
         states = [t for entries in self.entries for name, t in entries.items() if name not in unwatched]
         watched = [*self.params, *states[:: -(-len(states) // _MOST_WATCHED) or 1]]
         self._first_average = len(watched)
@@ -380,14 +320,14 @@ class Engine:
         self._described = EXCHANGE.describe(self._watched)
         self._watched[self._first_average :] = None  # which only their owner keeps
 
-    def shown(self) -> Shown:
-        """What has been put into the state, as far as nobody has changed it."""
-        addresses = {id(t): _address(t) for entries in self.entries for t in entries.values()}
-        t = self.counts.t[:, 0].tolist()
+    def add_shown(self, shown: Shown) -> None:
+        """Tell what has been put into the state, as far as nobody has changed it."""
+        shown.addresses.update((id(t), _address(t)) for entries in self.entries for t in entries.values())
+        t = self.state.rows.counts().t[:, 0].tolist()
         same = np.frombuffer(self._last[0], np.float32) == self._shown[0]
-        updates = {id(e["step"]): n for e, n, kept in zip(self.entries, t, same, strict=True) if kept}
+        shown.updates.update((id(e["step"]), n) for e, n, kept in zip(self.entries, t, same, strict=True) if kept)
         names = [name for name in self.entries[0] if name not in (EMA.name, "master")] if self.entries else []
-        return Shown(addresses, updates, dict.fromkeys(map(id, self.params), tuple(names)))
+        shown.names.update(dict.fromkeys(map(id, self.params), tuple(names)))
 
     @property
     def is_shown(self) -> bool:
@@ -409,41 +349,22 @@ class Engine:
         steps[:], scalars[:] = counts.t[:, 0], counts.scalars[:, 0].T
         self._last = steps.tobytes(), scalars.tobytes()
 
-    def _show_counts(self) -> None:
-        """Bring the counts in the state up to date, if the host knows them without waiting for a GPU."""
-        if not self.on_host:
-            return
-        rows, (steps, scalars) = self.rows, self._shown
-        if len(rows) == 1:
-            steps.fill(rows.counters.item(0, T))
-        else:
-            steps[:] = rows.counters[rows.index[:, 0], T]
-        last = b""
-        if len(scalars):
-            scalars[:] = rows.scalars[rows.index[:, 0]].T
-            last = scalars.tobytes()
-        self._last = steps.tobytes(), last
-
     def skipped(self) -> list[int]:
         """The steps skipped for each parameter; counts in the state that nobody has changed are brought up to date."""
-        counts = self.counts
+        counts = self.state.rows.counts()
         if self.is_shown:
             self._show(counts)
         return [int(n) for n in counts.skipped[:, 0]]
 
-    def snapshot(self) -> dict[str, np.ndarray]:
-        """A copy of parameters, states, counts and hyperparameters, for `restore`."""
-        return self.native.snapshot()
-
     def restore(self, snapshot: Mapping[str, np.ndarray]) -> None:
         """Go back to a snapshot."""
         self.native.restore(snapshot)
-        self._show(self.counts)
+        self._show(self.state.rows.counts())
 
     # A step
 
-    def _plain(self, values: Mapping[str, Any]) -> list[tuple[str, Any]]:
-        return [(name, tensors.number(name, values[name])) for name in self._names]
+    def _plain(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: tensors.number(name, values[name]) for name in self._names}
 
     def take_settings(self, hyper: Mapping[int, Mapping[str, Any]]) -> None:
         """Take over hyperparameters of groups.
@@ -461,10 +382,10 @@ class Engine:
             groups, pattern = self.native.groups, self._pattern_of[g]
             group = groups[pattern] if pattern else groups.defaults
             plain, before = self._plain(hyper[g]), self._taken[g]
-            self._taken[g] = None  # until all have been taken over
-            for k, (name, value) in enumerate(plain):
-                old = None if before is None else before[k][1]
-                if before is None or (value is not old and (isinstance(value, Schedule) or value != old)):
+            self._taken[g] = {}  # until all have been taken over
+            for name, value in plain.items():
+                old = before.get(name)
+                if not before or (value is not old and (isinstance(value, Schedule) or value != old)):
                     groups.set(group, name, value, alone=False)
             self._taken[g] = plain
 
@@ -518,7 +439,7 @@ class Engine:
         for param, grad in zip(self.params, grads, strict=True):
             if grad is not None:
                 grad = tensors.with_strides_of(param, grad, dtype)
-                if self.overlaps(grad.data_ptr(), grad.nbytes):
+                if self.state.gradients.overlaps(grad.data_ptr(), grad.nbytes):
                     grad = grad.clone()
             readable.append(grad)
         self.gradients = readable
@@ -553,18 +474,30 @@ class Engine:
             written = [*itertools.compress(self.params, active), *written[len(self.params) :]]
         # Autograd has to know what is written behind its back: a backward that needs the old values must fail.
         torch.autograd.graph.increment_version(written)
-        return self.run_native(part)
+        return part.stepper.run(part)
 
     def mark(self) -> bytes:
         """A value that differs after each part of a step from what it was before."""
-        return self.rows.counters.tobytes()
+        return self.state.rows.counters.tobytes()
 
     def deliver(self, part: Any) -> None:
         """Do what belongs to a part of a step that has been run; once more if it was interrupted."""
 
     def done(self) -> None:
-        """All parts of a step have been run."""
-        self._show_counts()
+        """All parts of a step have been run: bring counts in the state up to date, if that needs no wait for a GPU."""
+        state, (steps, scalars) = self.state, self._shown
+        if state.backend.on_device:
+            return
+        rows = state.rows
+        if len(rows) == 1:
+            steps.fill(rows.counters.item(0, T))
+        else:
+            steps[:] = rows.counters[rows.index[:, 0], T]
+        last = b""
+        if len(scalars):
+            scalars[:] = rows.scalars[rows.index[:, 0]].T
+            last = scalars.tobytes()
+        self._last = steps.tobytes(), last
 
 
 def objects(items: Iterable[Any], count: int = -1) -> np.ndarray:

@@ -210,7 +210,10 @@ class HostEngine(Engine):
     @property
     def nbytes(self) -> int:
         """Bytes on the host that belong to this engine."""
-        buffers = [*self.columns.values(), *(buffer for buffer in (self._buffer, self._stage) if buffer is not None)]
+        buffers = [
+            *self.state.columns.flat.values(),
+            *(buffer for buffer in (self._buffer, self._stage) if buffer is not None),
+        ]
         return sum(buffer.nbytes for buffer in buffers)
 
     def take_params(self, which: Iterable[int]) -> None:
@@ -263,14 +266,14 @@ class HostEngine(Engine):
             self._up.synchronize()  # the weights of the step before are on the GPU, their memory can be written
             self._down.wait_stream(torch.cuda.current_stream(self._device))
             self._up.wait_stream(torch.cuda.current_stream(self._device))
-        parts, rows, number = [], self.rows, self.native.steps
+        parts, rows, number = [], self.state.rows, self.native.steps
         for chunk, seen in zip(self._chunks, self._seen, strict=True):
             active = seen if all(there) else tuple(map(operator.and_, there, seen))
-            if any(active) or EMA.name in self.columns:
+            if any(active) or EMA.name in self.state.columns.flat:
                 located = Located(self._staged_at, tensors.name_of(dtype), active, seen, number)
                 prepared = self.prepare_native(located, scale)
                 parts.append((prepared, [k for k in chunk if there[k]], self._fetch(chunk)))
-        return parts if self.rows is rows else self.prepare(scale)  # the tables were made anew meanwhile
+        return parts if self.state.rows is rows else self.prepare(scale)  # the tables were made anew meanwhile
 
     def run(self, part: Any) -> StepInfo | None:
         """As `Engine.run`."""
@@ -279,7 +282,7 @@ class HostEngine(Engine):
         prepared, _, arrived = part
         if arrived is not None:
             arrived.synchronize()
-        self.run_native(prepared)
+        prepared.stepper.run(prepared)
         self.deliver(part)
         return None
 

@@ -15,16 +15,18 @@ import torch
 from .. import checks
 from ..arrays.columns import EMA, SHADOW
 from ..exclusive import Exclusive, Users, exclusive, take_over
+from ..hyperparameters import follows
 from ..kernels.atomic import commit
 from ..kernels.staging import Rule
 from ..optimizer import Optimizer as Native
 from ..options import OPTIONS
+from ..step import scheduled
 from ..step.info import StepInfo
-from . import averages, following, saving, stepping, tensors
+from . import averages, saving, stepping, tensors
 from .averages import Training
 from .building import Built, History, State, build, check_ema_out
 from .engines import hyper_names
-from .following import follows
+from .following import GroupValues
 from .recipes import Recipe, all_leaves, group_leaves
 from .trials import Trial
 
@@ -186,12 +188,12 @@ class Optimizer(Exclusive, torch.optim.Optimizer):  # type: ignore[misc]
         recipe, built = self._recipe, self._built
         for leaf in group_leaves(groups, g):
             tensors.check_parameter(leaf.called, leaf.param, recipe.halves)
-        values = following.resolved(g, group, recipe.names, recipe.values_of(group))
-        step = built.steps(self.state) if any(map(follows, values)) else 0
-        if self._is_complete and any(map(follows, values)):
-            for name, value in recipe.named(values).items():
-                following.examine(self._recipe.table[name], value, step)
-        values = tuple(recipe.normal(recipe.named(values), recipe.probe(values)).values())
+        values = GroupValues(g, group, recipe.names)
+        step = built.steps(self.state) if any(map(follows, values.hyper.values())) else 0
+        if self._is_complete:
+            for name, value in values.hyper.items():
+                scheduled.examine(name, recipe.table[name], value, step)
+        values.hyper = recipe.normal(values.hyper, recipe.probe(values.hyper))
         if group["capturable"] and not all(p.is_cuda for p in group["params"]):
             raise ValueError("capturable=True is for parameters on a GPU; these are on the CPU.")
         writes: list[averages.Write] = [(self.param_groups, slice(g, g), [group])]
@@ -199,9 +201,9 @@ class Optimizer(Exclusive, torch.optim.Optimizer):  # type: ignore[misc]
             check_ema_out([average.tensor for average in built.ema_out] + new_averages, all_leaves(groups))
             ema_out = [*built.ema_out, *map(tensors.UserTensor, new_averages)]
             writes.append((self.__dict__, "_built", replace(built, ema_out=ema_out)))
-        group.update(recipe.named(values))
-        following.settle(g, group, recipe.names, values)
-        following.show(group, lambda schedule: built.number(schedule, step))
+        group.update(values.hyper)
+        values.settle(group)
+        values.show(group, functools.partial(built.evaluated, step=step))
         commit(writes)
 
     @property
@@ -287,8 +289,7 @@ class Optimizer(Exclusive, torch.optim.Optimizer):  # type: ignore[misc]
         attributes["_built"] = built
         commit([*((self.__dict__, name, value) for name, value in attributes.items()), *writes])
         built.held.remember(self.state)
-        taken = {g: taken for g, taken in enumerate(built.taken) if taken is not None}
-        built.bring_in_order(self.param_groups, self.state, taken)
+        built.settle(self.param_groups, self.state)
 
     # A step
 
@@ -321,7 +322,8 @@ class Optimizer(Exclusive, torch.optim.Optimizer):  # type: ignore[misc]
                 )
             self._update(self._ready())
         finally:
-            self._built.forget_gradients()
+            for engine in self._built.engines:  # do not keep gradients alive
+                engine.gradients = ()
             self._users.clear()
         return loss
 
@@ -347,7 +349,7 @@ class Optimizer(Exclusive, torch.optim.Optimizer):  # type: ignore[misc]
         if built.outside and finite and self._recipe.looks_at_all(groups):
             norm = stepping.gradient_norm(engines) / scale
             finite = bool(np.isfinite(norm)) or not self._recipe.settings.get("skip_nonfinite")
-            coefficient = stepping.clip_coefficient(built, groups, state, norm)
+            coefficient = stepping.clip_coefficient(built, state, norm)
         report = functools.partial(stepping.report, built, groups, state, norm=norm)
         if not finite:
             skipped = report(coefficient=np.nan, finite=False, counts=False)
@@ -382,15 +384,14 @@ class Optimizer(Exclusive, torch.optim.Optimizer):  # type: ignore[misc]
     def ema(self) -> Any:
         """The moving average of each parameter: a list, or a dict if the parameters were given with names."""
         if "ema_decay" not in self._recipe.names:
-            raise AttributeError(f"there is no ema; build the optimizer with it, such as {OPTIONS['ema'].on_request}.")
+            raise OPTIONS["ema"].missing()
         return self._by_parameter(EMA.name)
 
     @property
     def shadow(self) -> Any:
         """The low-precision copy of each parameter, as of the last step; as `ema`."""
         if self._recipe.settings.get("shadow") is None:
-            example = OPTIONS["shadow"].on_request
-            raise AttributeError(f"there is no shadow; build the optimizer with it, such as {example}.")
+            raise OPTIONS["shadow"].missing()
         return self._by_parameter(SHADOW.name)
 
     @property
@@ -413,8 +414,8 @@ class Optimizer(Exclusive, torch.optim.Optimizer):  # type: ignore[misc]
         """
         built = self._current()
         built.take_settings(self.param_groups, self.state)
-        engines = [engine for engine in built.engines if engine.has_plateaus] or built.engines[:1]
-        before = [engine.observed.copy() for engine in engines]
+        engines = [engine for engine in built.engines if engine.stepper.scheduled.plateaus] or built.engines[:1]
+        before = [engine.state.observed.copy() for engine in engines]
         try:
             for engine in engines:
                 engine.native.observe(metric)

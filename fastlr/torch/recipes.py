@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
-import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,28 +11,11 @@ import numpy as np
 
 from ..hyperparameters import Hyper
 from ..optimizer import Optimizer as Native
-from . import following, tensors
+from . import tensors
 from .engines import Engine, Leaf, as_arguments, holds_tensors
-from .following import SCHEDULES
+from .following import Group, GroupValues
 
-__all__ = ["Group", "Recipe", "Taken", "all_leaves", "group_leaves"]
-
-Group = dict[str, Any]  # one of `torch.optim.Optimizer.param_groups`
-
-
-@dataclass
-class Taken:
-    """The hyperparameters of a group as engines have taken them over.
-
-    Attributes:
-        numbers: what stood in the group.
-        schedules: what stood in `group["schedules"]`.
-        values: the hyperparameters: schedules where they follow some, else numbers.
-    """
-
-    numbers: tuple[Any, ...]
-    schedules: dict[str, Any]
-    values: tuple[Any, ...]
+__all__ = ["Recipe", "all_leaves", "group_leaves"]
 
 
 @dataclass(frozen=True)
@@ -67,39 +48,28 @@ class Recipe:
 
     # Hyperparameters
 
-    @functools.cached_property
-    def values_of(self) -> Callable[[Mapping[str, Any]], tuple[Any, ...]]:
-        """Returns what stands in a group for each hyperparameter."""
-        return operator.itemgetter(*self.names)
+    def values(self, param_groups: Sequence[Group]) -> list[GroupValues]:
+        """The hyperparameters of each group as they are now.
 
-    def named(self, values: Iterable[Any]) -> dict[str, Any]:
-        """The values of all hyperparameters, by name."""
-        return dict(zip(self.names, values, strict=True))
+        Raises:
+            ValueError: if a scheduler of PyTorch sets what follows a schedule.
+        """
+        return [GroupValues(g, group, self.names) for g, group in enumerate(param_groups)]
 
-    def probe(self, values: Iterable[Any]) -> Native:
+    def probe(self, hyper: Mapping[str, Any]) -> Native:
         """A native optimizer over one number, with a group's settings: it checks them and shows which states they need.
 
         Raises:
             TypeError: if a value is of the wrong kind.
             ValueError: if one is out of range.
         """
-        numbers = {name: tensors.number(name, value) for name, value in self.named(values).items()}
+        numbers = {name: tensors.number(name, value) for name, value in hyper.items()}
         return self.make(np.zeros(1, np.float32), **{**self.settings, "alloc": None}, **as_arguments(numbers))
 
     def normal(self, settings: Mapping[str, Any], probe: Native) -> dict[str, Any]:
         """Hyperparameters as groups hold them: as the native optimizer has them, but tensors as they were passed."""
         kept = {name: value for name, value in settings.items() if holds_tensors(value)}
         return {name: kept[name] if name in kept else getattr(probe, name) for name in self.names}
-
-    def taken(self, g: int, group: Group) -> Taken:
-        """The hyperparameters of a group as they are now, to be taken over.
-
-        Raises:
-            ValueError: if a scheduler of PyTorch sets what follows a schedule.
-        """
-        numbers = self.values_of(group)
-        values = following.resolved(g, group, self.names, numbers)
-        return Taken(numbers, dict(group.get(SCHEDULES) or ()), values)
 
     def looks_at_all(self, param_groups: Iterable[Group]) -> bool:
         """Whether a step depends on all gradients together."""

@@ -13,15 +13,16 @@ from typing import Any
 import torch
 
 from .. import groups
+from ..hyperparameters import follows
 from ..options import OPTIONS, OWN
 from ..step import scheduled
 from ..step.scheduled import Remembered
-from . import averages, following, states
+from . import averages, states
 from .averages import Training
 from .building import Built, History, State, build, most_updates
 from .engines import Leaf, state_names
-from .following import SCHEDULES, follows
-from .recipes import Group, Recipe, group_leaves
+from .following import SCHEDULES, Followed, Group, GroupValues, as_schedules, plateaus, schedules_of
+from .recipes import Recipe, group_leaves
 
 __all__ = ["Loaded", "as_value_errors", "read", "to_save"]
 
@@ -52,20 +53,19 @@ def to_save(
         saved["state"] = {k: v for k, v in kept.items() if not isinstance(v, dict) or v or not saved["state"][k]}
     observed, steps, recipe = built.observed(), built.steps(state), built.recipe
     for g, (group, here) in enumerate(zip(saved["param_groups"], param_groups, strict=True)):
-        taken = built.taken[g] if g < len(built.taken) else None
         try:
-            values = recipe.taken(g, here).values
+            hyper = GroupValues(g, here, recipe.names).hyper
         except ValueError:  # a scheduler of PyTorch sets it as well, as the next step says
-            values = recipe.values_of(here) if taken is None else taken.values
-        schedules = {n: v for n, v in recipe.named(values).items() if follows(v)}
+            hyper = built.values[g].hyper if built.values else {}
+        schedules = {n: v for n, v in hyper.items() if follows(v)}
         group.pop(SCHEDULES, None)
         for name, value in schedules.items():
-            group[name] = following.evaluated(value, lambda schedule: built.number(schedule, steps))
+            group[name] = built.evaluated(value, steps)
         if schedules:
             group[SCHEDULES] = {name: groups.plain(value) for name, value in schedules.items()}
-        plateaus = scheduled.saved(following.plateaus({SCHEDULES: schedules}), observed)
-        if plateaus:
-            group["observed"] = plateaus
+        remembered = scheduled.saved(plateaus(schedules), observed)
+        if remembered:
+            group["observed"] = remembered
     along = {
         "skipped_steps": built.history.skipped,
         "clock": steps if steps != most_updates(state) else 0,
@@ -110,13 +110,13 @@ def read(saved: Any, built: Built, param_groups: Sequence[Group], called: str) -
     skipped, clock = (states.count("the optimizer", name, along.get(name, 0)) for name in ("skipped_steps", "clock"))
     new = [_group_from(g, group, param_groups[g], recipe, called) for g, group in enumerate(saved_groups)]
     observed = _observed_from(saved_groups, new)
-    hyper = [recipe.taken(g, group).values for g, group in enumerate(new)]
+    hyper = [values.hyper for values in recipe.values(new)]
     entries = _entries_from(state, saved_groups, new, [state_names(recipe.probe(values)) for values in hyper], called)
     history = History(max(clock, most_updates(entries)), skipped, observed)
     for g, values in enumerate(hyper):
-        for name, value in recipe.named(values).items():
+        for name, value in values.items():
             part = f"{name!r} of group {g} in the state"
-            states.checked(part, following.examine, recipe.table[name], value, history.steps)
+            states.checked(part, scheduled.examine, name, recipe.table[name], value, history.steps)
     halves = any("master" in values for values in entries.values() if isinstance(values, dict))
     averaging = bool(along.get("averaging")) and averages.state_letter(recipe.make) is not None and not halves
     training: Training | None = [(p, None) for group in new for p in group["params"]] if averaging else None
@@ -137,7 +137,7 @@ def _observed_from(saved_groups: Sequence[Group], new: Sequence[Group]) -> Remem
     for g, (saved, group) in enumerate(zip(saved_groups, new, strict=True)):
         called = f"'observed' of group {g} in the state"
         observed.update(
-            states.checked(called, scheduled.restored, following.plateaus(group), saved.get("observed", {}))
+            states.checked(called, scheduled.restored, plateaus(schedules_of(group)), saved.get("observed", {}))
         )
     return observed
 
@@ -221,7 +221,7 @@ def _group_from(g: int, saved: Mapping[str, Any], present: Group, recipe: Recipe
             "Set decoupled_weight_decay in the groups of the state, or build the optimizer with the state's value."
         )
     group = {**present, **{k: v for k, v in saved.items() if k not in _SAVED_ALONG}}
-    schedules = dict(present.get(SCHEDULES) or {})
+    schedules = schedules_of(present)
     saved_schedules = saved.get(SCHEDULES)
     if saved_schedules is not None:
         part = f"{SCHEDULES!r} of group {g} in the state"
@@ -231,7 +231,7 @@ def _group_from(g: int, saved: Mapping[str, Any], present: Group, recipe: Recipe
             raise ValueError(f"{part} must be schedules, but that of {wrong[0]!r} is {schedules[wrong[0]]!r}.")
     group.pop(SCHEDULES, None)
     if schedules:
-        group[SCHEDULES] = following.Followed({n: v for n, v in schedules.items() if n in recipe.names})
+        group[SCHEDULES] = Followed({n: v for n, v in schedules.items() if n in recipe.names})
     return group
 
 
@@ -244,7 +244,8 @@ def _rule_names(recipe: Recipe, present: Group) -> list[str]:
 def _schedules_from(saved: Mapping[str, Any], present: Group, schedules: Mapping[str, Any]) -> dict[str, Any]:
     """The schedules that were saved of a group; a function of the user's is the one that is there now."""
     return {
-        name: groups.from_plain(name, value, present.get(name), schedules.get(name)) for name, value in saved.items()
+        name: as_schedules(groups.from_plain(name, value, present.get(name), schedules.get(name)))
+        for name, value in saved.items()
     }
 
 

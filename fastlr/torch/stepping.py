@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,7 @@ from ..step.info import Layout, StepInfo
 from . import tensors
 from .building import Built, State
 from .engines import Engine
-from .following import SCHEDULES
-from .recipes import Group
+from .following import Group
 
 __all__ = ["clip_coefficient", "gradient_norm", "report", "run"]
 
@@ -28,7 +27,7 @@ def gradient_norm(engines: Sequence[Engine]) -> float:
     return tensors.norm_of([grad for engine in engines for grad in engine.gradients if grad is not None])
 
 
-def clip_coefficient(built: Built, param_groups: Sequence[Group], state: State, norm: float) -> float:
+def clip_coefficient(built: Built, state: State, norm: float) -> float:
     """What to multiply all gradients by to clip them.
 
     Raises:
@@ -40,7 +39,7 @@ def clip_coefficient(built: Built, param_groups: Sequence[Group], state: State, 
             f"scope={scope!r} needs all parameters to be of one dtype on one device. Use one optimizer for each, or "
             "scope='all'."
         )
-    limits = {_limit(built, group, state) for group in param_groups}
+    limits = {_limit(built, values.hyper["clip_norm"], built.steps(state)) for values in built.values}
     if len(limits) != 1:
         raise ValueError(
             "groups with different clip_norm need all parameters to be of one dtype on one device. Give all groups the "
@@ -50,16 +49,14 @@ def clip_coefficient(built: Built, param_groups: Sequence[Group], state: State, 
     return 1.0 if limit is None else max(min(1.0, limit / (norm + 1e-6)), _LEAST)
 
 
-def _limit(built: Built, group: Mapping[str, Any], state: State) -> float | None:
+def _limit(built: Built, value: Any, step: int) -> float | None:
     """The norm to clip to in the next step; a schedule of it is checked before anything is written.
 
     Raises:
         ValueError: if a schedule gives what no norm to clip to can be.
     """
-    value = (group.get(SCHEDULES) or {}).get("clip_norm", group["clip_norm"])
     if not isinstance(value, Schedule):
         return tensors.number("clip_norm", value)
-    step = built.steps(state)
     limit = built.number(value, step)
     scheduled.ensure("clip_norm", OWN["clip_norm"], value, limit, step)
     return limit

@@ -10,7 +10,7 @@ import torch
 from ..search.find_lr import evaluate
 from . import tensors
 from .building import Built
-from .following import SCHEDULES, Followed
+from .following import SCHEDULES, Followed, schedules_of
 
 __all__ = ["Trial"]
 
@@ -39,7 +39,7 @@ class Trial:
         self._ratios = [rate / rates[0] if len(rates) > 1 else 1.0 for rate in rates]
         self._opt, self._built, self._put_back = opt, built, put_back
         built.take_settings(opt.param_groups, opt.state)
-        self._snapshots = [engine.snapshot() for engine in built.engines]
+        self._snapshots = [engine.native.snapshot() for engine in built.engines]
         self._params = [p for group in opt.param_groups for p in group["params"]]
         self._weights = [p.detach().clone() for p in self._params]
         self._grads = [(p.grad, None if p.grad is None else p.grad.detach().clone()) for p in self._params]
@@ -48,7 +48,7 @@ class Trial:
     def set(self, lr: float) -> None:
         """Let the next step have a rate; groups keep their ratios."""
         for group, ratio in zip(self._opt.param_groups, self._ratios, strict=True):
-            others = {name: value for name, value in (group.get(SCHEDULES) or {}).items() if name != "lr"}
+            others = {name: value for name, value in schedules_of(group).items() if name != "lr"}
             group[SCHEDULES] = Followed(others)
             group["lr"] = lr * ratio
 
@@ -87,5 +87,6 @@ class Trial:
         for engine in built.engines:
             engine.done()
         self._put_back()
-        built.taken[:] = [None for _ in opt.param_groups]
+        for values in built.values:
+            values.numbers = None
         built.take_settings(opt.param_groups, opt.state)
