@@ -5,11 +5,12 @@ Python next looks (a KeyboardInterrupt waits for it). It takes the tables of a p
 
 A step goes in phases: each measure, then the update. In each, the tiles are cut into a share for each thread and
 handed out by atomic counters, to the calling thread and to any helper that has come in meanwhile
-(`fastlr.step.threads`); whoever is done with one share goes on with the others. Nobody waits for a helper that has not
+(`helpers`); whoever is done with one share goes on with the others. Nobody waits for a helper that has not
 come, so a core that is busy with something else costs only its share. Between phases the calling thread adds up what
 was measured and decides. Which thread does which tile does not show in the result.
 """
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -50,7 +51,7 @@ class Kernel:
     """A compiled step.
 
     Attributes:
-        run: `run(leaves, tiles, table, counters, h, control, generation)`; a helper passes the negative generation.
+        run: `run(leaves, tiles, table, counters, h, control, generation)`.
         compile_s: seconds spent compiling or loading it.
         cached: whether it came from disk.
         takes_helpers: whether other threads may take part.
@@ -60,6 +61,11 @@ class Kernel:
     compile_s: float
     cached: bool
     takes_helpers: bool
+
+    def help_with(self, *step: Any) -> Callable[[], None]:
+        """What a helper calls to take part in a step; arguments as for `run`."""
+        *tables, generation = step
+        return functools.partial(self.run, *tables, -generation)  # one function, so that the loops are compiled once
 
 
 def _loop(staged: Staged, storage: Storage, digest: str) -> Any:
@@ -298,7 +304,7 @@ def build(staged: Staged, storage: Storage) -> Kernel:
                     decide_rows(settings, counters, h, control)
             commit(counters, control)
             return
-        wanted, patience = -generation, _ASKED
+        wanted, patience = -generation, _ASKED  # a helper, see `Kernel.help_with`
         while True:
             fetch_add(base + 8 * WAITING, 1)
             spins = 0

@@ -44,9 +44,7 @@ def staged_function(maker: Maker, code: Code, name: str) -> Any:
     return maker.function(define(code, name, calls))
 
 
-def _values(
-    maker: Maker, staged: Staged, storage: Storage, code: Code, name: str, columns: Sequence[int]
-) -> Any:
+def _values(maker: Maker, staged: Staged, storage: Storage, code: Code, name: str, columns: Sequence[int]) -> Any:
     """`values(c, h)`: what a staged function returns, where `c` has only the columns that it uses."""
     taken = [f"c[{columns.index(k) if k in columns else 0}]" for k in every_column(staged)]
     namespace: dict[str, Any] = {name: staged_function(maker, code, name)}
