@@ -22,9 +22,8 @@ import numba
 import numpy as np
 from numba import types
 
+from . import memory
 from .caching import KernelCache
-from .memory import put as _put_as
-from .memory import row
 
 __all__ = ["FOUND", "Finder", "is_available", "prepare"]
 
@@ -60,7 +59,7 @@ FOUND = 0
 
 _size_of_list = types.ExternalFunction("PyList_Size", types.int64(types.int64))
 _item_of_list = types.ExternalFunction("PyList_GetItem", types.int64(types.int64, types.int64))
-_word, put = row("int64", 1), _put_as("int64")
+at, put = memory.get("int64"), memory.put("int64")
 
 
 def _look(board: Any, things: Any) -> Any:
@@ -109,10 +108,6 @@ def _look(board: Any, things: Any) -> Any:
     return FOUND
 
 
-def _at(address: Any, k: Any) -> Any:
-    return _word(address + 8 * k)[0]
-
-
 def _has_shape(thing: Any, shape: Any) -> Any:
     """Whether an array has the shape that stands at an address."""
     ndim = at(shape, 0)
@@ -125,7 +120,6 @@ def _has_shape(thing: Any, shape: Any) -> Any:
     return True
 
 
-at = numba.njit(error_model="numpy")(_at)
 has_shape = numba.njit(error_model="numpy")(_has_shape)
 
 

@@ -5,11 +5,12 @@ Python next looks (a KeyboardInterrupt waits for it). It takes the tables of a p
 
 A step goes in phases: each measure, then the update. In each, the tiles are cut into a share for each thread and
 handed out by atomic counters, to the calling thread and to any helper that has come in meanwhile
-(`fastlr.step.threads`); whoever is done with one share goes on with the others. Nobody waits for a helper that has not
+(`helpers`); whoever is done with one share goes on with the others. Nobody waits for a helper that has not
 come, so a core that is busy with something else costs only its share. Between phases the calling thread adds up what
 was measured and decides. Which thread does which tile does not show in the result.
 """
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from . import counting, sums
 from .caching import KernelCache
 from .element import staged_function
 from .layout import ADVANCES, ASIDE, CLOCK, COUNT, FIRST_ADDRESS, GO, LEAF, ROW, SHARED, SKIPPED, START, STEPS, TICKS, T
-from .memory import atomic_load, atomic_store, elements, fetch_add, pause, row, sched_yield, table, where
+from .memory import atomic_load, atomic_store, elements, fetch_add, get, pause, row, sched_yield, table, where
 from .primitives import SCOPES
 from .staging import Staged
 from .storage import Storage, zero_of
@@ -50,7 +51,7 @@ class Kernel:
     """A compiled step.
 
     Attributes:
-        run: `run(leaves, tiles, table, counters, h, control, generation)`; a helper passes the negative generation.
+        run: `run(leaves, tiles, table, counters, h, control, generation)`.
         compile_s: seconds spent compiling or loading it.
         cached: whether it came from disk.
         takes_helpers: whether other threads may take part.
@@ -61,6 +62,11 @@ class Kernel:
     cached: bool
     takes_helpers: bool
 
+    def help_with(self, *step: Any) -> Callable[[], None]:
+        """What a helper calls to take part in a step; arguments as for `run`."""
+        *tables, generation = step
+        return functools.partial(self.run, *tables, -generation)  # one function, so that the loops are compiled once
+
 
 def _loop(staged: Staged, storage: Storage, digest: str) -> Any:
     """`loop(phase, addresses, h, start, stop, out, past)`: the loop of a phase over one tile."""
@@ -69,9 +75,9 @@ def _loop(staged: Staged, storage: Storage, digest: str) -> Any:
     def loop(phase: int, addresses: Any, h: Any, start: int, stop: int, out: int, past: int) -> None:
         update(addresses, h, start, stop, out, past)
 
-    loop = compiled(loop, digest)
+    loop = compiled(loop, digest, inline=True)
     for k in reversed(range(len(staged.measures))):
-        loop = compiled(_chosen(k, measure_loop(staged, k, storage), loop), digest)
+        loop = compiled(_chosen(k, measure_loop(staged, k, storage), loop), digest, inline=True)
     return loop
 
 
@@ -90,7 +96,7 @@ def _chosen(number: int, measure: Any, later: Any) -> Callable[..., None]:
 def _sweep(staged: Staged, storage: Storage, digest: str) -> Any:
     """Take tiles and run the loop of a phase over each."""
     columns, slots, quantities = len(storage.columns(staged)), staged.slots, staged.quantities
-    addresses_at, slots_at, setting_at = row("int64", columns), row(storage.compute, slots), row("int64", 1)
+    addresses_at, slots_at, setting_at = row("int64", columns), row(storage.compute, slots), get("int64")
     size = np.dtype(storage.compute).itemsize
     last, may_skip, clears = len(staged.measures), staged.may_skip, storage.clear
     averages = bool(staged.average)
@@ -112,8 +118,8 @@ def _sweep(staged: Staged, storage: Storage, digest: str) -> Any:
         shares: int,
         mine: int,
     ) -> None:
-        past = setting_at(base + 8 * PAST)[0]
-        updated = setting_at(base + 8 * UPDATED)[0] if averages else len(tiles)
+        past = setting_at(base, PAST)
+        updated = setting_at(base, UPDATED) if averages else len(tiles)
         many = updated if phase < last else len(tiles)
         for k in range(shares):  # first one's own share, which this core may still have in its cache, then the others'
             share = (mine + k) % shares
@@ -149,8 +155,8 @@ def _counting(staged: Staged) -> counting.Counting:
 
 def _decision(staged: Staged, digest: str) -> Any:
     """`decide` for every row in the step, and for others whose clock or shared state depends on it."""
-    decides = compiled(_counting(staged).decides, digest)
-    decide = staged_function(Compiler(digest), staged.decide, "decide")
+    decides = compiled(_counting(staged).decides, digest, inline=True)
+    decide = staged_function(Compiler(digest, inline=False), staged.decide, "decide")
     uniforms, scalars, added = len(staged.uniforms), len(staged.scalars), len(staged.sums)
     slots, reports = staged.slots, len(staged.reports)
     uniforms_at, scalars_at, sums_at = (row("float64", n) for n in (uniforms, scalars, added))
@@ -187,6 +193,7 @@ def _addition(staged: Staged, digest: str) -> Any:
     asked = staged.sums or ((0, SCOPES[0]),)
     sources, scopes = tuple(q for q, _ in asked), tuple(SCOPES.index(scope) for _, scope in asked)
     roots = tuple(staged.kinds[q] == "norm" for q in sources)
+    only = np.int64(0)  # as a literal it would be a type of its own, and `fold` be compiled twice
 
     def add_up(leaves: Any, tiles: Any, h: Any, control: Any, low: int, high: int) -> None:
         entries, rows = len(leaves), len(h)
@@ -216,7 +223,7 @@ def _addition(staged: Staged, digest: str) -> Any:
                 begin, count = bounds[c, 0], bounds[c + 1, 0] - bounds[c, 0]
                 for k in range(count):
                     work[begin + k, 0] = leaf_sums[members[begin + k, 0], q]
-                fold(work, begin, count, 0)
+                fold(work, begin, count, only)
             for r in range(rows):
                 if cell_of_row[r, 0] >= 0:
                     value = work[bounds[cell_of_row[r, 0], 0], 0]
@@ -228,7 +235,7 @@ def _addition(staged: Staged, digest: str) -> Any:
 def _commit(staged: Staged, digest: str) -> Any:
     """Advance the counters and scalar state of the rows that were updated."""
     scalars = len(staged.scalars)
-    _, goes, counted, skips, keeps, total, _ = _counting(staged).mapped(lambda f: compiled(f, digest))
+    _, goes, counted, skips, keeps, total, _ = _counting(staged).mapped(lambda f: compiled(f, digest, inline=True))
     flags = (*(SHARED.get(scope, 0) for scope in staged.shared), 0)
     integers, floats = table("int64"), table("float64")
 
@@ -267,6 +274,7 @@ def build(staged: Staged, storage: Storage) -> Kernel:
     finite = staged.reports.index("finite") if staged.may_skip else -1
     reports = len(staged.reports)
     floats = table("float64")
+    own = np.int64(0)  # the share of the calling thread; a literal would be a type of its own, and compile all twice
 
     def step(leaves: Any, tiles: Any, settings: Any, counters: Any, h: Any, control: Any, generation: int) -> None:
         base = np.int64(control.ctypes.data)
@@ -282,7 +290,7 @@ def build(staged: Staged, storage: Storage) -> Kernel:
                 control[ARRIVED] = 0
                 control[PHASE] = phase
                 atomic_store(base + 8 * OPENED, generation + phase)
-                sweep(phase, leaves, tiles, counters, h, base, control[PARTIALS], control[CHUNK], control[SHARES], 0)
+                sweep(phase, leaves, tiles, counters, h, base, control[PARTIALS], control[CHUNK], control[SHARES], own)
                 atomic_store(base + 8 * CLOSED, generation + phase)
                 spins = 0
                 while atomic_load(base + 8 * HELPERS) != 0:
@@ -296,7 +304,7 @@ def build(staged: Staged, storage: Storage) -> Kernel:
                     decide_rows(settings, counters, h, control)
             commit(counters, control)
             return
-        wanted, patience = -generation, _ASKED
+        wanted, patience = -generation, _ASKED  # a helper, see `Kernel.help_with`
         while True:
             fetch_add(base + 8 * WAITING, 1)
             spins = 0

@@ -44,15 +44,15 @@ def staged_function(maker: Maker, code: Code, name: str) -> Any:
     return maker.function(define(code, name, calls))
 
 
-def _arguments(maker: Maker, staged: Staged, storage: Storage, columns: Sequence[int]) -> Any:
-    """`arguments(c)`: what a staged function takes, where `c` has only the columns that it uses."""
+def _values(maker: Maker, staged: Staged, storage: Storage, code: Code, name: str, columns: Sequence[int]) -> Any:
+    """`values(c, h)`: what a staged function returns, where `c` has only the columns that it uses."""
     taken = [f"c[{columns.index(k) if k in columns else 0}]" for k in every_column(staged)]
-    namespace: dict[str, Any] = {"number": np.dtype(storage.compute).type}
+    namespace: dict[str, Any] = {name: staged_function(maker, code, name)}
     decode = accessors(storage, maker.where).get("decode_g")
     if decode is not None and 1 in columns:
-        namespace["decode"] = maker.function(decode)
+        namespace.update(decode=maker.function(decode), number=np.dtype(storage.compute).type)
         taken[1] = f"number(decode({taken[1]}))"
-    return maker.function(define(f"def arguments(c):\n    return {', '.join(taken)},", "arguments", namespace))
+    return maker.function(define(f"def values(c, h):\n    return {name}({', '.join(taken)}, h)", "values", namespace))
 
 
 def _shadow(maker: Maker, storage: Storage) -> Any:
@@ -85,12 +85,11 @@ def update_of(maker: Maker, staged: Staged, storage: Storage, columns: Sequence[
         storage: how its columns stand in memory.
         columns: those that `c` has.
     """
-    update = staged_function(maker, staged.update, "update")
-    arguments, shadow = _arguments(maker, staged, storage, columns), _shadow(maker, storage)
+    values, shadow = _values(maker, staged, storage, staged.update, "update", columns), _shadow(maker, storage)
     zeros, end = (zero_of(staged, storage),) * storage.clear, 1 + len(staged.states)
 
     def element(c: Any, h: Any) -> Any:
-        r = update(*arguments(c), h)
+        r = values(c, h)
         return (r[0], *zeros, *r[1:end]), shadow(r[0]), r[end:]
 
     return maker.function(element)
@@ -98,21 +97,10 @@ def update_of(maker: Maker, staged: Staged, storage: Storage, columns: Sequence[
 
 def measure_of(maker: Maker, staged: Staged, storage: Storage, number: int, columns: Sequence[int]) -> Any:
     """`values(c, h)`: what a measure adds up; arguments as for `update_of`, and the measure's number."""
-    measure = staged_function(maker, staged.measures[number].source, "measure")
-    arguments = _arguments(maker, staged, storage, columns)
-
-    def values(c: Any, h: Any) -> Any:
-        return measure(*arguments(c), h)
-
-    return maker.function(values)
+    return _values(maker, staged, storage, staged.measures[number].source, "measure", columns)
 
 
 def average_of(maker: Maker, staged: Staged, storage: Storage, columns: Sequence[int]) -> Any:
     """`values(c, h)`: the new averages of a leaf that is not updated; arguments as for `update_of`."""
     assert staged.average is not None
-    average, arguments = staged_function(maker, staged.average, "average"), _arguments(maker, staged, storage, columns)
-
-    def values(c: Any, h: Any) -> Any:
-        return average(*arguments(c), h)
-
-    return maker.function(values)
+    return _values(maker, staged, storage, staged.average, "average", columns)

@@ -121,6 +121,19 @@ def row(kind: str, count: int) -> Callable[..., Any]:
     return read
 
 
+def get(kind: str) -> Callable[..., Any]:
+    """`get(address, k)`: the number of one kind that stands k places after an address."""
+
+    @intrinsic
+    def read(typing_context: Any, address: Any, k: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.load(_pointer(builder, args[0], kind, args[1]), align=_BYTES[kind])
+
+        return getattr(types, kind)(types.int64, types.int64), generate
+
+    return read
+
+
 def put(kind: str) -> Callable[..., Any]:
     """`put(address, value)`: write a number of one kind to an address."""
 

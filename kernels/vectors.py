@@ -5,18 +5,17 @@ Each pass works on a range of blocks, so that threads can share them: the sums o
 
 from __future__ import annotations
 
-import concurrent.futures
-import contextlib
 import functools
 import hashlib
 import itertools
-import os
+import queue
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numba import types
 
+from . import helpers
 from .caching import KernelCache
 from .cpu import MOST_THREADS
 from .sums import BLOCK, LANES, block, fold
@@ -93,12 +92,6 @@ def _by_numpy(name: str) -> Callable[..., None]:
     return run
 
 
-@functools.cache
-def _pool(threads: int, process: int) -> concurrent.futures.ThreadPoolExecutor:
-    """Threads of this process; a forked child has none of its parent's."""
-    return concurrent.futures.ThreadPoolExecutor(threads, "vectors")
-
-
 _fold: Callable[..., None] = fold
 
 
@@ -115,17 +108,22 @@ def _run(name: str, out: np.ndarray, x: np.ndarray, a: float, y: np.ndarray, z: 
         parts = min(threads, blocks)
         shares = iter([*itertools.pairwise(blocks * k // parts for k in range(parts + 1))])
 
+        done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+
         def take_shares() -> None:
             for share in shares:  # a list's iterator hands out each once, to whichever thread asks
-                run(out, x, factor, y, z, sums, *share)
+                problem: BaseException | None = None
+                try:
+                    run(out, x, factor, y, z, sums, *share)
+                except BaseException as error:  # also of a helper: the caller waits for every share that was taken
+                    problem = error
+                done.put(problem)
 
-        helping: list[concurrent.futures.Future[None]] = []
-        with contextlib.suppress(RuntimeError):  # no thread can be started: this one takes what is left
-            helping.extend(_pool(threads, os.getpid()).submit(take_shares) for _ in range(parts - 1))
+        helpers.ask(parts - 1, take_shares)
         take_shares()
-        for task in helping:
-            if not task.cancel():
-                task.result()
+        for _ in range(parts):
+            if (found := done.get()) is not None:
+                raise found
     _fold(sums, 0, blocks, 0)
     return float(sums[0, 0])
 

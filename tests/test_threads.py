@@ -6,12 +6,14 @@ import contextlib
 import os
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
 
 import fastlr
 from fastlr.exclusive import exclusive
+from fastlr.kernels import helpers, vectors
 from fastlr.kernels.notices import warn_once
 from fastlr.step import threads
 
@@ -107,9 +109,9 @@ for _ in range(3):
     pid = os.fork()
     if pid == 0:
         signal.alarm(60)
-        assert fastlr.step.threads._pool.started == 0
+        assert fastlr.kernels.helpers.pool.started == 0
         for _ in range(20): opt.step(g)
-        assert fastlr.step.threads._pool.started == 1
+        assert fastlr.kernels.helpers.pool.started == 1
         good = np.array_equal(p, expected(0, 25))
         other, h = fresh(1)
         another = fastlr.Adam(other, threads=2)
@@ -358,7 +360,7 @@ def test_more_threads_than_there_is_work_for(elements, monkeypatch):
 
     asked = []
     monkeypatch.setattr(plans, "_WORTH_WAKING", 0)
-    monkeypatch.setattr(plans, "ask_helpers", lambda helpers, *step: asked.append(helpers))
+    monkeypatch.setattr(helpers, "ask", lambda count, work: asked.append(count))
     results = []
     for count in (1, 10**7, 10**18):
         p, g = np.zeros(elements), np.arange(1.0, 1.0 + elements)
@@ -375,13 +377,11 @@ def test_more_threads_than_there_is_work_for(elements, monkeypatch):
 
 def test_no_thread_can_be_started(monkeypatch):
     """The step goes on alone, with one warning, and another try later."""
-    from fastlr.kernels import vectors
     from fastlr.step import plans
 
     monkeypatch.setattr(plans, "_WORTH_WAKING", 0)
-    monkeypatch.setattr(threads, "_pool", threads._Pool())
+    monkeypatch.setattr(helpers, "pool", helpers.Pool())
     warn_once.cache_clear()
-    vectors._pool.cache_clear()
     tries = []
 
     def refuse(thread):
@@ -398,16 +398,42 @@ def test_no_thread_can_be_started(monkeypatch):
         for _ in range(4):
             opt.step(g)
         assert len(tries) == 1 and (p == -5.0).all()
-        threads._pool.not_before = 0.0
+        helpers.pool.not_before = 0.0
         opt.step(g)
         assert len(tries) == 2
         assert vectors.dot(x, x, 4) == 300_000.0
         vectors.combine(x, x, 2.0, x, 4)
-    threads._pool.not_before = 0.0
+    helpers.pool.not_before = 0.0
     opt.step(g)
-    assert threads._pool.started == 3 and (p == -7.0).all()
+    assert helpers.pool.started == 3 and (p == -7.0).all()
     vectors.combine(x, x, 1.0, x, 4)
     assert (x == 6.0).all()
+
+
+def test_a_pass_waits_for_shares_that_helpers_have_taken(monkeypatch):
+    """It raises what went wrong in them; a helper that never comes keeps nobody waiting."""
+    caller, taken, broken = threading.current_thread(), threading.Event(), []
+
+    def run(out, x, a, y, z, sums, first, last):
+        if threading.current_thread() is caller:
+            taken.wait(30)
+        else:
+            taken.set()
+            time.sleep(0.1)
+            if broken:
+                raise MemoryError("no room for lanes")
+        sums[first:last] = 1.0
+
+    monkeypatch.setattr(vectors, "_pass", lambda name, dtype: run)
+    x = np.ones(300_000)
+    blocks = -(-x.size // vectors.BLOCK)
+    assert vectors.dot(x, x, 2) == blocks
+    taken.clear()
+    broken.append(True)
+    with pytest.raises(MemoryError, match="no room for lanes"):
+        vectors.dot(x, x, 2)
+    monkeypatch.setattr(helpers, "ask", lambda count, work: None)
+    assert vectors.dot(x, x, 2) == blocks
 
 
 def test_helpers_are_shared_and_few(monkeypatch):
@@ -419,8 +445,8 @@ def test_helpers_are_shared_and_few(monkeypatch):
         opt = fastlr.SGD(p, threads=3)
         for _ in range(5):
             opt.step(np.ones(100_000))
-    helpers = [t for t in threading.enumerate() if t.name.startswith("fastlr-")]
-    assert 2 <= len(helpers) <= 8 and all(t.daemon for t in helpers)
+    found = [t for t in threading.enumerate() if t.name.startswith("fastlr-")]
+    assert 2 <= len(found) <= 8 and all(t.daemon for t in found)
 
 
 def test_one_call_at_a_time():

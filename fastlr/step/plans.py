@@ -17,14 +17,13 @@ import numpy as np
 
 from .. import checks
 from ..arrays.places import Place
-from ..kernels import arrays, cpu
+from ..kernels import arrays, cpu, helpers
 from ..kernels.cpu import CHUNK, CLOSED, LINE, NEXT, SHARES, WAITING, Kernel
 from ..kernels.layout import ASIDE, CLOCK, FIRST_ADDRESS, ROW, TICKS
 from ..kernels.staging import Staged
 from ..kernels.sums import BLOCK
 from .info import Layout, StepInfo
 from .rows import Rows
-from .threads import ask_helpers
 
 if TYPE_CHECKING:
     from .gradients import Gradients
@@ -376,7 +375,7 @@ class HostPlan(Plan):
         if self._sharing > 1 and kernel.takes_helpers and self._work >= _WORTH_WAKING:
             missing = self._sharing - 1 - int(self._control[WAITING])
             if missing > 0:
-                ask_helpers(missing, kernel.run, self.tables, generation)
+                helpers.ask(missing, kernel.help_with(*self.tables, generation))
         kernel.run(*self.tables, generation)
 
     def has_made(self, generation: int) -> bool:

@@ -1,21 +1,10 @@
-"""Helper threads for steps that are worth it.
-
-Numba's own threading layers do not fit a trainer: `workqueue` aborts the process when two Python threads are in
-parallel code, `omp` kills a forked child, and spinning OpenMP threads fight with those of BLAS. Here the calling
-thread always carries the step; helpers are ordinary Python threads that are asked in and take tiles while there are
-any (`kernels.cpu`). Any number of Python threads can step different optimizers, beside anybody's parallel code, and
-a forked child starts its own helpers and can compile.
-"""
+"""How many threads a step may use, and what a fork means to a process that compiles."""
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
-import queue
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +12,8 @@ import llvmlite.binding.ffi
 from numba.core.compiler_lock import global_compiler_lock
 
 from .. import checks
-from ..kernels.notices import warn_once
 
 __all__ = ["get_num_threads", "set_num_threads"]
-
-_TRY_AGAIN = 10.0  # seconds after a thread could not be started
-_BACKLOG = 64  # requests that helpers have not yet got round to; more would only be late
 
 
 def available_cpus() -> int:
@@ -55,78 +40,6 @@ def _cgroup_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
     return None
 
 
-def _find_current_cpu() -> Callable[[], int] | None:
-    """A function that tells on which CPU the calling thread is, where the system has one."""
-    if not hasattr(os, "sched_setaffinity"):
-        return None
-    try:
-        return ctypes.CDLL(None).sched_getcpu  # type: ignore[no-any-return]
-    except (OSError, AttributeError):
-        return None
-
-
-_current_cpu = _find_current_cpu()
-
-
-class _Pool:
-    """Helper threads, started when they are first asked for."""
-
-    def __init__(self) -> None:
-        self.requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.started = 0
-        self.lock = threading.Lock()
-        self.not_before = 0.0  # when to try again to start a thread, on the monotonic clock
-
-    def ask(self, helpers: int, run: Any, tables: Any, generation: int) -> None:
-        """Ask helpers in; they come when they can. The step does not need them."""
-        if self.started < helpers and time.monotonic() >= self.not_before:
-            self._start(helpers)
-        if self.requests.qsize() < _BACKLOG:
-            cpu = _current_cpu() if _current_cpu is not None else -1
-            for _ in range(min(helpers, self.started)):
-                self.requests.put((run, tables, generation, cpu))
-
-    def _start(self, helpers: int) -> None:
-        with self.lock:
-            while self.started < helpers:
-                thread = threading.Thread(
-                    target=_help, args=(self.requests,), name=f"fastlr-{self.started}", daemon=True
-                )
-                try:
-                    thread.start()
-                except RuntimeError as error:  # too many in the process or for the user, or Python is shutting down
-                    self.not_before = time.monotonic() + _TRY_AGAIN
-                    warn_once(
-                        f"no helper thread can be started ({error}): steps go on with fewer, and with the same result."
-                    )
-                    return
-                self.started += 1
-
-
-def _help(requests: queue.SimpleQueue[Any]) -> None:
-    avoided = -1
-    while True:
-        run, tables, generation, cpu = requests.get()
-        if cpu != avoided:
-            # Linux may wake a helper on the very CPU of the thread that waits for it, and leave both there: a step
-            # of 1.2 ms took 3.5 (Linux 6.18, two cores, 2026-11).
-            _keep_off(cpu)
-            avoided = cpu
-        run(*tables, -generation)
-        del run, tables  # a sleeping helper keeps nobody's arrays alive
-
-
-def _keep_off(cpu: int) -> None:
-    """Let the calling thread run on every CPU of the process but this one."""
-    try:
-        others = os.sched_getaffinity(os.getpid()) - {cpu}
-        if others:
-            os.sched_setaffinity(0, others)
-    except OSError:
-        pass  # a container may forbid it; then the scheduler decides
-
-
-_pool = _Pool()
 _threads: int | None = None
 
 # Grows in a forked child: what was shared with helpers that do not exist there has to be made anew.
@@ -161,12 +74,11 @@ def _after_fork() -> None:
 
 
 def _after_fork_in_child() -> None:
-    global _pool, epoch
+    global epoch
     for compiler in _COMPILERS:
         if compiler._lock not in _held.locks:
             compiler._lock = threading.RLock()
     _after_fork()
-    _pool = _Pool()
     epoch += 1
 
 
@@ -203,8 +115,3 @@ def get_num_threads() -> int:
     if _threads is None:
         _threads = available_cpus()
     return _threads
-
-
-def ask_helpers(helpers: int, run: Any, tables: Any, generation: int) -> None:
-    """Ask helper threads to take part in a step that is about to begin."""
-    _pool.ask(helpers, run, tables, generation)
