@@ -11,6 +11,7 @@ from numba import types
 
 from . import counting, loss_scaling
 from .element import staged_function
+from .functions import IN_SCHEDULES, for_kernels
 from .grid import (
     ADD,
     ADVANCE,
@@ -40,12 +41,9 @@ from .staging import Staged, define
 from .storage import Storage
 from .target import Body, Target
 
-__all__ = ["FORMULA_FUNCTIONS", "finish"]
+__all__ = ["finish"]
 
 THREADS = 512
-
-# What the formulas of schedules call.
-FORMULA_FUNCTIONS = {name: getattr(math, name) for name in ("floor", "cos", "exp", "log", "sqrt", "pow")}
 
 
 class Formula(Protocol):
@@ -321,11 +319,10 @@ def _uniforms(target: Target, staged: Staged, formulas: Sequence[Formula]) -> An
     read = target.row("float64", width)
     values = [f"u[{k}]" for k in range(count)]
     namespace: dict[str, Any] = {}
+    known = for_kernels(IN_SCHEDULES, target.where, target.function, target.gpu)
     for f in formulas:
-        functions = {name: target.function(own) for name, own in f.functions}
-        namespace[f"formula_{f.uniform}"] = target.function(
-            define(f.source, "value", {**FORMULA_FUNCTIONS, **functions})
-        )
+        own = {name: target.function(function) for name, function in f.functions}
+        namespace[f"formula_{f.uniform}"] = target.function(define(f.source, "value", {**known, **own}))
         values[staged.uniforms.index(f.uniform)] = (
             f"formula_{f.uniform}(n, u[{first + f.first} : {first + f.first + f.count}])"
         )

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import builtins
 import enum
+import functools
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from . import primitives
+from .staged import define
 
 _Function: TypeAlias = Callable[..., Any]
 
@@ -40,6 +43,7 @@ class Function:
         gpu: what compiled code calls on a GPU, if it is something else than on a processor.
         also: by what a rule may call it, beside `python`.
         exact: whether it is correctly rounded everywhere, so that every backend gives the same bits.
+        overflows: whether Python raises an error where the result is too large for a float.
         kind: what staging makes of a call.
     """
 
@@ -49,6 +53,7 @@ class Function:
     gpu: _Function | None = None
     also: tuple[_Function, ...] = ()
     exact: bool = True
+    overflows: bool = False
     kind: Kind = Kind.CALL
 
     @property
@@ -58,6 +63,19 @@ class Function:
         What is not exact comes from the C library, as in compiled code: NumPy's own differs on some processors.
         """
         return self.numpy if self.exact else _without_errors(self.python, self.numpy)
+
+    @functools.cached_property
+    def array(self) -> _Function:
+        """What carries it out for arrays, to the same bits as for one number; compiling it may take a moment."""
+        if self.exact or self.kernel is None:
+            return self.numpy
+        import numba
+
+        names = [*inspect.signature(self.python).parameters]
+        text = f"def call({', '.join(names)}):\n    return kernel({', '.join(names)})"
+        signature = numba.float64(*[numba.float64] * len(names))
+        vectorized: _Function = numba.vectorize([signature])(define(text, "call", {"kernel": self.kernel}))
+        return vectorized
 
 
 def _without_errors(python: _Function, numpy: _Function) -> _Function:
@@ -71,6 +89,18 @@ def _without_errors(python: _Function, numpy: _Function) -> _Function:
     return function
 
 
+def _infinite(function: _Function) -> _Function:
+    """A function that returns an infinity where Python raises an error because the result is too large."""
+
+    def call(*numbers: float) -> float:
+        try:
+            return function(*numbers)
+        except OverflowError:
+            return math.inf
+
+    return call
+
+
 _INLINED, _SUM, _OPERATOR = Kind.INLINED, Kind.SUM, Kind.OPERATOR
 
 TABLE: dict[str, Function] = {
@@ -79,7 +109,7 @@ TABLE: dict[str, Function] = {
     # Not "floor": that is a variable of rules and formulas.
     "round_down": Function(primitives.floor, np.floor, np.floor, gpu=math.floor, also=(math.floor, np.floor)),
     "where": Function(primitives.where, np.where, also=(np.where,)),  # in kernels, the select of the backend
-    "exp": Function(math.exp, np.exp, math.exp, also=(np.exp,), exact=False),
+    "exp": Function(math.exp, np.exp, math.exp, also=(np.exp,), exact=False, overflows=True),
     "log": Function(primitives.log, np.log, math.log, also=(math.log, np.log), exact=False),
     "tanh": Function(math.tanh, np.tanh, math.tanh, also=(np.tanh,), exact=False),
     "sin": Function(math.sin, np.sin, math.sin, also=(np.sin,), exact=False),
@@ -91,7 +121,9 @@ TABLE: dict[str, Function] = {
     "norm": Function(primitives.norm, np.linalg.norm, also=(np.linalg.norm,), kind=_SUM),
     "total": Function(primitives.total, np.sum, also=(np.sum,), kind=_SUM),
     "power": Function(primitives.power, primitives.power, kind=_OPERATOR),  # to an integer
-    "real_power": Function(primitives.real_power, primitives.real_power, math.pow, kind=_OPERATOR),
+    "real_power": Function(
+        primitives.real_power, primitives.real_power, math.pow, exact=False, overflows=True, kind=_OPERATOR
+    ),
     "float": Function(builtins.float, np.float64, builtins.float, kind=_OPERATOR),
 }
 
@@ -100,6 +132,9 @@ CALLABLE = tuple(f.python.__name__ for f in TABLE.values() if f.kind in (Kind.CA
 
 # What staged code calls: variables of a rule must have other names.
 RESERVED = frozenset(name for name, f in TABLE.items() if f.kind is not Kind.INLINED)
+
+# What the formulas of schedules may call: functions of numbers that compiled code has.
+IN_SCHEDULES = tuple(name for name, f in TABLE.items() if f.kernel is not None)
 
 
 def name_of(function: object) -> str | None:
@@ -123,6 +158,24 @@ def for_float64(calls: Iterable[str]) -> dict[str, _Function]:
 def for_arrays(calls: Iterable[str]) -> dict[str, _Function]:
     """What these names stand for in a function of arrays."""
     return {name: TABLE[name].numpy for name in calls}
+
+
+def for_steps(calls: Iterable[str]) -> dict[str, _Function]:
+    """What these names stand for in the formula of a schedule, for one step: functions of `math`, for speed.
+
+    For finite numbers, and roots and powers of numbers that are not negative; round_down returns an int.
+    """
+
+    def function(row: Function) -> _Function:
+        own = row.gpu or row.kernel or row.python
+        return _infinite(own) if row.overflows else own
+
+    return {name: function(TABLE[name]) for name in calls}
+
+
+def for_arrays_of_steps(calls: Iterable[str]) -> dict[str, _Function]:
+    """What these names stand for in the formula of a schedule, for arrays of steps: the same bits."""
+    return {name: TABLE[name].array for name in calls}
 
 
 def for_kernels(

@@ -19,8 +19,8 @@ from fastlr.arrays import places
 from fastlr.gpu import arrays as device_arrays
 from fastlr.gpu import driver as devices
 from fastlr.kernels import emulation as kernel_emulation
-from fastlr.kernels.finish import FORMULA_FUNCTIONS
 from fastlr.kernels.formats import FORMATS
+from fastlr.kernels.functions import IN_SCHEDULES, for_kernels
 from fastlr.kernels.staging import define
 from fastlr.kernels.sums import BLOCK
 from fastlr.step.scheduled import distinguished
@@ -939,7 +939,9 @@ def test_extreme_schedules_in_a_kernel():
         s.CosineRestarts(0.1, 3, growth=2, decay=0.9),
     ]
     source, _ = distinguished(tried)
-    function = kernel_emulation.TARGET.function(define(source, "value", FORMULA_FUNCTIONS))
+    target = kernel_emulation.TARGET
+    functions = for_kernels(IN_SCHEDULES, target.where, target.function)
+    function = target.function(define(source, "value", functions))
     for kind, schedule in enumerate(tried, 1):
         numbers = np.array([kind, *schedule.staged.numbers], np.float64)
         for n in (0, 1, 2, 10, 11, 3894, 10**6, 2**53 - 2, 2**53):

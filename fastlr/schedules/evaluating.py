@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 
 from .. import checks
 from ..checks import shown
+from ..kernels import functions as known
 from ..kernels.staging import define
 from .staging import HasEquation, Memory, Number, staged
 
@@ -20,45 +20,7 @@ __all__ = ["StagedSchedule"]
 _BLOCK = 16_384  # steps evaluated at once, which stay in the cache
 
 
-def _floor(x: float) -> float:
-    return float(math.floor(x))
-
-
-def _unbounded(function: Callable[..., float]) -> Callable[..., float]:
-    """A function whose result is infinite where it is too large, as in arrays and kernels; no power is negative."""
-
-    def call(*arguments: float) -> float:
-        try:
-            return function(*arguments)
-        except OverflowError:
-            return math.inf
-
-    return call
-
-
-# The functions that staged code calls are the C library's, for one step and for arrays, so that both are the same to
-# the last bit. NumPy's own are others on some processors.
-_SCALAR: dict[str, Callable[..., Any]] = {
-    "floor": _floor,
-    "cos": math.cos,
-    "exp": _unbounded(math.exp),
-    "log": math.log,
-    "sqrt": math.sqrt,
-    "pow": _unbounded(math.pow),
-}
-
-
-@functools.cache
-def _vectorized(name: str) -> Callable[..., Any]:
-    """One of the C library's functions over arrays: compiled, which takes a moment once in a process."""
-    import numba
-
-    arguments = ["x", "y"] if name == "pow" else ["x"]
-    scalar = define(
-        f"def f({', '.join(arguments)}):\n    return math.{name}({', '.join(arguments)})", "f", {"math": math}
-    )
-    vectorized: Callable[..., Any] = numba.vectorize([f"float64({', '.join(['float64'] * len(arguments))})"])(scalar)
-    return vectorized
+_SCALAR = known.for_steps(known.IN_SCHEDULES)
 
 
 class _Select(ast.NodeTransformer):
@@ -73,9 +35,7 @@ def _over_arrays(source: str, functions: Mapping[str, Callable[..., Any]]) -> Ca
     """The function `value` of a source, over arrays, with functions of the user's."""
     tree = _Select().visit(ast.parse(source))
     called = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
-    namespace: dict[str, Callable[..., Any]] = {"floor": np.floor, "sqrt": np.sqrt, "where": np.where, **functions}
-    namespace.update((name, _vectorized(name)) for name in called & {"cos", "exp", "log", "pow"})
-    return define(ast.unparse(tree), "value", namespace)
+    return define(ast.unparse(tree), "value", {**known.for_arrays_of_steps(called - {*functions}), **functions})
 
 
 @functools.lru_cache(4096)

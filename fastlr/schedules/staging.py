@@ -18,18 +18,17 @@ from __future__ import annotations
 
 import abc
 import ast
-import builtins
 import functools
 import inspect
-import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias
 
+from ..kernels.functions import IN_SCHEDULES, name_of
 from ..kernels.language import RuleError, parse
 
-__all__ = ["Equation", "HasEquation", "Memory", "Number", "Program", "Several", "staged", "times"]
+__all__ = ["Equation", "HasEquation", "Memory", "Number", "Program", "Several", "staged"]
 
 Equation: TypeAlias = Callable[..., Any]  # (n, *, arguments) -> the value
 Number: TypeAlias = float | tuple[float, ...]  # one, or one for each model of a population
@@ -59,30 +58,6 @@ class Memory:
     owner: Any
     start: float
 
-
-# Functions
-
-
-def times(a: Any, b: Any) -> Any:
-    """A product in which zero times infinity is zero: what is switched off stays off however large the rest is."""
-    return 0 if a == 0 else 0 if b == 0 else a * b
-
-
-def _min(a: Any, b: Any) -> Any:
-    """Python's min: the smaller of two values; NaN if `a` is."""
-    return b if b < a else a
-
-
-def _max(a: Any, b: Any) -> Any:
-    """Python's max: the larger of two values; NaN if `a` is."""
-    return b if b > a else a
-
-
-# What an equation may call: functions that have a name in staged code, functions of Python in whose place comes another
-# one, which is staged as well, and those that are called when the schedule is staged.
-NAMES: dict[Any, str] = {math.cos: "cos", math.exp: "exp", math.floor: "floor", math.log: "log", math.sqrt: "sqrt"}
-INLINED: dict[Any, Callable[..., Any]] = {builtins.min: _min, builtins.max: _max}
-CALLED = (range, reversed, len)
 
 _OPERATORS: dict[type, Callable[..., Any]] = {
     ast.Add: operator.add,
@@ -370,7 +345,7 @@ class _Stager:
         if isinstance(op, ast.Pow):
             # Of a known base a compiler would make another function, of 0.5**x an exp2: with other bits.
             base = self._entry(float(a)) if _is_known(a) else a
-            return ast.Call(ast.Name("pow"), [base, _expression(b)], [])
+            return ast.Call(ast.Name("real_power"), [base, _expression(b)], [])
         return ast.BinOp(_expression(a), op, _expression(b))
 
     def _call(self, node: ast.Call, scope: _Scope, function: Any, values: list[Any]) -> Any:
@@ -380,11 +355,11 @@ class _Stager:
             name = self._fresh("function")
             self.functions.append((name, function.index))
             return self._variable("x", ast.Call(ast.Name(name), list(map(_expression, values)), []))
-        if function in CALLED or (function in NAMES and _is_known(*values)):
+        if inspect.isfunction(function):
+            return self._function(function, values)
+        if _is_known(*values):
             return function(*values)
-        if function in NAMES:
-            return ast.Call(ast.Name(NAMES[function]), list(map(_expression, values)), [])
-        function = INLINED.get(function, function)
-        if not inspect.isfunction(function):
+        called = name_of(function)
+        if called not in IN_SCHEDULES:
             raise scope.error(node, "cannot be called in an equation")
-        return self._function(function, values)
+        return ast.Call(ast.Name(called), list(map(_expression, values)), [])
