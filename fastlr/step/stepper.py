@@ -1,4 +1,4 @@
-"""The stepper: rows, settings and plans of one program, and the one way through a step.
+"""The stepper: rows, settings and plans of one program, and the one way through a step; what stands in `opt.grads`.
 
     Gradients.find -> Located -> Selection -> Plan.point_gradients -> Prepared -> run
 
@@ -30,7 +30,6 @@ from ..kernels.storage import Storage
 from ..schedules import Schedule
 from ..state import OptimizerState, rows_of
 from . import threads
-from .accumulation import Accumulation
 from .gradients import Located
 from .info import Layout, StepInfo
 from .plans import Column, Entries, Plan
@@ -38,7 +37,7 @@ from .program import Program, UnequalError
 from .rows import Counts
 from .scheduled import Rates, Scheduled, examine
 
-__all__ = ["Prepared", "Selection", "Stepper"]
+__all__ = ["Accumulation", "Prepared", "Selection", "Stepper"]
 
 _MAX_PLANS = 256  # leaves that take part in a step can change from step to step; their plans are kept
 
@@ -89,6 +88,116 @@ class Prepared(NamedTuple):
     writes: list[tuple[Any, Any, Any]] | None
     scale: Any
     stream: int | None
+
+
+class Accumulation:
+    """What stands in `opt.grads`: gradients that the caller writes, or that are added up over several calls.
+
+    Args:
+        state: of the optimizer.
+        make_adder: `make_adder(memory, first)` makes the stepper that adds gradients to memory, or puts them there if
+            they are the first.
+
+    Attributes:
+        received: for each leaf, whether it has received a gradient since the last step; None: nothing was added.
+    """
+
+    def __init__(self, state: OptimizerState, make_adder: Callable[[Any, bool], Stepper]) -> None:
+        self._parameters, self._gradients, self._backend = state.parameters, state.gradients, state.backend
+        self._make_adder = make_adder
+        self._adders: dict[bool, Stepper] = {}
+        self.received: tuple[bool, ...] | None = None
+
+    @property
+    def memory(self) -> Any:
+        """The gradients in one array, or None if nobody has used them yet."""
+        return self._gradients.own
+
+    def own(self, part: tuple[bool, ...] | None) -> tuple[Any, tuple[bool, ...] | None]:
+        """The gradients, and the leaves of a part that are updated by them; None: all.
+
+        Args:
+            part: the leaves that a step is about; None: all.
+
+        Raises:
+            RuntimeError: if nobody has used them yet.
+        """
+        if self.memory is None:
+            raise RuntimeError(
+                "step() without gradients uses opt.grads, which nobody has used yet. "
+                "Pass them, step(grads), or write them into opt.grads first."
+            )
+        if self.received is None:
+            return self.memory, part
+        active = self.received if part is None else tuple(map(operator.and_, part, self.received))
+        return self.memory, None if all(active) else active
+
+    def after_step(
+        self, part: tuple[bool, ...] | None, cleared: Sequence[tuple[int, int]]
+    ) -> list[tuple[Any, Any, Any]]:
+        """What to write after a step of a part has used the gradients, see `atomic.commit`.
+
+        Args:
+            part: the leaves that the step was about; None: all.
+            cleared: first and last element of what is to be zero and is not yet.
+        """
+        writes = self._zeros([slice(*span) for span in cleared])
+        if self.received is None:
+            return writes
+        left = () if part is None else tuple(a and not b for a, b in zip(self.received, part, strict=True))
+        return [self._receives(left if any(left) else None), *writes]
+
+    def zeroed(self) -> list[tuple[Any, Any, Any]]:
+        """What to write so that the gradients are zero, if they have been used, see `atomic.commit`."""
+        return [self._receives(None), *self._zeros([] if self.memory is None else [slice(None)])]
+
+    def _zeros(self, spans: Sequence[slice]) -> list[tuple[Any, Any, Any]]:
+        memory = self._backend.cleared(self.memory) if spans else None
+        return [(memory, span, 0) for span in spans]
+
+    def _receives(self, leaves: tuple[bool, ...] | None) -> tuple[Any, Any, Any]:
+        return self.__dict__, "received", leaves
+
+    def add(self, grads: Any, stepper: Stepper) -> None:
+        """Add gradients; the first after a step take the place of what stands there.
+
+        Args:
+            grads: as for `Optimizer.step`.
+            stepper: of the optimizer, which settles this if it is interrupted.
+
+        Raises:
+            TypeError: if a gradient is no array or has another dtype.
+            ValueError: if the structure or a shape differs.
+        """
+        parameters, received = self._parameters, self.received
+        whole = isinstance(grads, np.ndarray | FlatBuffer) or parameters.is_array or not is_container(grads)
+        there = parameters.everyone if whole else tuple(g is not None for g in parameters.structure.leaves(grads))
+        unused, first = self.memory is None, received is None
+        try:  # what is wrong with them shows before anything is written
+            prepared = self._adder(first).prepare(grads)
+        except BaseException:
+            if unused:  # there are no gradients still, as `step()` will say
+                commit([(self._gradients.__dict__, "own", None), (self.__dict__, "_adders", {})])
+            raise
+        held = (False,) * len(there) if received is None else received
+        after = self._receives(tuple(map(operator.or_, there, held)))
+        stepper.unsettled = prepared.plan, prepared.plan.next_generation, [after], False
+        for leaf, given, full in zip(parameters.cut(self.memory), there, held, strict=True):
+            if not full and given == (not first):  # it holds something old, and is not overwritten
+                parameters.place.fill(leaf, 0)
+        self._adders[first] = prepared.stepper
+        prepared.stepper.run(prepared)
+        stepper.settle()
+
+    def _adder(self, first: bool) -> Stepper:
+        """What adds gradients to the memory, or puts them there if they are the first."""
+        adder = self._adders.get(first)
+        if adder is None:
+            adder = self._make_adder(self._parameters.tree(self._gradients.allocate_own()), first)
+        elif adder.is_outdated:  # in a child after a fork
+            adder = adder.renewed()
+        self._adders[first] = adder
+        return adder
 
 
 class Stepper:
@@ -452,12 +561,7 @@ class Stepper:
             self._enter_scale(scale)
         clear = own and self._options.zero_grads
         kernel = self._kernels.get((plan.grad_format, clear)) or self.kernel(plan.grad_format, clear)
-        writes = None
-        if own:
-            writes = self.accumulation.after_step(seen)
-            if clear:  # what the pass has not
-                cleared = self._backend.cleared(self.accumulation.memory)
-                writes += [(cleared, slice(*span), 0) for span in plan.left_out]
+        writes = self.accumulation.after_step(seen, plan.left_out if clear else ()) if own else None
         return Prepared(self, plan, kernel, kept, number, writes, scale, stream)
 
     def run(self, prepared: Prepared) -> StepInfo:
