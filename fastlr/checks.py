@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import numbers
 import reprlib
@@ -16,6 +15,7 @@ import numpy as np
 
 from .arrays import places
 from .arrays.places import Memory
+from .arrays.spans import shared
 from .kernels.formats import FORMATS
 
 DTYPES = ("float32", "float64")
@@ -298,13 +298,12 @@ def parameters(paths: Sequence[str], leaves: Sequence[Memory], make_contiguous: 
         aligned(leaf_name, leaf)
         if not leaf.writeable:
             raise ValueError(f"{leaf_name} is read-only, so it cannot be updated in place. Pass a copy of it.")
-    spans = sorted((leaf.address, leaf.nbytes, path) for path, leaf in zip(paths, leaves, strict=True) if leaf.nbytes)
-    for (start, nbytes, path), (after, _, other) in itertools.pairwise(spans):
-        if start + nbytes > after:
-            raise ValueError(
-                f"{called(path)} and {called(other)} share memory, so both cannot be updated. "
-                "Pass each parameter once (tied weights: keep one of them and add up their gradients)."
-            )
+    both = shared((leaf, called(path), path) for path, leaf in zip(paths, leaves, strict=True))
+    if both is not None:
+        raise ValueError(
+            f"{both[0]} and {both[1]} share memory, so both cannot be updated. "
+            "Pass each parameter once (tied weights: keep one of them and add up their gradients)."
+        )
     return dtype
 
 
@@ -345,13 +344,12 @@ def companions(
         aligned(leaf_name, leaf)
         if written and not leaf.writeable:
             raise ValueError(f"{leaf_name} is read-only, so it cannot be written. Pass a copy of it.")
-    labelled = [(called(path, name), leaf) for path, leaf in zip(paths, leaves, strict=True)]
-    labelled += [(called(path), leaf) for path, leaf in zip(paths, params, strict=True)]
-    own = {label for label, _ in labelled[: len(leaves)]}
-    spans = sorted((leaf.address, leaf.nbytes, label) for label, leaf in labelled if leaf.nbytes)
-    for (start, nbytes, label), (after, _, other) in itertools.pairwise(spans):
-        if start + nbytes > after and (written or (label in own) != (other in own)):
-            raise ValueError(f"{label} and {other} share memory. Pass memory of its own for {name}.")
+    labelled = [(leaf, called(path, name)) for path, leaf in zip(paths, leaves, strict=True)]
+    arrays = [(leaf, label, label if written else name) for leaf, label in labelled]
+    arrays += [(leaf, called(path), "params") for path, leaf in zip(paths, params, strict=True)]
+    both = shared(arrays)
+    if both is not None:
+        raise ValueError(f"{both[0]} and {both[1]} share memory. Pass memory of its own for {name}.")
 
 
 def address(array: np.ndarray) -> int:

@@ -237,7 +237,7 @@ class Engine:
 
     def overlaps(self, address: int, nbytes: int) -> bool:
         """Whether memory overlaps what a step writes."""
-        return self._state.gradients.overlaps(address, nbytes)
+        return self._state.gradients.written.overlaps(address, nbytes)
 
     def _may_read(self, addresses: np.ndarray, name: str) -> bool:
         """Whether gradients of a dtype at these addresses are apart from what a step writes."""
