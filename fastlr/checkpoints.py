@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import functools
 import json
 import os
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from . import checks, extras, files
+from .arrays.spans import Spans
 from .groups import Groups
 from .kernels.atomic import commit
 from .state import OptimizerState
@@ -395,14 +395,11 @@ def upload(current: OptimizerState, saved: Saved) -> None:
 
 def _apart(arrays: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[tuple[np.ndarray, np.ndarray]]:
     """Arrays and what goes into them, as copies where that stands in memory that is going to be written."""
-    spans = sorted((checks.address(to), checks.address(to) + to.nbytes) for to, _ in arrays if to.nbytes)
+    written = Spans((checks.address(to), to.nbytes) for to, _ in arrays)
 
     def own(source: np.ndarray) -> np.ndarray:
-        if not source.flags.c_contiguous:
-            return source.copy()
-        begin = checks.address(source)
-        before = bisect.bisect_left(spans, (begin + source.nbytes,)) - 1  # the last that begins before its end
-        return source.copy() if before >= 0 and spans[before][1] > begin else source
+        apart = source.flags.c_contiguous and not written.overlaps(checks.address(source), source.nbytes)
+        return source if apart else source.copy()
 
     return [(to, own(source)) for to, source in arrays]
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import numbers
 import reprlib
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 
 from .arrays import places
 from .arrays.places import Memory
+from .arrays.spans import shared
 from .kernels.formats import FORMATS
 
 DTYPES = ("float32", "float64")
@@ -238,14 +238,6 @@ def aligned(leaf_name: str, memory: Memory) -> None:
         )
 
 
-def _overlapping(labeled: Iterable[tuple[str, Memory]]) -> Iterator[tuple[str, str]]:
-    """Which arrays share memory with the next one in memory, by what they are called."""
-    spans = sorted((leaf.address, leaf.nbytes, label) for label, leaf in labeled if leaf.nbytes)
-    for (start, nbytes, label), (after, _, other) in itertools.pairwise(spans):
-        if start + nbytes > after:
-            yield label, other
-
-
 def arrays(paths: Sequence[str], leaves: Sequence[Memory]) -> str:
     """Check that leaves have one floating dtype; its name.
 
@@ -290,9 +282,10 @@ def parameters(paths: Sequence[str], leaves: Sequence[Memory], make_contiguous: 
         aligned(leaf_name, leaf)
         if not leaf.writeable:
             raise ValueError(f"{leaf_name} is read-only, so it cannot be updated in place. Pass a copy of it.")
-    for path, other in _overlapping(zip(paths, leaves, strict=True)):
+    both = shared((leaf, called(path), path) for path, leaf in zip(paths, leaves, strict=True))
+    if both is not None:
         raise ValueError(
-            f"{called(path)} and {called(other)} share memory, so both cannot be updated. "
+            f"{both[0]} and {both[1]} share memory, so both cannot be updated. "
             "Pass each parameter once (tied weights: keep one of them and add up their gradients)."
         )
     return dtype
@@ -335,11 +328,12 @@ def companions(
         aligned(leaf_name, leaf)
         if written and not leaf.writeable:
             raise ValueError(f"{leaf_name} is read-only, so it cannot be written. Pass a copy of it.")
-    own = {called(path, name): leaf for path, leaf in zip(paths, leaves, strict=True)}
-    others = {called(path): leaf for path, leaf in zip(paths, params, strict=True)}
-    for label, other in _overlapping([*own.items(), *others.items()]):
-        if written or (label in own) != (other in own):
-            raise ValueError(f"{label} and {other} share memory. Pass memory of its own for {name}.")
+    labelled = [(leaf, called(path, name)) for path, leaf in zip(paths, leaves, strict=True)]
+    arrays = [(leaf, label, label if written else name) for leaf, label in labelled]
+    arrays += [(leaf, called(path), "params") for path, leaf in zip(paths, params, strict=True)]
+    both = shared(arrays)
+    if both is not None:
+        raise ValueError(f"{both[0]} and {both[1]} share memory. Pass memory of its own for {name}.")
 
 
 def address(array: np.ndarray) -> int:

@@ -11,9 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from . import checkpoints, checks
-from .arrays.buffers import FlatBuffer
 from .arrays.columns import EMA, LR_SCALE, ROLES, SHADOW, Parameters
-from .arrays.trees import is_container
 from .exclusive import Users, exclusive, take_over
 from .groups import Groups
 from .kernels import rules
@@ -22,10 +20,9 @@ from .kernels.staging import Rule, Staged
 from .options import Options, StepOptions, documented, signature
 from .owner import StepperOwner
 from .state import OptimizerState
-from .step.accumulation import Accumulation
 from .step.info import StepInfo
 from .step.program import Program
-from .step.stepper import Stepper
+from .step.stepper import Accumulation, Stepper
 
 __all__ = ["Optimizer", "StepOptions", "warmup"]
 
@@ -168,24 +165,7 @@ class Optimizer(StepperOwner):
         """
         if grads is None:
             raise TypeError("accumulate needs gradients to add, got None.")
-        stepper = self._stepper
-        accumulation, parameters = stepper.accumulation, stepper.state.parameters
-        received = accumulation.received
-        whole = isinstance(grads, np.ndarray | FlatBuffer) or parameters.is_array or not is_container(grads)
-        there = parameters.everyone if whole else tuple(g is not None for g in parameters.structure.leaves(grads))
-        unused, first = accumulation.memory is None, received is None
-        try:  # what is wrong with them shows before anything is written
-            prepared = accumulation.adder(first).prepare(grads)
-        except BaseException:
-            if unused:  # there are no gradients still, as `step()` will say
-                commit(accumulation.forget_memory())
-            raise
-        after = there if received is None else tuple(a or b for a, b in zip(there, received, strict=True))
-        writes: list[tuple[Any, Any, Any]] = [(accumulation.__dict__, "received", after)]
-        stepper.unsettled = prepared.plan, prepared.plan.next_generation, writes, False
-        accumulation.clear_unwritten(there, first)
-        accumulation.add(first, prepared)
-        stepper.settle()
+        self._stepper.accumulation.add(grads, self._stepper)
 
     @exclusive
     def warmup(self) -> float:
@@ -262,12 +242,7 @@ class Optimizer(StepperOwner):
     @exclusive
     def zero_grad(self) -> None:
         """Set `opt.grads` to zero, if it has been used."""
-        stepper = self._stepper
-        writes: list[tuple[Any, Any, Any]] = [(stepper.accumulation.__dict__, "received", None)]
-        if stepper.accumulation.memory is not None:
-            cleared = stepper.state.backend.cleared(stepper.accumulation.memory)
-            writes.append((cleared, slice(None), 0))
-        commit(writes)
+        commit(self._stepper.accumulation.zeroed())
 
     @property
     def state(self) -> dict[str, Any]:
@@ -471,7 +446,7 @@ def _accumulation(state: OptimizerState) -> Accumulation:
         settings = {name: getattr(options, name) for name in names}
         return Optimizer(memory, _ACCUMULATION, first=first, **settings)._stepper
 
-    return Accumulation(state.parameters, state.gradients, adder)
+    return Accumulation(state, adder)
 
 
 Optimizer.__doc__ = documented(Optimizer.__doc__ or "")

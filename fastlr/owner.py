@@ -14,9 +14,8 @@ from .hyperparameters import Hyper
 from .loss_scale import LossScale
 from .options import OPTIONS, StepHyperparameters
 from .state import OptimizerState
-from .step.accumulation import Accumulation
 from .step.program import Program
-from .step.stepper import Stepper
+from .step.stepper import Accumulation, Stepper
 
 __all__ = ["StepperOwner"]
 

@@ -1202,6 +1202,14 @@ def test_bad_settings(settings, error, message):
     assert all((x == 1).all() for x in SHARED.values())
 
 
+def test_factors_that_share_memory_with_each_other_share_none_with_parameters():
+    memory = np.ones(30)
+    params = {"a": np.ones(30), "b": memory[20:25]}
+    with pytest.raises(ValueError, match=r"lr_scale\['a'\] and params\['b'\] share memory"):
+        fastlr.SGD(params, lr_scale={"a": memory, "b": memory[5:10]})
+    fastlr.SGD({**params, "b": np.ones(5)}, lr_scale={"a": memory, "b": memory[5:10]})
+
+
 BAD_STEPS = [
     ({"grad_scale": 0.0}, ValueError, "grad_scale must be positive and finite, got 0.0."),
     ({"grad_scale": -2.0}, ValueError, "grad_scale must be positive and finite, got -2.0."),

@@ -13,6 +13,7 @@ from ..kernels.formats import FORMATS, to_float32
 from . import places
 from .buffers import FlatBuffer
 from .places import Alloc, Memory
+from .spans import shared
 from .trees import Structure, is_container, leaves_with_paths
 
 __all__ = ["COMPUTE", "EMA", "LR_SCALE", "PARAMETERS", "ROLES", "SHADOW", "Columns", "Parameters", "Role"]
@@ -222,19 +223,10 @@ class Columns:
 
     def _check(self, given: Mapping[str, list[Any]]) -> None:
         """What the caller's arrays must be beyond their shape and dtype."""
-        spans = sorted(
-            (m.address, m.address + m.nbytes, self.roles[name].argument)
-            for name, leaves in given.items()
-            for m in (self._place.memory(self.roles[name].argument, leaf) for leaf in leaves)
-            if m.nbytes
-        )
-        ends: dict[str, int] = {}
-        for begin, end, argument in spans:
-            other = next((name for name, last in ends.items() if last > begin and name != argument), None)
-            if other is not None:
-                pair = " and ".join(sorted((other, argument)))
-                raise ValueError(f"{pair} share memory. Pass memory of its own for each.")
-            ends[argument] = max(end, ends.get(argument, 0))
+        arguments = [(self.roles[name].argument, leaf) for name, leaves in given.items() for leaf in leaves]
+        both = shared((self._place.memory(name, leaf), name, name) for name, leaf in arguments)
+        if both is not None:
+            raise ValueError(f"{' and '.join(sorted(both))} share memory. Pass memory of its own for each.")
         for scale in given.get(LR_SCALE.name, ()):
             numbers = self._place.download(scale)
             if not (np.isfinite(numbers) & (numbers >= 0)).all():

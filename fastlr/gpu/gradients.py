@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from .. import checks
 from ..arrays import places
 from ..kernels.formats import FORMATS
@@ -23,13 +25,8 @@ class DeviceGradients(Gradients):
 
     _place: DevicePlace
 
-    def _checked(self, path: str, leaf: Any, shapes: Sequence[Any]) -> tuple[Any, str]:
-        """A gradient of this GPU, and its format.
-
-        Raises:
-            TypeError: if it is not on this GPU or has another dtype.
-            ValueError: if it has another shape.
-        """
+    def _checked(self, path: str, leaf: Any, shapes: Sequence[tuple[int, ...] | None]) -> tuple[Any, str]:
+        """As `Gradients._checked`; a gradient elsewhere than on this GPU is a TypeError."""
         called = checks.called(path, "grads")
         place = places.of(leaf)
         if not isinstance(place, DevicePlace) or place.device is not self._place.device:
@@ -49,35 +46,28 @@ class DeviceGradients(Gradients):
             raise ValueError(f"{called} has shape {memory.shape}, expected {expected}.")
         return leaf, self._formats[memory.kind]
 
-    def _readable(self, path: str, leaf: Any, kind: str, common: str, first: int) -> tuple[int, Any]:
-        """The address where a gradient can be read in a format, and the array there: its own, or a copy.
-
-        Args:
-            path: of the leaf.
-            leaf: the gradient.
-            kind: its format.
-            common: the format it is needed in.
-            first: where it stands among all elements.
+    def _readable(self, path: str, array: Any, kind: str, common: str, start: int) -> tuple[int, Any]:
+        """As `Gradients._readable`.
 
         Raises:
             TypeError: if it has to be converted, and its library cannot.
             ValueError: if it has to be gathered, and its library cannot.
         """
-        called, place = checks.called(path, "grads"), places.of(leaf)
+        called, place = checks.called(path, "grads"), places.of(array)
         assert isinstance(place, DevicePlace)
         stream = self._place.stream() if self.stream is None else self.stream
-        memory = place.memory(called, leaf)
+        memory = place.memory(called, array)
         if kind != common or not memory.contiguous:
             with place.using(stream):
-                leaf = leaf if kind == common else place.widened(called, leaf, kind, common)
-                leaf = place.contiguous(leaf)
-            memory = place.memory(called, leaf)
-        if memory.aligned and not self.overlaps(memory.address, memory.nbytes):
-            return memory.address, leaf
+                array = array if kind == common else place.widened(called, array, kind, common)
+                array = place.contiguous(array)
+            memory = place.memory(called, array)
+        if memory.aligned and not self.written.overlaps(memory.address, memory.nbytes):
+            return memory.address, array
         gathered = self._gather(common)
-        address = self._place.address(gathered) + first * (2 if common in FORMATS else self._dtype.itemsize)
+        address = self._place.address(gathered) + start * (2 if common in FORMATS else self._dtype.itemsize)
         self._place.device.copy(address, memory.address, memory.nbytes, stream)
-        return address, (gathered, leaf)
+        return address, (gathered, array)
 
     def look(self, found: list[Any], flat: bool, wanted: str) -> list[int] | None:
         """The addresses of gradients, if it is quick to see that all can be read in place.
@@ -95,8 +85,10 @@ class DeviceGradients(Gradients):
             return None
         quick = self._place.quick_address
         shapes: Sequence[Any] = self._shapes
+        sizes = self._sizes
         if flat:
             shapes = [self._only_shape if getattr(found[0], "shape", None) == self._only_shape else (self._size,)]
+            sizes = np.array([self._size])
         for dtype in (name for name, format_ in self._formats.items() if format_ == wanted):
             looked = (
                 0 if leaf is None else quick(leaf, shape, dtype) for leaf, shape in zip(found, shapes, strict=True)
@@ -104,28 +96,8 @@ class DeviceGradients(Gradients):
             addresses = [address for address in looked if address is not None]
             if len(addresses) == len(found):
                 size = 2 if wanted in FORMATS else self._dtype.itemsize
-                overlap = self.overlaps(addresses[0], self._size * size) if flat else self.any_overlaps(addresses, size)
-                return None if overlap else addresses
+                return None if self.written.any_overlaps(addresses, sizes * size) else addresses
         return None
 
-    def flat(self, grads: Any) -> tuple[int, list[Any], str]:
-        """As `Gradients.flat`."""
-        leaf, kind = self._checked("", grads, ((self._size,), self._only_shape))
-        address, array = self._readable("", leaf, kind, kind, 0)
-        return address, [array], kind
-
-    def leaves(self, leaves: list[Any]) -> tuple[list[int], list[Any], str]:
-        """As `Gradients.leaves`."""
-        checked = [
-            None if leaf is None else self._checked(path, leaf, (tuple(shape),))
-            for path, leaf, shape in zip(self._paths, leaves, self._shapes, strict=True)
-        ]
-        kinds = {kind for _, kind in filter(None, checked)}
-        common = kinds.pop() if len(kinds) == 1 else self._name
-        settled = [
-            (0, None) if one is None else self._readable(path, *one, common, first)
-            for path, one, first in zip(self._paths, checked, self._first.tolist(), strict=True)
-        ]
-        arrays = [array for _, array in settled]
-        in_place = all(array is leaf for array, leaf in zip(arrays, leaves, strict=True))
-        return [address for address, _ in settled], leaves if in_place else arrays, common
+    def _usual(self, leaves: list[Any]) -> None:
+        """None: `look` sees what is quick to see."""

@@ -18,7 +18,7 @@ from ..kernels.layout import CLOCK, COUNT, COUNTERS, FIRST_ADDRESS, LEAF, ROW, S
 from ..kernels.staging import Staged
 from ..step.info import StepInfo
 from ..step.plans import Entries, Plan, Scope
-from ..step.rows import Rows
+from ..step.scheduled import Rates
 from .additions import Additions
 from .arrays import DevicePlace
 from .gradients import DeviceGradients
@@ -229,16 +229,16 @@ class DevicePlan(Plan):
         """As `Plan.has_made`."""
         return self._made == generation
 
-    def info(self, rows: Rows, lrs: Any, grad_scale: Any) -> StepInfo:
+    def info(self, rates: Rates, grad_scale: Any) -> StepInfo:
         """As `Plan.info`; what only the GPU knows is downloaded when somebody asks."""
-        ours = self.rows
-        steps = int(ours.counters[-1, CLOCK]) if ours.host_knows else None
+        rows = self.rows
+        steps = int(rows.counters[-1, CLOCK]) if rows.host_knows else None
         if self.layout is None and steps is not None:
-            return StepInfo(steps, lrs)
+            return StepInfo(steps, rates)
         assert self._last is not None
-        results = Results(self._device, ours.stream, steps, self._results(self._last.block), live=self._capturable)
-        ours.latest = weakref.ref(results)
-        return DeviceStepInfo(results, lrs, self.layout, grad_scale)
+        results = Results(self._device, rows.stream, steps, self._results(self._last.block), live=self._capturable)
+        rows.latest = weakref.ref(results)
+        return DeviceStepInfo(results, rates, self.layout, grad_scale)
 
     def _results(self, block: Tables) -> list[Result]:
         """Where the results of a step are: counters of the optimizer, reports, sums over leaves, and loss scales."""

@@ -76,18 +76,16 @@ class DeviceStepInfo(StepInfo):
     With `capturable=True` it always describes the latest step, even one that a graph made.
     """
 
-    __slots__ = ("_given_scale", "_results")
+    __slots__ = ("_given_scale", "_rates", "_results")
 
-    def __init__(self, results: Results, lrs: Any, layout: Layout | None, grad_scale: Any) -> None:
-        self._results, self._lrs, self._layout, self._given_scale = results, lrs, layout, grad_scale
+    def __init__(self, results: Results, rates: Rates, layout: Layout | None, grad_scale: Any) -> None:
+        self._results, self._rates, self._layout, self._given_scale = results, rates, layout, grad_scale
 
     @property
     def lrs(self) -> Mapping[str, Any]:
         """The learning rates, as `StepInfo.lrs`; waits for the GPU if a schedule needs a step that only it knows."""
-        lrs = self._lrs() if callable(self._lrs) else self._lrs
-        if isinstance(lrs, dict):
-            return Rates(lrs, max(0, self.step - 1 + bool(np.all(self.skipped))))
-        return lrs
+        rates = self._rates.settled()
+        return rates.at(max(0, self.step - 1 + bool(np.all(self.skipped)))) if rates.need_step else rates
 
     @property
     def step(self) -> int:

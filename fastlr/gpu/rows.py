@@ -6,18 +6,16 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..kernels import counting, grid
+from ..kernels import grid
 from ..kernels.layout import CLOCK, STEPS, TICKS, T
 from ..kernels.staging import Staged
 from ..loss_scale import LossScale
-from ..step.rows import Counts, Rows
+from ..step.rows import COUNTING, Counts, Rows
 from .arrays import DevicePlace
 from .results import Results
 from .tables import Tables
 
 __all__ = ["DeviceRows"]
-
-_COUNTING = counting.make(np.where, may_skip=False, asides=False)  # all that the host follows
 
 
 class DeviceRows(Rows):
@@ -127,7 +125,7 @@ class DeviceRows(Rows):
         """A step whose counting the host can follow has been made."""
         t, clock = self.counters[:, T], self.counters[:, CLOCK]
         now = clock[-1] + advance[-1, TICKS]  # the own row of the optimizer counts as one that ticks
-        t[:], clock[:] = _COUNTING.counted(t, clock, advance[:, STEPS], advance[:, TICKS], now)
+        t[:], clock[:] = COUNTING.counted(t, clock, advance[:, STEPS], advance[:, TICKS], now)
 
     def download(self) -> None:
         """Learn from the GPU what only it knows; waits for it."""

@@ -15,7 +15,7 @@ from .. import arguments, checks, plots
 from ..arrays.places import Place
 from ..optimizer import Optimizer
 from ..schedules import Schedule
-from ..step.accumulation import Accumulation
+from ..step.stepper import Accumulation
 
 __all__ = ["RangeTest", "evaluate", "find_lr"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -12,6 +11,7 @@ import numpy as np
 from .. import checks
 from ..arrays.columns import Parameters
 from ..arrays.places import Alloc, Memory
+from ..arrays.spans import Spans
 from ..kernels import arrays
 from ..kernels.formats import FORMATS
 
@@ -59,6 +59,7 @@ class Gradients:
         quick: whether arrays may be looked at in compiled code.
 
     Attributes:
+        written: the memory that a step writes.
         own: memory for gradients in one array, allocated by `allocate_own`; None before.
         stream: of the step that is being prepared, in whose order a GPU copies; None: the caller's current one.
     """
@@ -77,9 +78,8 @@ class Gradients:
         place, paths, shapes, dtype = parameters.place, parameters.paths, parameters.shapes, parameters.dtype
         self._place = place
         self._paths, self._shapes, self._dtype, self._alloc = paths, shapes, dtype, alloc
-        self._sizes = [int(np.prod(shape, dtype=np.int64)) for shape in shapes]
-        self._size = sum(self._sizes)
-        self._first = np.cumsum([0, *self._sizes])[:-1]
+        self._size, self._sizes = parameters.size, np.array(parameters.sizes, np.int64)
+        self._starts: list[int] = parameters.starts.tolist()
         self._only_shape = shapes[0] if tuple(paths) == ("",) else None
         self._name = dtype.name  # NumPy makes it anew each time, which takes longer than the rest of a check
         self._formats = {dtype.name: dtype.name, **{name: name for name in FORMATS}}
@@ -87,11 +87,7 @@ class Gradients:
             self._formats["uint16"] = bits
         self._given, self._given_memory = given, [place.memory(called, a) for called, a, _ in given]
         self._quick = quick
-        memory = [place.memory("", a) for a in written]
-        spans = sorted((m.address, m.address + m.nbytes) for m in memory if m.nbytes)
-        self._starts, self._ends = [a for a, _ in spans], [b for _, b in spans]
-        self._all_sizes, self._all_starts = np.array(self._sizes, np.int64), np.array(self._starts, np.int64)
-        self._all_ends = np.array([*self._ends, 0], np.int64)  # the 0 is for index -1: no span begins before
+        self.written = Spans((m.address, m.nbytes) for m in (place.memory("", a) for a in written))
         self.own: Any = None
         self._scratch: dict[str, Any] = {}
 
@@ -134,7 +130,7 @@ class Gradients:
         if flat:
             shapes = [((self._size,), (self._size,) if self._only_shape is None else self._only_shape)]
         there = [array is not None for array in found]
-        spans = self._all_starts, self._all_ends[:-1]
+        spans = self.written.starts, self.written.ends
         fixed, writeable = [array for _, array, _ in self._given], [written for *_, written in self._given]
         return arrays.Finder(shapes, there, dtype, spans, source, inside, column, fixed, writeable)
 
@@ -169,88 +165,100 @@ class Gradients:
             TypeError: if it is no array or has another dtype.
             ValueError: if it has another shape.
         """
-        own = self._dtype
-        if type(grads) is np.ndarray and grads.dtype is own and grads.shape in ((self._size,), self._only_shape):
-            array, kind = grads, self._name  # the usual case, fast
-        else:
-            array, kind = checks.gradient("", grads, ((self._size,), self._only_shape), self._formats)
-        address = self._address_in_place(array)
-        if address is None:
-            gathered = self._gather(kind)
-            gathered.reshape(array.shape)[...] = array.view(gathered.dtype) if kind in FORMATS else array
-            return checks.address(gathered), [gathered], kind
+        array, kind = self._checked("", grads, ((self._size,), self._only_shape))
+        address, array = self._readable("", array, kind, kind, 0)
         return address, [array], kind
 
     def leaves(self, leaves: list[Any]) -> tuple[list[int], list[Any], str]:
         """The address of each leaf's gradient, 0 where it is None, the arrays there, and their format.
 
-        The list of arrays is the list given if every leaf that is there is read where it is.
+        The array there is the leaf itself if it is read where it is.
 
         Raises:
             TypeError: if a leaf is no array or has another dtype.
             ValueError: if one has another shape.
         """
+        usual = self._usual(leaves)
+        if usual is not None:
+            return usual
+        found = [
+            None if leaf is None else self._checked(path, leaf, (shape,))
+            for path, leaf, shape in zip(self._paths, leaves, self._shapes, strict=True)
+        ]
+        kinds = {kind for _, kind in filter(None, found)}
+        common = kinds.pop() if len(kinds) == 1 else self._name
+        readable = [
+            (0, None) if one is None else self._readable(path, *one, common, start)
+            for path, one, start in zip(self._paths, found, self._starts, strict=True)
+        ]
+        return [address for address, _ in readable], [array for _, array in readable], common
+
+    def _usual(self, leaves: list[Any]) -> tuple[list[int], list[Any], str] | None:
+        """As `leaves`, fast, if each is an array of a right dtype and shape that can be read where it is; else None."""
         addresses: list[int] = []
         first: Any = None
-        try:  # the usual case, fast: every leaf an array of the right dtype and shape, in order
+        try:
             for leaf, shape in zip(leaves, self._shapes, strict=True):
                 if leaf is None:
                     addresses.append(0)
                     continue
                 if type(leaf) is not np.ndarray:  # scalars have addresses of temporaries, subclasses a mask
-                    break
+                    return None
                 if first is None:
                     first = leaf.dtype
                 if leaf.dtype is not first or leaf.shape != shape or leaf.flags.num & _IN_ORDER != _IN_ORDER:
-                    break
+                    return None
                 addresses.append(leaf.__array_interface__["data"][0])
         except (AttributeError, TypeError):
-            addresses.clear()
-        if len(addresses) == len(leaves) and first is not None:
-            kind = self._name if first is self._dtype else self._formats.get(first.name)
-            if kind is not None and first.isnative and not self.any_overlaps(addresses, first.itemsize):
-                return addresses, leaves, kind
-        found = [
-            None if leaf is None else checks.gradient(path, leaf, (shape,), self._formats)
-            for path, leaf, shape in zip(self._paths, leaves, self._shapes, strict=True)
-        ]
-        kinds = {kind for _, kind in filter(None, found)}
-        common = kinds.pop() if len(kinds) == 1 else self._name
-        settled = [None if one is None else self._settled(k, *one, common) for k, one in enumerate(found)]
-        return [0 if a is None else checks.address(a) for a in settled], settled, common
+            return None
+        if first is None or not first.isnative:
+            return None
+        kind = self._name if first is self._dtype else self._formats.get(first.name)
+        if kind is None or self.any_overlaps(addresses, first.itemsize):
+            return None
+        return addresses, leaves, kind
 
-    def _settled(self, k: int, array: np.ndarray, kind: str, common: str) -> np.ndarray:
-        """A leaf's gradient where it can be read in the common format: where it is, or gathered."""
-        if kind == common and self._address_in_place(array) is not None:
-            return array
-        start = self._first[k]
-        target = self._gather(common)[start : start + self._sizes[k]].reshape(self._shapes[k])
+    def _checked(self, path: str, leaf: Any, shapes: Sequence[tuple[int, ...] | None]) -> tuple[Any, str]:
+        """A gradient as an array, and its format.
+
+        Args:
+            path: of the leaf, or "" for all in one array.
+            leaf: what was given.
+            shapes: those that are right.
+
+        Raises:
+            TypeError: if it is no array or has another dtype.
+            ValueError: if it has another shape.
+        """
+        if type(leaf) is np.ndarray and leaf.dtype is self._dtype and leaf.shape in shapes:  # the usual case, fast
+            return leaf, self._name
+        return checks.gradient(path, leaf, shapes, self._formats)
+
+    def _readable(self, path: str, array: Any, kind: str, common: str, start: int) -> tuple[int, Any]:
+        """The address where a gradient can be read in a format, and the array there: its own, or a copy.
+
+        Args:
+            path: of the leaf.
+            array: the gradient.
+            kind: its format.
+            common: the format it is needed in.
+            start: where it stands among all elements.
+        """
+        if kind == common and array.flags.num & _IN_ORDER == _IN_ORDER:
+            address = checks.address(array)
+            if not self.written.overlaps(address, array.nbytes):
+                return address, array
+        target = self._gather(common)[start : start + array.size].reshape(array.shape)
         if kind == common:
             target[...] = array.view(target.dtype) if kind in FORMATS else array
         else:
             decode, _ = FORMATS[kind].make(np.where)
             target[...] = decode(array.view(np.uint16))
-        return target
-
-    def _address_in_place(self, array: np.ndarray) -> int | None:
-        """The address of a gradient that can be read where it is: in order, aligned, no part of what a step writes."""
-        if array.flags.num & _IN_ORDER != _IN_ORDER:
-            return None
-        address = checks.address(array)
-        return None if self.overlaps(address, array.nbytes) else address
-
-    def overlaps(self, begin: int, nbytes: int) -> bool:
-        """Whether some memory is part of what the step writes."""
-        before = bisect.bisect_left(self._starts, begin + nbytes) - 1
-        return before >= 0 and self._ends[before] > begin and nbytes > 0
+        return checks.address(target), target
 
     def any_overlaps(self, addresses: Sequence[int] | np.ndarray, itemsize: int) -> bool:
         """Whether the memory of any leaf's gradient is part of what the step writes."""
-        if len(addresses) <= 16:  # NumPy takes 7 us for any number up to some hundreds
-            return any(map(self.overlaps, map(int, addresses), [n * itemsize for n in self._sizes]))
-        nbytes = self._all_sizes * itemsize
-        before = np.searchsorted(self._all_starts, np.add(addresses, nbytes)) - 1
-        return bool(np.any((self._all_ends[before] > addresses) & (nbytes > 0)))
+        return self.written.any_overlaps(addresses, self._sizes * itemsize)
 
     def _gather(self, kind: str) -> np.ndarray:
         """Memory for gradients that cannot be read where they are."""

@@ -19,11 +19,12 @@ from .. import checks
 from ..arrays.places import Place
 from ..kernels import arrays, cpu, helpers
 from ..kernels.cpu import CHUNK, CLOSED, LINE, NEXT, SHARES, WAITING, Kernel
-from ..kernels.layout import ASIDE, CLOCK, FIRST_ADDRESS, ROW, TICKS
+from ..kernels.layout import CLOCK, FIRST_ADDRESS, ROW, STEPS, TICKS
 from ..kernels.staging import Staged
 from ..kernels.sums import BLOCK
 from .info import Layout, StepInfo
-from .rows import Rows
+from .rows import COUNTING, Rows
+from .scheduled import Rates
 
 if TYPE_CHECKING:
     from .gradients import Gradients
@@ -276,30 +277,27 @@ class Plan(abc.ABC):
         """Whether the step of a generation was carried out."""
 
     @abc.abstractmethod
-    def info(self, rows: Rows, lrs: Any, grad_scale: Any) -> StepInfo:
+    def info(self, rates: Rates, grad_scale: Any) -> StepInfo:
         """What the step that was just made did."""
 
     # Steps of a part
 
-    def number(self, rows: Rows) -> int:
-        """How many steps came before this one, or before the step that it is a part of; -1: a part of none yet.
+    def number(self) -> int:
+        """How many steps came before the one that this step is a part of; -1: a part of none yet.
 
         Steps of all parts are one step: a part begins a new step if one of its leaves has been in the last one.
         """
-        steps: int = rows.counters.item(-1, CLOCK)
-        if not self.partial:
-            return steps
-        clocks = rows.counters[:-1, CLOCK][self.advance[:-1, :ASIDE].any(axis=1)]
-        begins = clocks.size > 0 and clocks.max() >= steps
-        return steps if begins else steps - 1
+        clock, advance = self.rows.counters[:, CLOCK], self.advance[:-1]
+        begins = COUNTING.begins(clock[:-1], advance[:, STEPS], advance[:, TICKS], clock[-1])
+        return int(clock[-1]) - (not begins.any())
 
-    def count_part(self, rows: Rows, number: int) -> None:
+    def count_part(self, number: int) -> None:
         """Count this partial step as part of the step that comes after `number` others.
 
         Where only the GPU knows the counters, the kernel does this by itself.
         """
-        if rows.host_knows:
-            self.advance[-1, TICKS] = number + 1 - rows.counters[-1, CLOCK]
+        if self.rows.host_knows:
+            self.advance[-1, TICKS] = number + 1 - self.rows.counters[-1, CLOCK]
 
 
 class HostPlan(Plan):
@@ -382,12 +380,12 @@ class HostPlan(Plan):
         """As `Plan.has_made`."""
         return self._threads > 0 and int(self._control[CLOSED]) == generation + self._last_phase
 
-    def info(self, rows: Rows, lrs: Any, grad_scale: Any) -> StepInfo:
+    def info(self, rates: Rates, grad_scale: Any) -> StepInfo:
         """As `Plan.info`."""
-        steps: int = rows.counters.item(-1, CLOCK)
+        steps: int = self.rows.counters.item(-1, CLOCK)
         if self.layout is None:
-            return StepInfo(steps, lrs)
-        return StepInfo(steps, lrs, self.layout, self.reports.copy(), self.leaf_sums.copy(), grad_scale)
+            return StepInfo(steps, rates)
+        return StepInfo(steps, rates, self.layout, self.reports.copy(), self.leaf_sums.copy(), grad_scale)
 
     def _make_control(self, threads: int) -> None:
         """A new control block; helpers that still know the old one will find nothing to do."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ..kernels import counting
 from ..kernels.layout import (
     ADVANCES,
     ASIDE,
@@ -21,6 +22,8 @@ from ..kernels.layout import (
     TICKS,
     T,
 )
+
+COUNTING = counting.make(np.where, may_skip=False, asides=False)  # all that the host counts besides kernels
 
 
 def _distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from .rows import Rows
 if TYPE_CHECKING:
     from ..groups import Groups
 
-__all__ = ["Formula", "Rates", "Remembered", "Scheduled"]
+__all__ = ["Followed", "Formula", "Rates", "Remembered", "Scheduled"]
 
 
 class Remembered:
@@ -265,17 +265,16 @@ class Scheduled:
         return bool(self.entries) or any(isinstance(lr, Schedule) for lr in rates.values())
 
     def parts(self, rates: Mapping[str, Any]) -> Mapping[str, Any]:
-        """For each group, its learning rate, or what gives it: a function of the step and its numbers."""
+        """For each group, its learning rate, or the schedule that it follows."""
         if not self.follows(rates):
             return rates
         out: dict[str, Any] = {}
         for pattern, lr in rates.items():
-            if isinstance(lr, Schedule):
-                entry = self._rates.get(id(lr))
-                if entry is not None:
-                    out[pattern] = entry.value, entry.numbers
-                else:  # all leaves of the group have another one's
-                    out[pattern] = evaluator(lr, self._population)[0], lr.staged.numbers
+            entry = self._rates.get(id(lr))
+            if entry is not None:
+                out[pattern] = Followed(entry.value, entry.numbers)
+            elif isinstance(lr, Schedule):  # all leaves of the group have another one's
+                out[pattern] = Followed(evaluator(lr, self._population)[0], lr.staged.numbers)
             else:
                 out[pattern] = lr
         return out
@@ -376,34 +375,65 @@ class Scheduled:
         return np.asarray(entry.value(float(step), self._numbers(entry, observed)))
 
 
-class Rates(Mapping[str, Any]):
-    """The learning rates of a step, evaluated when somebody asks.
+class Followed(NamedTuple):
+    """A schedule that a learning rate follows.
 
-    Args:
-        parts: as `Scheduled.parts` has them.
-        step: the number of updates before.
+    Attributes:
+        value: `value(n, numbers)` is the rate after `n` steps.
+        numbers: what plateaus have lowered among them.
     """
 
-    __slots__ = ("_parts", "_step")
+    value: Callable[..., Any]
+    numbers: tuple[Any, ...]
 
-    def __init__(self, parts: Mapping[str, Any], step: int) -> None:
-        self._parts, self._step = parts, step
+
+class Rates(Mapping[str, Any]):
+    """The learning rates of a step by pattern, evaluated when somebody asks.
+
+    Args:
+        parts: gives for each group its rate, or the schedule that it follows, see `Scheduled.parts`.
+        before: the number of steps before this one; None: it is not known yet.
+    """
+
+    __slots__ = ("_before", "_parts")
+
+    def __init__(self, parts: Callable[[], Mapping[str, Any]], before: int | None = None) -> None:
+        self._parts, self._before = parts, before
+
+    def at(self, before: int) -> Rates:
+        """The rates after a number of steps."""
+        return Rates(self._parts, before)
+
+    def settled(self) -> Rates:
+        """The rates as they are now, whatever is set later."""
+        parts = self._parts()
+        return Rates(lambda: parts, self._before)
+
+    @property
+    def need_step(self) -> bool:
+        """Whether they cannot be evaluated before it is known how many steps were made."""
+        return self._before is None and any(isinstance(part, Followed) for part in self._parts().values())
 
     def __getitem__(self, pattern: str) -> Any:
         """The rate of a group."""
-        part = self._parts[pattern]
-        if type(part) is not tuple:
+        part = self._parts()[pattern]
+        if not isinstance(part, Followed):
             return part
-        value = part[0](float(self._step), part[1])
+        assert self._before is not None
+        value = part.value(float(self._before), part.numbers)
         return value if isinstance(value, np.ndarray) else float(value)
 
     def __iter__(self) -> Iterator[str]:
         """The patterns."""
-        return iter(self._parts)
+        return iter(self._parts())
 
     def __len__(self) -> int:
         """Number of groups, the optimizer's own among them."""
-        return len(self._parts)
+        return len(self._parts())
+
+    def __repr__(self) -> str:
+        """The rates in a dict."""
+        return repr(dict(self))
 
 
 def labelled_plateaus(groups: Groups) -> Iterator[tuple[str, Plateau]]:

@@ -1,4 +1,4 @@
-"""The stepper: rows, settings and plans of one program, and the one way through a step.
+"""The stepper: rows, settings and plans of one program, and the one way through a step; what stands in `opt.grads`.
 
     Gradients.find -> Located -> Selection -> Plan.point_gradients -> Prepared -> run
 
@@ -30,7 +30,6 @@ from ..kernels.storage import Storage
 from ..schedules import Schedule
 from ..state import OptimizerState, rows_of
 from . import threads
-from .accumulation import Accumulation
 from .gradients import Located
 from .info import Layout, StepInfo
 from .plans import Column, Entries, Plan
@@ -38,7 +37,7 @@ from .program import Program, UnequalError
 from .rows import Counts
 from .scheduled import Rates, Scheduled, examine
 
-__all__ = ["Prepared", "Selection", "Stepper"]
+__all__ = ["Accumulation", "Prepared", "Selection", "Stepper"]
 
 _MAX_PLANS = 256  # leaves that take part in a step can change from step to step; their plans are kept
 
@@ -89,6 +88,116 @@ class Prepared(NamedTuple):
     writes: list[tuple[Any, Any, Any]] | None
     scale: Any
     stream: int | None
+
+
+class Accumulation:
+    """What stands in `opt.grads`: gradients that the caller writes, or that are added up over several calls.
+
+    Args:
+        state: of the optimizer.
+        make_adder: `make_adder(memory, first)` makes the stepper that adds gradients to memory, or puts them there if
+            they are the first.
+
+    Attributes:
+        received: for each leaf, whether it has received a gradient since the last step; None: nothing was added.
+    """
+
+    def __init__(self, state: OptimizerState, make_adder: Callable[[Any, bool], Stepper]) -> None:
+        self._parameters, self._gradients, self._backend = state.parameters, state.gradients, state.backend
+        self._make_adder = make_adder
+        self._adders: dict[bool, Stepper] = {}
+        self.received: tuple[bool, ...] | None = None
+
+    @property
+    def memory(self) -> Any:
+        """The gradients in one array, or None if nobody has used them yet."""
+        return self._gradients.own
+
+    def own(self, part: tuple[bool, ...] | None) -> tuple[Any, tuple[bool, ...] | None]:
+        """The gradients, and the leaves of a part that are updated by them; None: all.
+
+        Args:
+            part: the leaves that a step is about; None: all.
+
+        Raises:
+            RuntimeError: if nobody has used them yet.
+        """
+        if self.memory is None:
+            raise RuntimeError(
+                "step() without gradients uses opt.grads, which nobody has used yet. "
+                "Pass them, step(grads), or write them into opt.grads first."
+            )
+        if self.received is None:
+            return self.memory, part
+        active = self.received if part is None else tuple(map(operator.and_, part, self.received))
+        return self.memory, None if all(active) else active
+
+    def after_step(
+        self, part: tuple[bool, ...] | None, cleared: Sequence[tuple[int, int]]
+    ) -> list[tuple[Any, Any, Any]]:
+        """What to write after a step of a part has used the gradients, see `atomic.commit`.
+
+        Args:
+            part: the leaves that the step was about; None: all.
+            cleared: first and last element of what is to be zero and is not yet.
+        """
+        writes = self._zeros([slice(*span) for span in cleared])
+        if self.received is None:
+            return writes
+        left = () if part is None else tuple(a and not b for a, b in zip(self.received, part, strict=True))
+        return [self._receives(left if any(left) else None), *writes]
+
+    def zeroed(self) -> list[tuple[Any, Any, Any]]:
+        """What to write so that the gradients are zero, if they have been used, see `atomic.commit`."""
+        return [self._receives(None), *self._zeros([] if self.memory is None else [slice(None)])]
+
+    def _zeros(self, spans: Sequence[slice]) -> list[tuple[Any, Any, Any]]:
+        memory = self._backend.cleared(self.memory) if spans else None
+        return [(memory, span, 0) for span in spans]
+
+    def _receives(self, leaves: tuple[bool, ...] | None) -> tuple[Any, Any, Any]:
+        return self.__dict__, "received", leaves
+
+    def add(self, grads: Any, stepper: Stepper) -> None:
+        """Add gradients; the first after a step take the place of what stands there.
+
+        Args:
+            grads: as for `Optimizer.step`.
+            stepper: of the optimizer, which settles this if it is interrupted.
+
+        Raises:
+            TypeError: if a gradient is no array or has another dtype.
+            ValueError: if the structure or a shape differs.
+        """
+        parameters, received = self._parameters, self.received
+        whole = isinstance(grads, np.ndarray | FlatBuffer) or parameters.is_array or not is_container(grads)
+        there = parameters.everyone if whole else tuple(g is not None for g in parameters.structure.leaves(grads))
+        unused, first = self.memory is None, received is None
+        try:  # what is wrong with them shows before anything is written
+            prepared = self._adder(first).prepare(grads)
+        except BaseException:
+            if unused:  # there are no gradients still, as `step()` will say
+                commit([(self._gradients.__dict__, "own", None), (self.__dict__, "_adders", {})])
+            raise
+        held = (False,) * len(there) if received is None else received
+        after = self._receives(tuple(map(operator.or_, there, held)))
+        stepper.unsettled = prepared.plan, prepared.plan.next_generation, [after], False
+        for leaf, given, full in zip(parameters.cut(self.memory), there, held, strict=True):
+            if not full and given == (not first):  # it holds something old, and is not overwritten
+                parameters.place.fill(leaf, 0)
+        self._adders[first] = prepared.stepper
+        prepared.stepper.run(prepared)
+        stepper.settle()
+
+    def _adder(self, first: bool) -> Stepper:
+        """What adds gradients to the memory, or puts them there if they are the first."""
+        adder = self._adders.get(first)
+        if adder is None:
+            adder = self._make_adder(self._parameters.tree(self._gradients.allocate_own()), first)
+        elif adder.is_outdated:  # in a child after a fork
+            adder = adder.renewed()
+        self._adders[first] = adder
+        return adder
 
 
 class Stepper:
@@ -305,7 +414,8 @@ class Stepper:
             self.table[:, len(staged.uniforms) :] = scheduled.numbers(self.table)
         rows.settings_known = False
         self.scheduled, self._follows = scheduled, scheduled.follows(rates)
-        self._rates = scheduled.parts(rates)
+        self._parts = parts = scheduled.parts(rates)
+        self._rates = Rates(lambda: parts)
         self._version = version
 
     def _enter_scheduled(self, number: int | None) -> None:
@@ -322,15 +432,15 @@ class Stepper:
             self.table[:, uniforms.index("grad_scale")] = scale[rows.model] if isinstance(scale, np.ndarray) else scale
         self._scale = scale
 
-    def _checked_scale(self, grad_scale: Any) -> Any:
-        """What the gradients of a step are to be divided by; 1.0 if by nothing."""
+    def _checked_scale(self, grad_scale: Any) -> tuple[Any, bool]:
+        """What the gradients of a step are to be divided by, and whether that takes a program that divides them."""
         population, loss_scale = self.state.parameters.population, self.state.loss_scale
         scale: Any = 1.0 if grad_scale is None else checks.scale("grad_scale", grad_scale, population)
         if loss_scale is not None and not self._backend.on_device:  # a GPU has the loss scale where it divides by it
             with np.errstate(over="ignore"):  # infinity is refused
                 product = scale * loss_scale.scale
             scale = checks.scale("grad_scale times the loss scale", product, population)
-        return scale
+        return scale, self.program.unscaled or not np.all(scale == 1.0)
 
     # The way through a step
 
@@ -339,13 +449,11 @@ class Stepper:
     ) -> Prepared:
         """Find what a step needs, and whatever is wrong, before anything is written; arguments as `Optimizer.step`."""
         stream = None if stream is None else self._backend.stream(stream)
-        scale, unscaled = 1.0, self.program.unscaled
-        if grad_scale is not None or unscaled:
-            scale = self._checked_scale(grad_scale)
-            unscaled = unscaled or not np.all(scale == 1.0)
-        if self._follows and only is None:
-            self._enter_scheduled(None)
+        unscales = grad_scale is not None or self.program.unscaled
+        scale, unscaled = self._checked_scale(grad_scale) if unscales else (1.0, False)
         seen = None if only is None else self.mask(only)
+        if self._follows and seen is None:
+            self._enter_scheduled(None)
         active, parameters = seen, self.state.parameters
         own, flat = grads is None, type(grads) is np.ndarray
         if own:
@@ -373,10 +481,7 @@ class Stepper:
                 plan.expect(self.state.gradients, list(located.arrays), flat)
                 stepper._recent[flat, part] = plan
             kept = [things, located]
-        number = None if only is None else plan.number(stepper.rows)
-        if self._follows and (only is not None or stepper is not self):
-            stepper._enter_scheduled(number)
-        return stepper._ready(plan, kept, number, scale, unscaled, own, seen, stream)
+        return self._ready(stepper, plan, kept, None, scale, unscaled, own, seen, stream)
 
     def prepare_located(self, located: Located, grad_scale: float | None = None) -> Prepared:
         """As `prepare`, for gradients that somebody else has found and checked, and keeps alive.
@@ -385,20 +490,12 @@ class Stepper:
             located: the gradients.
             grad_scale: what they are divided by.
         """
-        scale, unscaled = 1.0, self.program.unscaled
-        if grad_scale is not None or unscaled:
-            scale = self._checked_scale(grad_scale)
-            unscaled = unscaled or scale != 1.0
-        whole = located.seen is None
-        if self._follows and whole:
+        unscales = grad_scale is not None or self.program.unscaled
+        scale, unscaled = self._checked_scale(grad_scale) if unscales else (1.0, False)
+        if self._follows and located.seen is None:
             self._enter_scheduled(None)
         stepper, plan = self._point(located, unscaled)
-        number = None
-        if not whole:
-            number = plan.number(stepper.rows) if located.number is None else located.number
-        if self._follows and (not whole or stepper is not self):
-            stepper._enter_scheduled(number)
-        return stepper._ready(plan, located, number, scale, unscaled, False, located.seen, None)
+        return self._ready(stepper, plan, located, located.number, scale, unscaled, False, located.seen, None)
 
     def mask(self, only: str | Sequence[str]) -> tuple[bool, ...] | None:
         """Which leaves a partial step is about; None: all.
@@ -438,6 +535,7 @@ class Stepper:
 
     def _ready(
         self,
+        stepper: Stepper,
         plan: Plan,
         kept: Any,
         number: int | None,
@@ -447,30 +545,29 @@ class Stepper:
         seen: tuple[bool, ...] | None,
         stream: int | None,
     ) -> Prepared:
-        """A step of which all is known."""
+        """A step of which all is known: the other settings of its stepper are entered, which may be this one."""
+        if seen is not None and number is None:
+            number = plan.number()
+        if self._follows and (seen is not None or stepper is not self):
+            stepper._enter_scheduled(number)
         if unscaled:
-            self._enter_scale(scale)
+            stepper._enter_scale(scale)
         clear = own and self._options.zero_grads
-        kernel = self._kernels.get((plan.grad_format, clear)) or self.kernel(plan.grad_format, clear)
-        writes = None
-        if own:
-            writes = self.accumulation.after_step(seen)
-            if clear:  # what the pass has not
-                cleared = self._backend.cleared(self.accumulation.memory)
-                writes += [(cleared, slice(*span), 0) for span in plan.left_out]
-        return Prepared(self, plan, kernel, kept, number, writes, scale, stream)
+        kernel = stepper._kernels.get((plan.grad_format, clear)) or stepper.kernel(plan.grad_format, clear)
+        writes = self.accumulation.after_step(seen, plan.left_out if clear else ()) if own else None
+        return Prepared(stepper, plan, kernel, kept, number, writes, scale, stream)
 
     def run(self, prepared: Prepared) -> StepInfo:
         """Make a step that has been prepared."""
         _, plan, kernel, kept, number, writes, scale, stream = prepared
         rows = self.rows
-        rates: Mapping[str, Any] | Callable[[], Mapping[str, Any]] = self._rates
-        if self._options.capturable:
-            rates = self.current_rates
+        rates = self._rates
+        if self._options.capturable:  # a graph makes steps with what is set when it is launched
+            rates = Rates(lambda: self._parts)
         elif self._follows and rows.host_knows:
-            rates = Rates(self._rates, self._step() if number is None else max(0, number))
+            rates = rates.at(self._step() if number is None else max(0, number))
         if number is not None:
-            plan.count_part(rows, number)
+            plan.count_part(number)
         if writes is not None or self._divides_by_loss_scale:
             self.unsettled = plan, plan.next_generation, writes or [], self._divides_by_loss_scale
         plan.run(kernel, self._options.threads or threads.get_num_threads(), stream)
@@ -478,8 +575,9 @@ class Stepper:
         if self.unsettled is not None:
             self.settle()
         if self._finds_rate:
-            rates = self._rates_found if self._backend.on_device else self._rates_found()
-        return plan.info(rows, rates, scale)
+            rates = Rates(self._rates_found)
+            rates = rates if self._backend.on_device else rates.settled()
+        return plan.info(rates, scale)
 
     def settle(self) -> None:
         """After a kernel, do what remains to be done for its step; at the latest when the next call begins."""
@@ -489,12 +587,8 @@ class Stepper:
         if plan.has_made(generation):
             done += writes
             if rescales and self.state.loss_scale is not None:
-                done += self.state.loss_scale.after(plan.info(self.rows, {}, 1.0).skipped)
+                done += self.state.loss_scale.after(plan.info(self._rates, 1.0).skipped)
         commit(done)
-
-    def current_rates(self) -> Mapping[str, Any]:
-        """The learning rates as they are now."""
-        return self._rates
 
     def _rates_found(self) -> Mapping[str, Any]:
         """The learning rate of each group, where the rule finds it itself: its state `rate`."""

@@ -439,7 +439,7 @@ class Engine:
         for param, grad in zip(self.params, grads, strict=True):
             if grad is not None:
                 grad = tensors.with_strides_of(param, grad, dtype)
-                if self.state.gradients.overlaps(grad.data_ptr(), grad.nbytes):
+                if self.state.gradients.written.overlaps(grad.data_ptr(), grad.nbytes):
                     grad = grad.clone()
             readable.append(grad)
         self.gradients = readable
