@@ -5,22 +5,89 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeAlias
+from typing import Annotated, Any, ClassVar, TypeAlias, get_type_hints
 
 import numpy as np
 
 from .. import checks
 from ..arguments import answered
-from ..checks import COUNTABLE, MOST, shown
+from ..checks import MOST, shown
 from . import equations
 from .evaluating import StagedSchedule
-from .staging import Equation, HasEquation
+from .staging import Equation, HasEquation, Several
 
 __all__ = ["KINDS", "Numbers", "Schedule"]
 
-Numbers: TypeAlias = float | Sequence[float] | np.ndarray  # one, or one for each model of a population
+
+# How fields are checked: a check takes a field's name and value, and returns what the field holds
+
+Check: TypeAlias = Callable[[str, Any], Any]
+
+
+def count(name: str, value: Any) -> int:
+    """A whole number from 1 on."""
+    return checks.whole(name, value, 1)
+
+
+def from_zero(name: str, value: Any) -> int:
+    """A whole number from 0 on."""
+    return checks.whole(name, value, 0)
+
+
+def within(interval: checks.Interval) -> Check:
+    """A number in an interval."""
+    return functools.partial(checks.number, interval=interval)
+
+
+def one_of(*known: str) -> Check:
+    """One of these words."""
+
+    def check(name: str, value: Any) -> str:
+        checks.choices(name, [value], known)
+        return str(value)
+
+    return check
+
+
+def numbers(name: str, value: Any) -> Any:
+    """A number, at least 0, or a tuple of one for each model of a population."""
+    array = checks.reals(name, value)
+    if array.ndim == 0:
+        return checks.number(name, value)
+    if array.ndim > 1 or not array.size:
+        raise ValueError(f"{name} must be a number, or one for each model, got {shown(value)}.")
+    return each(name, array.tolist())
+
+
+def each(name: str, values: Any) -> tuple[float, ...]:
+    """Several numbers, each at least 0."""
+    return tuple(checks.number(f"{name}[{k}]", x) for k, x in enumerate(values))
+
+
+def rising(name: str, values: Any) -> tuple[int, ...]:
+    """Steps in rising order."""
+    try:
+        listed = tuple(values)
+    except TypeError:
+        raise TypeError(f"{name} must be a list of steps, got {shown(values)}.") from None
+    steps = tuple(count(f"{name}[{k}]", v) for k, v in enumerate(listed))
+    if not steps or any(a >= b for a, b in itertools.pairwise(steps)):
+        raise ValueError(f"{name} must be rising and not empty, got {shown(values)}.")
+    if steps[-1] > checks.COUNTABLE:  # beyond it, neighbors are the same float
+        raise ValueError(f"{name}[{len(steps) - 1}] must be at most 2**53, got {steps[-1]}.")
+    return steps
+
+
+def a_schedule(name: str, value: Any) -> Schedule:
+    """A schedule."""
+    if not isinstance(value, Schedule):
+        raise TypeError(f"{name} must be a schedule, got {shown(value)}.")
+    return value
+
+
+Numbers: TypeAlias = Annotated[float | Sequence[float] | np.ndarray, numbers]  # one, or one for each model
 
 KINDS: dict[str, type[Schedule]] = {}  # every class of schedules by its name
 
@@ -30,18 +97,27 @@ class Schedule(HasEquation):
     """The base class of all schedules; build one of the others, such as `Cosine`."""
 
     _method: ClassVar[str] = ""  # of a schedule, that makes one of this class from it
+    _checks: ClassVar[list[tuple[str, Check]]]  # of fields, by their types
 
     def __init_subclass__(cls, equation: Equation) -> None:
         cls.equation = staticmethod(equation)
+        by_type = {int: count, float: checks.number, bool: checks.flag, Schedule: a_schedule}
+        by_type |= {tuple[int, ...]: rising, tuple[float, ...]: each}
+        hints = get_type_hints(cls, include_extras=True)
+        found = {name: getattr(hint, "__metadata__", [by_type.get(hint)])[0] for name, hint in hints.items()}
+        cls._checks = [(name, check) for name, check in found.items() if check is not None]
         KINDS[cls.__name__] = cls
 
     def __post_init__(self) -> None:
         if type(self) is Schedule:
             raise TypeError("Schedule is abstract. Build one by its name, such as Cosine(1e-3, steps=100).")
+        for name, check in self._checks:
+            object.__setattr__(self, name, check(name, getattr(self, name)))
 
     def arguments(self) -> dict[str, Any]:
         """What the equation takes, by name; those that it does not name are left out."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        several = {f.name for f in dataclasses.fields(self) if str(f.type).startswith("tuple")}
+        return {name: Several(v) if name in several else v for name, v in self.__getstate__().items()}
 
     @functools.cached_property
     def staged(self) -> StagedSchedule:
@@ -123,14 +199,14 @@ class Schedule(HasEquation):
                 totals include the warmup.
             first_at_start: let f begin at 0 instead: the first update has the rate `start`.
         """
-        is_empty = count("steps", steps, zero=True) == 0
+        is_empty = from_zero("steps", steps) == 0
         length = 1 if is_empty else steps  # the other arguments are checked in any case
         warmed_up = Warmup(self, length, start, shape, included=included, first_at_start=first_at_start)
         return self if is_empty else warmed_up
 
     def then(self, other: Schedule, at: int) -> Schedule:
         """This schedule for the first `at` steps, then the other from its own step 0: `b(n - at)`."""
-        return Then(self, other, at)
+        return Then(self, a_schedule("other", other), at)
 
     def clip(self, low: Numbers, high: Numbers) -> Schedule:
         """Limited to the range from `low` to `high`."""
@@ -189,10 +265,7 @@ class Schedule(HasEquation):
                 return value.to_dict()
             return [plain(v) for v in value] if isinstance(value, tuple) else value
 
-        return {
-            "type": type(self).__name__,
-            **{f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)},
-        }
+        return {"type": type(self).__name__, **{name: plain(value) for name, value in self.__getstate__().items()}}
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Schedule:
@@ -210,17 +283,9 @@ class Schedule(HasEquation):
         try:
             rest = dict(data)
             cls = KINDS[rest.pop("type")]
-            schedule = cls(**{name: full(value) for name, value in rest.items()})
-            for f in dataclasses.fields(schedule):
-                kind = {"Schedule": Schedule, "bool": bool}.get(str(f.type), object)
-                if not isinstance(getattr(schedule, f.name), kind):
-                    raise TypeError(f"{f.name} cannot be {shown(getattr(schedule, f.name))}")
+            return cls(**{name: full(value) for name, value in rest.items()})
         except (KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise ValueError(f"this is not a schedule: {shown(data)} ({str(error)[:200]}).") from None
-        return schedule
-
-
-# What arguments are checked with
 
 
 def fix(schedule: Any, /, **values: Any) -> None:
@@ -229,50 +294,10 @@ def fix(schedule: Any, /, **values: Any) -> None:
         object.__setattr__(schedule, name, value)
 
 
-def count(name: str, value: Any, zero: bool = False) -> int:
-    """A whole number from 1 on, or from 0 on."""
-    return checks.whole(name, value, 0 if zero else 1)
-
-
-def numbers(name: str, value: Any) -> Any:
-    """A number >= 0, or a tuple of one for each model of a population."""
-    array = checks.reals(name, value)
-    if array.ndim == 0:
-        return checks.number(name, value)
-    if array.ndim > 1 or not array.size:
-        raise ValueError(f"{name} must be a number, or one for each model, got {shown(value)}.")
-    return tuple(checks.number(f"{name}[{k}]", x) for k, x in enumerate(array.tolist()))
-
-
-def divided(value: Any, divisor: float) -> Any:
-    """A number, or one for each model, divided."""
-    return tuple(x / divisor for x in value) if isinstance(value, tuple) else value / divisor
-
-
 def check_ordered(low: Any, high: Any) -> None:
     """Check a lower and an upper limit, of which each may be one for each model."""
     if np.any(np.greater(low, high)):
         raise ValueError(f"high must be at least low, got low={shown(low)} and high={shown(high)}.")
-
-
-def rising(name: str, values: Any) -> tuple[int, ...]:
-    """Steps in rising order."""
-    try:
-        listed = tuple(values)
-    except TypeError:
-        raise TypeError(f"{name} must be a list of steps, got {shown(values)}.") from None
-    steps = tuple(count(f"{name}[{k}]", v) for k, v in enumerate(listed))
-    if not steps or any(a >= b for a, b in itertools.pairwise(steps)):
-        raise ValueError(f"{name} must be rising and not empty, got {shown(values)}.")
-    if steps[-1] > COUNTABLE:  # beyond it, neighbors are the same float
-        raise ValueError(f"{name}[{len(steps) - 1}] must be at most 2**53, got {steps[-1]}.")
-    return steps
-
-
-def check_schedule(name: str, value: Any) -> None:
-    """Check that an argument is a schedule."""
-    if not isinstance(value, Schedule):
-        raise TypeError(f"{name} must be a schedule, got {shown(value)}.")
 
 
 # What the methods of `Schedule` return
@@ -286,17 +311,10 @@ class Warmup(Schedule, equation=equations.warmup):
 
     schedule: Schedule
     steps: int
-    start: float = 0.0
-    shape: str = "linear"
+    start: Annotated[float, within(checks.FRACTION)] = 0.0
+    shape: Annotated[str, one_of("linear", "cosine", "sqrt", "log")] = "linear"
     included: bool = field(default=False, kw_only=True)
     first_at_start: bool = field(default=False, kw_only=True)
-
-    def __post_init__(self) -> None:
-        check_schedule("schedule", self.schedule)
-        fix(self, steps=count("steps", self.steps), start=checks.number("start", self.start, checks.FRACTION))
-        for name in ("included", "first_at_start"):
-            fix(self, **{name: checks.flag(name, getattr(self, name))})
-        checks.choices("shape", [self.shape], ["linear", "cosine", "sqrt", "log"])
 
     def extent(self) -> int:
         """As `Schedule.extent`."""
@@ -310,11 +328,6 @@ class Then(Schedule, equation=equations.then):
     first: Schedule
     second: Schedule
     at: int
-
-    def __post_init__(self) -> None:
-        check_schedule("first", self.first)
-        check_schedule("other", self.second)
-        fix(self, at=count("at", self.at))
 
     def extent(self) -> int:
         """As `Schedule.extent`."""
@@ -342,9 +355,6 @@ class Scaled(Schedule, equation=equations.scaled):
     schedule: Schedule
     factor: Numbers
 
-    def __post_init__(self) -> None:
-        fix(self, factor=numbers("factor", self.factor))
-
     def __repr__(self) -> str:
         return f"{self.factor!r} * {_grouped(self.schedule)}"
 
@@ -360,7 +370,7 @@ class Clip(Schedule, equation=equations.clip):
     high: Numbers
 
     def __post_init__(self) -> None:
-        fix(self, low=numbers("low", self.low), high=numbers("high", self.high))
+        super().__post_init__()
         check_ordered(self.low, self.high)
 
 
@@ -371,10 +381,7 @@ class Shift(Schedule, equation=equations.shift):
     _method = "shift"
 
     schedule: Schedule
-    by: int
-
-    def __post_init__(self) -> None:
-        fix(self, by=checks.whole("by", self.by, -MOST))
+    by: Annotated[int, functools.partial(checks.whole, least=-MOST)]
 
     def extent(self) -> int:
         """As `Schedule.extent`."""
@@ -390,9 +397,6 @@ class Repeat(Schedule, equation=equations.repeat):
     schedule: Schedule
     period: int
 
-    def __post_init__(self) -> None:
-        fix(self, period=count("period", self.period))
-
     def extent(self) -> int:
         """As `Schedule.extent`."""
         return 3 * self.period
@@ -406,9 +410,6 @@ class PerEpoch(Schedule, equation=equations.per_epoch):
 
     schedule: Schedule
     steps: int
-
-    def __post_init__(self) -> None:
-        fix(self, steps=count("steps", self.steps))
 
     def extent(self) -> int:
         """As `Schedule.extent`."""

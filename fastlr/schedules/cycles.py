@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-from .. import checks
 from ..checks import shown
 from . import equations
-from .base import Numbers, Schedule, check_ordered, count, divided, fix, numbers
+from .base import Numbers, Schedule, check_ordered, count, fix, from_zero, one_of, within
 from .staging import Several
 
 
@@ -30,9 +29,6 @@ class Cosine(Schedule, equation=equations.cosine):
     steps: int
     end: Numbers = field(default=0.0, kw_only=True)
 
-    def __post_init__(self) -> None:
-        fix(self, lr=numbers("lr", self.lr), steps=count("steps", self.steps), end=numbers("end", self.end))
-
 
 @dataclass(frozen=True, repr=False)
 class CosineRestarts(Schedule, equation=equations.cosine_restarts):
@@ -51,12 +47,8 @@ class CosineRestarts(Schedule, equation=equations.cosine_restarts):
     lr: Numbers
     steps: int
     growth: int = field(default=1, kw_only=True)
-    decay: float = field(default=1.0, kw_only=True)
+    decay: Annotated[float, within(checks.FRACTION)] = field(default=1.0, kw_only=True)
     end: Numbers = field(default=0.0, kw_only=True)
-
-    def __post_init__(self) -> None:
-        fix(self, lr=numbers("lr", self.lr), steps=count("steps", self.steps), end=numbers("end", self.end))
-        fix(self, growth=count("growth", self.growth), decay=checks.number("decay", self.decay, checks.FRACTION))
 
     def extent(self) -> int:
         """As `Schedule.extent`."""
@@ -90,21 +82,16 @@ class OneCycle(Schedule, equation=equations.one_cycle):
 
     lr: Numbers
     steps: int
-    rise: float = field(default=0.3, kw_only=True)
-    div: float = field(default=25.0, kw_only=True)
-    final_div: float = field(default=1e4, kw_only=True)
-    shape: str = field(default="cosine", kw_only=True)
+    rise: Annotated[float, within(checks.FRACTION)] = field(default=0.3, kw_only=True)
+    div: Annotated[float, within(checks.AT_LEAST_ONE)] = field(default=25.0, kw_only=True)
+    final_div: Annotated[float, within(checks.AT_LEAST_ONE)] = field(default=1e4, kw_only=True)
+    shape: Annotated[str, one_of("cosine", "linear")] = field(default="cosine", kw_only=True)
     phases: int = field(default=2, kw_only=True)
 
     def __post_init__(self) -> None:
-        fix(self, lr=numbers("lr", self.lr), steps=count("steps", self.steps))
-        fix(self, rise=checks.number("rise", self.rise, checks.FRACTION))
-        fix(self, div=checks.number("div", self.div, checks.AT_LEAST_ONE))
-        fix(self, final_div=checks.number("final_div", self.final_div, checks.AT_LEAST_ONE))
-        checks.choices("shape", [self.shape], ["cosine", "linear"])
+        super().__post_init__()
         if self.phases not in (2, 3):
             raise ValueError(f"phases must be 2 or 3, got {shown(self.phases)}.")
-        fix(self, phases=int(self.phases))
         up = self.rise * self.steps - 1  # where the peak is; the end is at steps - 1
         if not 0 < up < (self.steps - 1) / (self.phases - 1):
             raise ValueError(
@@ -113,11 +100,16 @@ class OneCycle(Schedule, equation=equations.one_cycle):
 
     def arguments(self) -> dict[str, Any]:
         """As `Schedule.arguments`."""
-        start, up = divided(self.lr, self.div), self.rise * self.steps - 1
+        start, up = _divided(self.lr, self.div), self.rise * self.steps - 1
         down = [(2 * up, start)] if self.phases == 3 else []
-        last = (self.steps - 1.0, divided(start, self.final_div))
+        last = (self.steps - 1.0, _divided(start, self.final_div))
         ends, values = zip((0.0, start), (up, self.lr), *down, last, strict=True)
         return {"ends": Several(ends), "values": Several(values), "shape": self.shape}
+
+
+def _divided(value: Any, divisor: float) -> Any:
+    """A number, or one for each model, divided."""
+    return tuple(x / divisor for x in value) if isinstance(value, tuple) else value / divisor
 
 
 @dataclass(frozen=True, repr=False)
@@ -142,14 +134,12 @@ class Cyclic(Schedule, equation=equations.cyclic):
     high: Numbers
     up: int
     down: int | None = field(default=None, kw_only=True)
-    mode: str = field(default="triangular", kw_only=True)
-    gamma: float = field(default=1.0, kw_only=True)
+    mode: Annotated[str, one_of("triangular", "triangular2", "exp_range")] = field(default="triangular", kw_only=True)
+    gamma: Annotated[float, within(checks.FRACTION)] = field(default=1.0, kw_only=True)
 
     def __post_init__(self) -> None:
-        fix(self, low=numbers("low", self.low), high=numbers("high", self.high), up=count("up", self.up))
+        super().__post_init__()
         fix(self, down=self.up if self.down is None else count("down", self.down))
-        fix(self, gamma=checks.number("gamma", self.gamma, checks.FRACTION))
-        checks.choices("mode", [self.mode], ["triangular", "triangular2", "exp_range"])
         check_ordered(self.low, self.high)
 
     def extent(self) -> int:
@@ -181,16 +171,13 @@ class WarmupStableDecay(Schedule, equation=equations.warmup_stable_decay):
 
     lr: Numbers
     steps: int
-    warmup_steps: int = field(default=0, kw_only=True)
+    warmup_steps: Annotated[int, from_zero] = field(default=0, kw_only=True)
     decay_steps: int = field(kw_only=True)
-    shape: str = field(default="1-sqrt", kw_only=True)
+    shape: Annotated[str, one_of("linear", "cosine", "1-sqrt")] = field(default="1-sqrt", kw_only=True)
     end: Numbers = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
-        fix(self, lr=numbers("lr", self.lr), steps=count("steps", self.steps), end=numbers("end", self.end))
-        fix(self, warmup_steps=count("warmup_steps", self.warmup_steps, zero=True))
-        fix(self, decay_steps=count("decay_steps", self.decay_steps))
-        checks.choices("shape", [self.shape], ["linear", "cosine", "1-sqrt"])
+        super().__post_init__()
         if self.warmup_steps + self.decay_steps > self.steps:
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} and decay_steps={self.decay_steps} are more than steps={self.steps}."
@@ -220,16 +207,11 @@ class SlantedTriangular(Schedule, equation=equations.slanted_triangular):
 
     lr: Numbers
     steps: int
-    cut_fraction: float = field(default=0.1, kw_only=True)
-    ratio: float = field(default=32.0, kw_only=True)
+    cut_fraction: Annotated[float, within(checks.FRACTION)] = field(default=0.1, kw_only=True)
+    ratio: Annotated[float, within(checks.AT_LEAST_ONE)] = field(default=32.0, kw_only=True)
 
     def __post_init__(self) -> None:
-        fix(self, lr=numbers("lr", self.lr), steps=count("steps", self.steps))
-        fix(
-            self,
-            cut_fraction=checks.number("cut_fraction", self.cut_fraction, checks.FRACTION),
-            ratio=checks.number("ratio", self.ratio, checks.AT_LEAST_ONE),
-        )
+        super().__post_init__()
         if not 0 < int(self.steps * self.cut_fraction) < self.steps:
             raise ValueError(
                 f"cut_fraction={self.cut_fraction} of {self.steps} steps leaves no steps up, or none down."

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from .. import checks
 from ..checks import MOST, shown
 from . import equations
-from .base import Numbers, Schedule, count, fix, numbers, rising
+from .base import Numbers, Schedule, fix, numbers, one_of
 from .staging import Several
 
 
@@ -22,9 +22,6 @@ class Constant(Schedule, equation=equations.constant):
     """
 
     value: Numbers
-
-    def __post_init__(self) -> None:
-        fix(self, value=numbers("value", self.value))
 
 
 @dataclass(frozen=True, repr=False)
@@ -44,9 +41,6 @@ class TimeBased(Schedule, equation=equations.time_based):
     lr: Numbers
     decay: Numbers
 
-    def __post_init__(self) -> None:
-        fix(self, lr=numbers("lr", self.lr), decay=numbers("decay", self.decay))
-
 
 @dataclass(frozen=True, repr=False)
 class InverseTime(Schedule, equation=equations.inverse_time):
@@ -61,9 +55,6 @@ class InverseTime(Schedule, equation=equations.inverse_time):
     lr: Numbers
     decay: Numbers
     every: int = 1
-
-    def __post_init__(self) -> None:
-        fix(self, lr=numbers("lr", self.lr), decay=numbers("decay", self.decay), every=count("every", self.every))
 
     def arguments(self) -> dict[str, Any]:
         """As `Schedule.arguments`."""
@@ -85,12 +76,7 @@ class StepDecay(Schedule, equation=equations.step_decay):
     lr: Numbers
     factor: Numbers
     every: int
-    count: str = field(default="n", kw_only=True)
-
-    def __post_init__(self) -> None:
-        fix(self, lr=numbers("lr", self.lr), factor=numbers("factor", self.factor))
-        fix(self, every=count("every", self.every))
-        checks.choices("count", [self.count], ["n", "1 + n"])
+    count: Annotated[str, one_of("n", "1 + n")] = field(default="n", kw_only=True)
 
     def extent(self) -> int:
         """As `Schedule.extent`."""
@@ -110,14 +96,6 @@ class MultiStep(Schedule, equation=equations.multi_step):
     lr: Numbers
     milestones: tuple[int, ...]
     factor: Numbers = 0.1
-
-    def __post_init__(self) -> None:
-        fix(self, lr=numbers("lr", self.lr), factor=numbers("factor", self.factor))
-        fix(self, milestones=rising("milestones", self.milestones))
-
-    def arguments(self) -> dict[str, Any]:
-        """As `Schedule.arguments`."""
-        return {**super().arguments(), "milestones": Several(self.milestones)}
 
 
 @dataclass(frozen=True, repr=False)
@@ -150,7 +128,7 @@ class Exponential(Schedule, equation=equations.exponential):
         value = checks.number(name, value) if name == "half_life" else numbers(name, value)
         if name != "decay" and 0 in (value if isinstance(value, tuple) else (value,)):
             raise ValueError(f"{name} must be positive, got 0.")
-        fix(self, lr=numbers("lr", self.lr), every=count("every", self.every), floor=numbers("floor", self.floor))
+        super().__post_init__()
         fix(self, **{name: value})
 
     def extent(self) -> int:
@@ -176,9 +154,6 @@ class Linear(Schedule, equation=equations.linear):
     end: Numbers
     steps: int
 
-    def __post_init__(self) -> None:
-        fix(self, start=numbers("start", self.start), end=numbers("end", self.end), steps=count("steps", self.steps))
-
 
 @dataclass(frozen=True, repr=False)
 class Polynomial(Schedule, equation=equations.polynomial):
@@ -199,10 +174,6 @@ class Polynomial(Schedule, equation=equations.polynomial):
     end: Numbers = field(default=0.0, kw_only=True)
     cycle: bool = field(default=False, kw_only=True)
 
-    def __post_init__(self) -> None:
-        fix(self, lr=numbers("lr", self.lr), steps=count("steps", self.steps), end=numbers("end", self.end))
-        fix(self, power=checks.number("power", self.power), cycle=checks.flag("cycle", self.cycle))
-
 
 @dataclass(frozen=True, repr=False)
 class InverseSqrt(Schedule, equation=equations.inverse_sqrt):
@@ -218,9 +189,6 @@ class InverseSqrt(Schedule, equation=equations.inverse_sqrt):
 
     lr: Numbers
     warmup_steps: int
-
-    def __post_init__(self) -> None:
-        fix(self, lr=numbers("lr", self.lr), warmup_steps=count("warmup_steps", self.warmup_steps))
 
     def extent(self) -> int:
         """As `Schedule.extent`."""
@@ -240,16 +208,11 @@ class Piecewise(Schedule, equation=equations.piecewise):
     values: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        fix(self, boundaries=rising("boundaries", self.boundaries))
-        fix(self, values=tuple(checks.number(f"values[{k}]", v) for k, v in enumerate(self.values)))
+        super().__post_init__()
         if len(self.values) != len(self.boundaries) + 1:
             raise ValueError(
                 f"values must be one more than boundaries, got {len(self.values)} and {len(self.boundaries)}."
             )
-
-    def arguments(self) -> dict[str, Any]:
-        """As `Schedule.arguments`."""
-        return {**super().arguments(), "boundaries": Several(self.boundaries), "values": Several(self.values)}
 
 
 @dataclass(frozen=True, repr=False)
@@ -264,18 +227,16 @@ class Interpolated(Schedule, equation=equations.interpolated):
 
     steps: tuple[int, ...]
     values: tuple[float, ...]
-    shape: str = field(default="linear", kw_only=True)
+    shape: Annotated[str, one_of("linear", "cosine")] = field(default="linear", kw_only=True)
 
     def __post_init__(self) -> None:
-        fix(self, steps=rising("steps", self.steps))
-        fix(self, values=tuple(checks.number(f"values[{k}]", v) for k, v in enumerate(self.values)))
-        checks.choices("shape", [self.shape], ["linear", "cosine"])
+        super().__post_init__()
         if len(self.values) != len(self.steps) + 1:
             raise ValueError(f"values must be one more than steps, got {len(self.values)} and {len(self.steps)}.")
 
     def arguments(self) -> dict[str, Any]:
         """As `Schedule.arguments`."""
-        return {**super().arguments(), "steps": Several((0, *self.steps)), "values": Several(self.values)}
+        return {**super().arguments(), "steps": Several((0, *self.steps))}
 
 
 @dataclass(frozen=True, repr=False)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from .. import checks
 from . import equations
-from .base import Numbers, Schedule, count, fix, numbers
+from .base import Numbers, Schedule, fix, from_zero, one_of
 from .decays import Constant
 from .staging import Memory
 
@@ -39,25 +39,19 @@ class Plateau(Schedule, equation=equations.plateau):
     """
 
     schedule: Schedule
-    factor: float = 0.1
-    patience: int = 10
+    factor: Annotated[float, within(checks.PROPER_FRACTION)] = 0.1
+    patience: Annotated[int, from_zero] = 10
     threshold: float = 1e-4
-    cooldown: int = 0
-    mode: str = field(default="min", kw_only=True)
-    threshold_mode: str = field(default="rel", kw_only=True)
+    cooldown: Annotated[int, from_zero] = 0
+    mode: Annotated[str, one_of("min", "max")] = field(default="min", kw_only=True)
+    threshold_mode: Annotated[str, one_of("rel", "abs")] = field(default="rel", kw_only=True)
     floor: Numbers = field(default=0.0, kw_only=True)
     eps: float = field(default=1e-8, kw_only=True)
 
     def __post_init__(self) -> None:
         if not isinstance(self.schedule, Schedule):
             fix(self, schedule=Constant(self.schedule))
-        fix(self, factor=checks.number("factor", self.factor, checks.PROPER_FRACTION))
-        fix(self, floor=numbers("floor", self.floor))
-        fix(self, threshold=checks.number("threshold", self.threshold), eps=checks.number("eps", self.eps))
-        for name in ("patience", "cooldown"):
-            fix(self, **{name: count(name, getattr(self, name), zero=True)})
-        checks.choices("mode", [self.mode], ["min", "max"])
-        checks.choices("threshold_mode", [self.threshold_mode], ["rel", "abs"])
+        super().__post_init__()
 
     def arguments(self) -> dict[str, Any]:
         """As `Schedule.arguments`."""
