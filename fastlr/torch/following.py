@@ -56,9 +56,7 @@ class GroupValues:
         self.schedules = schedules_of(group)
         shown = getattr(self.schedules, "shown", {})
         self.hyper: dict[str, Any] = {name: as_schedules(group[name]) for name in names}
-        for name in names:
-            if name not in self.schedules:
-                continue
+        for name in (name for name in names if name in self.schedules):
             schedule, value, initial = self.schedules[name], group[name], group.get(f"initial_{name}")
             if name not in shown or _same(value, shown[name]) or (initial is not None and _same(value, initial)):
                 self.hyper[name] = as_schedules(schedule)

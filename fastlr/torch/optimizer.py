@@ -519,8 +519,7 @@ class Optimizer(Exclusive, torch.optim.Optimizer):  # type: ignore[misc]
     @exclusive
     def _take_state(self, saved: Any) -> None:
         """Take over a state as the hooks have left it, whole or not at all."""
-        with saving.as_value_errors():
-            loaded = saving.read(saved, self._built, self.param_groups, type(self).__name__)
+        loaded = saving.read(saved, self._built, self.param_groups, type(self).__name__)
         self._install(loaded.built, loaded.state, param_groups=loaded.param_groups, _training=loaded.training)
 
     @exclusive

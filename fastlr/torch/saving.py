@@ -24,7 +24,7 @@ from .engines import Leaf, state_names
 from .following import SCHEDULES, Followed, Group, GroupValues, as_schedules, plateaus, schedules_of
 from .recipes import Recipe, group_leaves
 
-__all__ = ["Loaded", "as_value_errors", "read", "to_save"]
+__all__ = ["Loaded", "read", "to_save"]
 
 # What a saved group holds that belongs to no group here.
 _SAVED_ALONG = ("params", SCHEDULES, "skipped_steps", "clock", "observed", "averaging")
@@ -92,6 +92,18 @@ class Loaded:
     training: Training | None
 
 
+@contextlib.contextmanager
+def _as_value_errors() -> Iterator[None]:
+    """Whatever goes wrong with a saved state is a ValueError: the state is not right."""
+    try:
+        yield
+    except (ValueError, MemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(f"the state cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+@_as_value_errors()
 def read(saved: Any, built: Built, param_groups: Sequence[Group], called: str) -> Loaded:
     """Check a state whole, and make what is to be put in place to go on from it.
 
@@ -247,17 +259,6 @@ def _schedules_from(saved: Mapping[str, Any], present: Group, schedules: Mapping
         name: as_schedules(groups.from_plain(name, value, present.get(name), schedules.get(name)))
         for name, value in saved.items()
     }
-
-
-@contextlib.contextmanager
-def as_value_errors() -> Iterator[None]:
-    """Whatever goes wrong with a saved state is a ValueError: the state is not right."""
-    try:
-        yield
-    except (ValueError, MemoryError):
-        raise
-    except Exception as error:
-        raise ValueError(f"the state cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 def _is_new(called: str, entries: Mapping[str, Any]) -> bool:
