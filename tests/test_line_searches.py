@@ -469,7 +469,7 @@ BAD = [
     (
         lambda: fastlr.line_search(quadratic, np.ones(2), np.ones(2), c1=0.5, c2=0.4),
         ValueError,
-        "c2 must be between",
+        "c2 must be in (0.5, 1)",
     ),
     (lambda: fastlr.line_search(lambda p: None, np.ones(2), np.ones(2)), TypeError, "must return (loss, grads)"),
     (
@@ -498,7 +498,11 @@ BAD = [
         ValueError,
         "grads['a'] has shape (2, 1), but the parameter has (2,).",
     ),
-    (lambda: fastlr.LBFGS(np.ones(2)).minimize(quadratic, loss_tolerance=-1), ValueError, "loss_tolerance must be at"),
+    (
+        lambda: fastlr.LBFGS(np.ones(2)).minimize(quadratic, loss_tolerance=-1),
+        ValueError,
+        "loss_tolerance must be non-negative",
+    ),
     (lambda: fastlr.LBFGS(np.ones(2)).minimize(quadratic, max_evaluations=0), ValueError, "max_evaluations must be at"),
     (lambda: fastlr.LBFGS(np.ones(2), history=0), ValueError, "history must be at least 1, got 0."),
     (lambda: fastlr.LBFGS(np.ones(2, int)), TypeError, "expected float32 or float64"),
