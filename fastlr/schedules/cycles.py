@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
+from .. import checks
 from ..checks import shown
 from . import equations
 from .base import Numbers, Schedule, check_ordered, count, fix, from_zero, one_of, within

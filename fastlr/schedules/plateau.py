@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from .. import checks
 from . import equations
-from .base import Numbers, Schedule, fix, from_zero, one_of
+from .base import Numbers, Schedule, fix, from_zero, one_of, within
 from .decays import Constant
 from .staging import Memory
 
