@@ -136,18 +136,21 @@ def _need(module: str) -> Any:
         raise ImportError(f'a picture needs {package}: pip install "fastlr-kernels[plot]".') from None
 
 
-def draw(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], path: str | Path, **labels: str) -> None:
-    """Write curves to a file.
+def draw(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], path: str | Path | None, **labels: str) -> None:
+    """Draw curves.
 
     Args:
         curves: name to x and y.
-        path: ends in .png, .svg or .pdf.
+        path: a file ending in .png, .svg or .pdf; None: in the terminal.
         labels: `title`, `xlabel`, `ylabel`; `xscale`, `yscale` "log" or "linear".
 
     Raises:
-        ImportError: if matplotlib is missing.
+        ImportError: if matplotlib, or plotext for the terminal, is missing.
         ValueError: if the ending is another.
     """
+    if path is None:
+        show(curves, **labels)
+        return
     if Path(path).suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"{checks.shown(str(path))} must end in .png, .svg or .pdf.")
     figure_module, agg = _need("matplotlib.figure"), _need("matplotlib.backends.backend_agg")
@@ -167,15 +170,7 @@ def draw(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], path: str | Path, 
 
 
 def show(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], **labels: str) -> None:
-    """Draw curves in the terminal.
-
-    Args:
-        curves: name to x and y.
-        labels: as for `draw`.
-
-    Raises:
-        ImportError: if plotext is missing.
-    """
+    """Draw curves in the terminal; see `draw`."""
     terminal = _need("plotext")
     terminal.clear_figure()
     terminal.theme("clear")
@@ -216,7 +211,4 @@ def plot(drawn: Sequence[Schedule], path: str | Path | None = None, steps: int |
     labels = {"xlabel": "step", "ylabel": "value"}
     if len(drawn) == 1:
         labels["title"] = shown(drawn[0])
-    if path is None:
-        show(curves, **labels)
-    else:
-        draw(curves, path, **labels)
+    draw(curves, path, **labels)

@@ -11,14 +11,14 @@ from . import functions
 from .draft import Draft
 from .values import StagingError, Time, Value, call, static
 
-_ARITHMETIC: dict[type[ast.operator], Callable[[float, float], float]] = {
+ARITHMETIC: dict[type[ast.operator], Callable[[float, float], float]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
     ast.Pow: operator.pow,
 }
-_COMPARISONS: dict[type[ast.cmpop], Callable[[float, float], bool]] = {
+COMPARISONS: dict[type[ast.cmpop], Callable[[float, float], bool]] = {
     ast.Lt: operator.lt,
     ast.LtE: operator.le,
     ast.Gt: operator.gt,
@@ -53,12 +53,12 @@ class Operations:
 
     def binary(self, a: Value, op: ast.operator, b: Value) -> Value:
         """`a + b`, `a - b`, `a * b`, `a / b` or `a**b` of numbers."""
-        if type(op) not in _ARITHMETIC:
+        if type(op) not in ARITHMETIC:
             raise StagingError(f"the operator {construct(op)} cannot be staged; use +, -, *, / and **")
         time = max(a.time, b.time)
         if time is Time.STATIC:
             try:
-                return static(_ARITHMETIC[type(op)](a.constant, b.constant))
+                return static(ARITHMETIC[type(op)](a.constant, b.constant))
             except ArithmeticError as error:
                 raise StagingError(f"{ast.unparse(ast.BinOp(a.node, op, b.node))}: {error}") from None
         if isinstance(op, ast.Pow):
@@ -88,11 +88,11 @@ class Operations:
 
     def compare(self, left: Value, op: ast.cmpop, right: Value) -> Value:
         """`a < b` and the like, of numbers."""
-        if type(op) not in _COMPARISONS:
+        if type(op) not in COMPARISONS:
             raise StagingError(f"the comparison {construct(op)} cannot be staged")
         time = max(left.time, right.time)
         if time is Time.STATIC:
-            return static(_COMPARISONS[type(op)](left.constant, right.constant))
+            return static(COMPARISONS[type(op)](left.constant, right.constant))
         a, b = (left.node, right.node) if time is Time.UNIFORM else (self.draft.lift(left), self.draft.lift(right))
         return Value(time, ast.Compare(a, [op], [b]), truth=True)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import fastlr
 
 from .. import optimizers
 from ..arrays.places import HOST
+from ..kernels.staging import define
 
 # The optimizers by the name used in reports, with the settings in which they are measured.
 RULES: dict[str, type[fastlr.Optimizer]] = {name.lower(): getattr(optimizers, name) for name in optimizers.__all__}
@@ -67,7 +69,12 @@ def fastlr_candidate(problem: Problem, backend: str = "numba") -> Candidate:
     return Candidate(lambda: opt.step(grads), lambda: np.concatenate(params), opt.warmup())
 
 
-def _torch_leaves(problem: Problem) -> list[Any]:
+def installed(*packages: str) -> bool:
+    """Whether these packages are there, without importing them."""
+    return all(importlib.util.find_spec(name) is not None for name in packages)
+
+
+def torch_leaves(problem: Problem) -> list[Any]:
     """Parameters as tensors, with gradients."""
     import torch
 
@@ -78,16 +85,21 @@ def _torch_leaves(problem: Problem) -> list[Any]:
     return leaves
 
 
+def of_torch(step: Callable[[], Any], leaves: Sequence[Any]) -> Candidate:
+    """A candidate that steps on tensors."""
+    return Candidate(step, lambda: np.concatenate([x.detach().numpy() for x in leaves]))
+
+
 def torch_candidate(problem: Problem) -> Candidate | None:
     """PyTorch's fused kernel, where PyTorch is installed and has one."""
-    if problem.rule not in FUSED_IN_TORCH or importlib.util.find_spec("torch") is None:
+    if problem.rule not in FUSED_IN_TORCH or not installed("torch"):
         return None
     import torch
 
-    leaves = _torch_leaves(problem)
+    leaves = torch_leaves(problem)
     settings = SETTINGS.get(problem.rule, {})
     opt = getattr(torch.optim, RULES[problem.rule].__name__)(leaves, fused=True, **settings)
-    return Candidate(opt.step, lambda: np.concatenate([x.detach().numpy() for x in leaves]))
+    return of_torch(opt.step, leaves)
 
 
 # Rules by the package and class in which their authors published them for PyTorch.
@@ -101,13 +113,13 @@ AUTHORS = {
 def authors_candidate(problem: Problem) -> Candidate | None:
     """The authors' own PyTorch code, where it is installed."""
     package, name = AUTHORS.get(problem.rule, ("", ""))
-    if not package or importlib.util.find_spec(package) is None or importlib.util.find_spec("torch") is None:
+    if not package or not installed(package, "torch"):
         return None
-    leaves = _torch_leaves(problem)
+    leaves = torch_leaves(problem)
     opt = getattr(importlib.import_module(package), name)(leaves, lr=1.0)
     if hasattr(opt, "train"):
         opt.train()
-    return Candidate(opt.step, lambda: np.concatenate([x.detach().numpy() for x in leaves]))
+    return of_torch(opt.step, leaves)
 
 
 def _adam(p: Any, g: Any, m: Any, v: Any, x: Any, t: int, f: Any) -> None:
@@ -187,44 +199,48 @@ def numpy_candidate(problem: Problem, block: int | None = BLOCK) -> Candidate:
     return Candidate(step, lambda: np.concatenate(params))
 
 
-def roofline_candidate(problem: Problem, states: int) -> Candidate:
-    """Read and write the same streams with almost no arithmetic, by a plain parallel loop of Numba's own."""
+def streams(problem: Problem, count: int) -> list[np.ndarray]:
+    """Arrays in memory as fastlr allocates it."""
+    arrays = [HOST.allocate(problem.n, problem.dtype, k) for k in range(count)]
+    for array in arrays:
+        array.fill(1e-3)
+    return arrays
+
+
+def in_parallel(problem: Problem, loop: Callable[..., Any], *arguments: Any) -> Candidate:
+    """A parallel loop of Numba's own, compiled."""
     import numba
 
-    streams = [HOST.allocate(problem.n, problem.dtype, k) for k in range(2 + states)]
-    for stream in streams:
-        stream.fill(1e-3)
-    loop = _touch(states)
     threads = min(problem.threads, numba.config.NUMBA_NUM_THREADS)
-    little = np.dtype(problem.dtype).type(1e-9)
 
     def step() -> None:
         numba.set_num_threads(threads)
-        loop(*streams, little)
+        loop(*arguments)
 
     step()
     return Candidate(step)
 
 
+def roofline_candidate(problem: Problem, states: int) -> Candidate:
+    """Read and write the same streams with almost no arithmetic, by a plain parallel loop of Numba's own."""
+    little = np.dtype(problem.dtype).type(1e-9)
+    return in_parallel(problem, _touch(states), *streams(problem, 2 + states), little)
+
+
+@functools.cache
 def _touch(states: int) -> Callable[..., None]:
-    """The loop for a number of states, compiled once."""
-    if states not in _TOUCHES:
-        import numba
+    """The loop for a number of states."""
+    import numba
 
-        names = [f"s{k}" for k in range(states)]
-        lines = [f"        {s}[i] += c" for s in names]
-        text = "\n".join(
-            [
-                f"def touch({', '.join(['p', 'g', *names, 'c'])}):",
-                "    for i in prange(p.size):",
-                "        p[i] += g[i]",
-                *lines,
-            ]
-        )
-        scope: dict[str, Any] = {"prange": numba.prange}
-        exec(text, scope)
-        _TOUCHES[states] = numba.njit(parallel=True, error_model="numpy")(scope["touch"])
-    return _TOUCHES[states]
-
-
-_TOUCHES: dict[int, Callable[..., None]] = {}
+    names = [f"s{k}" for k in range(states)]
+    text = "\n".join(
+        [
+            f"def touch({', '.join(['p', 'g', *names, 'c'])}):",
+            "    for i in prange(p.size):",
+            "        p[i] += g[i]",
+            *(f"        {s}[i] += c" for s in names),
+        ]
+    )
+    touch = define(text, "touch", {"prange": numba.prange})
+    loop: Callable[..., None] = numba.njit(parallel=True, error_model="numpy")(touch)
+    return loop

@@ -18,6 +18,7 @@ import numpy as np
 
 from .. import checks
 from ..info import cpu_name, versions
+from ..optimizer import Optimizer
 from ..step.threads import get_num_threads
 from . import Competitor, competitors, steps
 from . import candidates as c
@@ -131,13 +132,8 @@ def _environment() -> dict[str, Any]:
         done = subprocess.run(git, cwd=root, capture_output=True, text=True, check=False)
         commit = done.stdout.strip() or None
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    return {
-        "commit": commit,
-        "date": now,
-        "cpu": cpu_name(),
-        "python": platform.python_version(),
-        "versions": versions(),
-    }
+    python = platform.python_version()
+    return {"commit": commit, "date": now, "cpu": cpu_name(), "python": python, "versions": versions()}
 
 
 def run(
@@ -185,9 +181,13 @@ def run(
     return rows
 
 
+def _probe(problem: c.Problem) -> Optimizer:
+    """The optimizer of a problem, on one parameter."""
+    return c.RULES[problem.rule](np.zeros(1, problem.dtype), **c.SETTINGS.get(problem.rule, {}))
+
+
 def _prepare(problem: c.Problem, with_numpy: bool) -> tuple[dict[str, c.Candidate], int]:
-    probe = c.RULES[problem.rule](np.zeros(1, problem.dtype), **c.SETTINGS.get(problem.rule, {}))
-    states = len(probe.state)
+    states = len(_probe(problem).state)
     ready = {}
     for name, build in _builders(problem, states, with_numpy).items():
         check(problem, build, name, partial(c.fastlr_candidate, backend="numpy"))
@@ -231,7 +231,7 @@ def _moved(problem: c.Problem, name: str, states: int) -> float:
         return competitor.bytes_per_param
     columns = 3 + 2 * states
     if name != "roofline":
-        staged = c.RULES[problem.rule](np.zeros(1, problem.dtype), **c.SETTINGS.get(problem.rule, {})).rule
+        staged = _probe(problem).rule
         columns += sum(len(staged.columns_read(measure.source)) for measure in staged.measures)
     return columns * np.dtype(problem.dtype).itemsize
 

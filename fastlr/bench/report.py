@@ -72,31 +72,21 @@ def beside(
 
 def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Header and lines of the report for steps measured alone."""
-    header = [
-        *_COLUMNS,
-        "p50",
-        "p10",
-        "p90",
-        "ns/param",
-        "GB/s",
-        "of roofline",
-        "fastlr is",
-        "compiled in",
-    ]
+    header = [*_COLUMNS, "p50", "p10", "p90", "ns/param", "GB/s", "of roofline", "fastlr is", "compiled in"]
     lines = []
     for row in rows:
         roof = _find(rows, row, impl="roofline")
         own = _find(rows, row, impl="fastlr")
+        longer, share = beside(row, own, roof)
+        compared = own and row["impl"] not in ("fastlr", "roofline")
         lines.append(
             [
                 *_cells(row),
                 *(duration(row[k]) for k in ("p50_s", "p10_s", "p90_s")),
                 f"{row['ns_per_param']:.3g}",
                 f"{row['gb_per_s']:.3g}",
-                f"{beside(row, own, roof)[1]:.2f}" if roof else "",
-                f"{beside(row, own, roof)[0]:.2f}x as fast"
-                if own and row["impl"] not in ("fastlr", "roofline")
-                else "",
+                f"{share:.2f}" if roof else "",
+                f"{longer:.2f}x as fast" if compared else "",
                 duration(row["compile_s"]) if row["compile_s"] else "",
             ]
         )
@@ -124,16 +114,8 @@ def option_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[s
 
 def loop_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Header and lines of the report for steps in a loop."""
-    header = [
-        *_COLUMNS,
-        "between",
-        "step alone",
-        "in the loop",
-        "ratio",
-        "what follows, alone",
-        "after a step",
-        "ratio",
-    ]
+    times = ("step alone", "in the loop", "ratio", "what follows, alone", "after a step", "ratio")
+    header = [*_COLUMNS, "between", *times]
     lines = [
         [
             *_cells(row),
@@ -152,14 +134,7 @@ def loop_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str
 
 def comparison(rows: Sequence[dict[str, Any]], old: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Header and lines for what changed since an earlier run; relative to that run's roofline where there is one."""
-    header = [
-        *_COLUMNS,
-        "then",
-        "now",
-        "now / then",
-        "of roofline then",
-        "now",
-    ]
+    header = [*_COLUMNS, "then", "now", "now / then", "of roofline then", "now"]
     lines = []
     for row in rows:
         then = _find(old, row)

@@ -7,7 +7,7 @@ reinforcement learning.
 
 from __future__ import annotations
 
-import importlib.util
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +19,7 @@ import fastlr
 
 from ..arrays.places import HOST
 from ..options import EXAMPLES, OPTIONS, with_trees
-from .candidates import Candidate, Problem
+from .candidates import Candidate, Problem, in_parallel, installed, of_torch, streams, torch_leaves
 
 LR, DECAY, LIMIT, EMA = 1e-3, 1e-2, EXAMPLES["clip_norm"], EXAMPLES["ema"]
 
@@ -67,15 +67,12 @@ def fastlr_step(step: Step, problem: Problem, backend: str = "numba") -> Candida
 
 def torch_steps(step: Step, problem: Problem) -> Candidate | None:
     """The same by PyTorch's calls: clip, fused optimizer, average, copy, clear."""
-    if importlib.util.find_spec("torch") is None:
+    if not installed("torch"):
         return None
     import torch
 
-    torch.set_num_threads(problem.threads)
-    leaves = [torch.from_numpy(x.copy()).requires_grad_() for x in problem.parts(problem.array(0))]
-    first = [torch.from_numpy(g.copy()) for g in problem.parts(problem.array(1))]
-    for leaf, gradient in zip(leaves, first, strict=True):
-        leaf.grad = gradient.clone()
+    leaves = torch_leaves(problem)
+    first = [leaf.grad.clone() for leaf in leaves]
     averages = [leaf.detach().clone() for leaf in leaves]
     shadows = [leaf.detach().to(torch.bfloat16) for leaf in leaves]
     decay = {"weight_decay": DECAY} if step is FULL else {}
@@ -95,12 +92,12 @@ def torch_steps(step: Step, problem: Problem) -> Candidate | None:
                 shadow.copy_(leaf)
                 leaf.grad.zero_()
 
-    return Candidate(whole, lambda: np.concatenate([x.detach().numpy().ravel() for x in leaves]))
+    return of_torch(whole, leaves)
 
 
 def optax_steps(step: Step, problem: Problem) -> Candidate | None:
     """The same by Optax in one jitted function that may reuse its arguments' memory; it need not clear gradients."""
-    if step is not FULL or any(importlib.util.find_spec(name) is None for name in ("jax", "optax")):
+    if step is not FULL or not installed("jax", "optax"):
         return None
     import jax
     import jax.numpy as jnp
@@ -135,47 +132,32 @@ def optax_steps(step: Step, problem: Problem) -> Candidate | None:
 
 def roofline(problem: Problem) -> Candidate:
     """The same bytes as in a full step with almost no arithmetic: a reading pass and a reading and writing one."""
+    arrays = streams(problem, 5)
+    copy = HOST.allocate(problem.n, np.uint16, 5)
+    return in_parallel(problem, _touch(), *arrays, arrays[1].view(np.int32), copy, np.float32(1e-9))
+
+
+@functools.cache
+def _touch() -> Callable[..., None]:
     import numba
 
-    streams = [HOST.allocate(problem.n, problem.dtype, k) for k in range(5)]
-    for stream in streams:
-        stream.fill(1e-3)
-    copy = HOST.allocate(problem.n, np.uint16, 5)
-    threads = min(problem.threads, numba.config.NUMBA_NUM_THREADS)
-    little = np.float32(1e-9)
+    prange = numba.prange
 
-    def step() -> None:
-        numba.set_num_threads(threads)
-        _touch()(*streams, streams[1].view(np.int32), copy, little)
+    def touch(p, g, m, v, e, bits, copy, c):  # type: ignore[no-untyped-def]
+        total = 0
+        for i in prange(bits.size):
+            total += bits[i]
+        d = c * np.float32(total & 1)
+        for i in prange(p.size):
+            p[i] += c
+            g[i] += d
+            m[i] += c
+            v[i] += c
+            e[i] += c
+            copy[i] = np.uint16(7)
 
-    step()
-    return Candidate(step)
-
-
-def _touch() -> Callable[..., None]:
-    if not _TOUCH:
-        import numba
-
-        prange = numba.prange
-
-        def touch(p, g, m, v, e, bits, copy, c):  # type: ignore[no-untyped-def]
-            total = 0
-            for i in prange(bits.size):
-                total += bits[i]
-            d = c * np.float32(total & 1)
-            for i in prange(p.size):
-                p[i] += c
-                g[i] += d
-                m[i] += c
-                v[i] += c
-                e[i] += c
-                copy[i] = np.uint16(7)
-
-        _TOUCH.append(numba.njit(parallel=True, error_model="numpy")(touch))
-    return _TOUCH[0]
-
-
-_TOUCH: list[Callable[..., None]] = []
+    loop: Callable[..., None] = numba.njit(parallel=True, error_model="numpy")(touch)
+    return loop
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from typing import Any, ClassVar, TypeAlias
 
 from ..kernels.functions import IN_SCHEDULES, name_of
 from ..kernels.language import RuleError, parse
+from ..kernels.operations import ARITHMETIC, COMPARISONS
 
 __all__ = ["Equation", "HasEquation", "Memory", "Number", "Program", "Several", "staged"]
 
@@ -60,16 +61,8 @@ class Memory:
 
 
 _OPERATORS: dict[type, Callable[..., Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.Pow: operator.pow,
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
-    ast.Eq: operator.eq,
+    **ARITHMETIC,
+    **COMPARISONS,
     ast.Is: operator.is_,
     ast.IsNot: operator.is_not,
 }

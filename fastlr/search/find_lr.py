@@ -60,14 +60,9 @@ class RangeTest:
         Raises:
             ImportError: if matplotlib, or plotext for the terminal, is missing.
         """
-        curves = {"loss": (self.lrs, self.losses), "smoothed": (self.lrs, self.smoothed)}
         good = np.isfinite(self.losses)
-        curves = {name: (x[good], y[good]) for name, (x, y) in curves.items()}
-        labels = {"xlabel": "learning rate", "ylabel": "loss", "xscale": "log", "title": self.note}
-        if path is None:
-            plots.show(curves, **labels)
-        else:
-            plots.draw(curves, path, **labels)
+        curves = {name: (self.lrs[good], y[good]) for name, y in (("loss", self.losses), ("smoothed", self.smoothed))}
+        plots.draw(curves, path, xlabel="learning rate", ylabel="loss", xscale="log", title=self.note)
 
     def __repr__(self) -> str:
         """The suggested rates and the note."""

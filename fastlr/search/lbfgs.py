@@ -310,9 +310,8 @@ class LBFGS(Exclusive):
         if not isinstance(state, Mapping):
             raise ValueError(f"this is not the state of an LBFGS: {checks.shown(state)}.")
         size, dtype, threads = self._flat.data.size, self._flat.data.dtype, self._flat.threads
-        names = ("steps", "loss", "grads", "s", "y")
         try:
-            parts = {name: checks.numeric(f"{name!r} in the state", state[name]) for name in names}
+            parts = {k: checks.numeric(f"{k!r} in the state", state[k]) for k in ("steps", "loss", "grads", "s", "y")}
         except KeyError as error:
             raise ValueError(f"this is not the state of an LBFGS: it has no {error}.") from None
         except (TypeError, IndexError) as error:
