@@ -46,7 +46,6 @@ SAME, GRADIENT_IS_NEW, MOVED = -1, -2, -3
 
 _CODES = {"float": 2, "bfloat": 4}  # of DLPack's DLDataTypeCode
 _MIX = 0x100000001B3  # the prime of the hash FNV-1a, 64 bits
-_OBJECT, _BOX = 0, 1
 
 
 def kind_of(name: str) -> int:

@@ -24,8 +24,8 @@ class Launches:
     Args:
         device: the GPU.
         kernels: what is launched.
-        tables: by name, or by number if they stand on the board that `finish` reads; "pieces", "averaged" and, if the
-            GPU decides, "tiles" say what the blocks of a launch work on.
+        tables: by name; "pieces", "averaged" and, if the GPU decides, "tiles" say what the blocks of a launch work on.
+        on_board: the tables that `finish` finds by the table "board", by their places there.
         capturing: whether a graph is being captured.
 
     Attributes:
@@ -33,9 +33,16 @@ class Launches:
         sequence: each launch and its number of blocks, in order.
     """
 
-    def __init__(self, device: Device, kernels: StepKernels, tables: Mapping[Any, np.ndarray], capturing: bool) -> None:
-        self._kernels, self._tables = kernels, tables
-        self.block = Tables(device, tables, capturing)
+    def __init__(
+        self,
+        device: Device,
+        kernels: StepKernels,
+        tables: Mapping[str, np.ndarray],
+        on_board: Mapping[int, np.ndarray],
+        capturing: bool,
+    ) -> None:
+        self._kernels, self._tables, self._on_board = kernels, tables, on_board
+        self.block = Tables(device, {**tables, **on_board}, capturing)
         self._pointed, self._gradients = 0, np.zeros(0, np.int64)
         self.sequence: list[tuple[Launch, int]] = []
         self._readers: list[Launch] = []  # of the leaves, by their first argument
@@ -50,7 +57,7 @@ class Launches:
         """`finish` decides, between kernels that measure, and before the one that updates.
 
         Args:
-            board: addresses of the tables of the rows, by their slots on the board.
+            board: addresses of the tables of the rows, by their places on the board.
         """
         staged, kernels = self._kernels.staged, self._kernels
         self._fill_board(board)
@@ -95,12 +102,9 @@ class Launches:
         self.sequence.append((self._kernels.launch("finish", [ctypes.c_int64(x) for x in numbers]), 1))
 
     def _fill_board(self, rows: Mapping[int, int]) -> None:
-        board, tables = self._tables["board"], self._tables
-        for slot, address in rows.items():
-            board[slot] = address
-        for slot in tables:
-            if isinstance(slot, int):
-                board[slot] = self.block.address(slot)
+        board, tables = self._tables["board"], self._on_board
+        addresses = {**rows, **{place: self.block.address(place) for place in tables}}
+        board[[*addresses]] = [*addresses.values()]
         board[grid.LEVEL_COUNT] = len(tables[grid.LEVELS]) - 1
         board[grid.ROWS], board[grid.MODELS] = len(tables[grid.ROOTS]), len(tables[grid.FIRST_ROWS])
 

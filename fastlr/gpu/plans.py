@@ -66,10 +66,11 @@ class DevicePlan(Plan):
         self._made = 0
         self._gain = advance.copy()  # what the step adds to the counters that the host keeps
         advance[-1, STEPS] = partial
-        self._own_tables = self._make_tables()
+        self._tiles = self._with_rows(self.tiles[: self.updated_tiles])
+        self._on_board = self._make_tables()
 
-    def _make_tables(self) -> dict[Any, np.ndarray]:
-        """The tables of a step that a GPU decides."""
+    def _make_tables(self) -> dict[int, np.ndarray]:
+        """The tables of a step that a GPU decides, by their places on the board."""
         rows, entries, staged = self.rows, self.entries, self.staged
         scopes = Scope.both(entries, rows) if staged.quantities else ()
         row = rows.index.reshape(-1)[entries.starts]
@@ -85,8 +86,6 @@ class DevicePlan(Plan):
             grid.FIRST_ROWS: first_rows,
             grid.REPORTS: self.reports,
             grid.CELLS: np.zeros((additions.cells, staged.quantities)),
-            "leaves": self.leaves,
-            "tiles": self._with_rows(self.tiles[: self.updated_tiles]),
         }
 
     # Gradients
@@ -150,13 +149,17 @@ class DevicePlan(Plan):
         """The launches with these kernels, their tables uploaded."""
         if kernels not in self.launches:
             updated, averaged = np.split(self.tiles, [self.updated_tiles])
-            tables: dict[Any, np.ndarray] = {"leaves": self.leaves}
-            if not self.rows.decided_by_host:
-                tables = {**self._own_tables, "board": np.zeros(grid.BOARD, np.int64)}
             emits = bool(self.staged.emitted)  # then the update adds up over tiles
-            tables["pieces"] = self._own_tables["tiles"] if emits else self._pieces(kernels, updated)
-            tables["averaged"] = self._pieces(kernels, averaged)
-            launches = Launches(self._device, kernels, tables, capturing)
+            tables = {
+                "leaves": self.leaves,
+                "pieces": self._tiles if emits else self._pieces(kernels, updated),
+                "averaged": self._pieces(kernels, averaged),
+            }
+            on_board: dict[int, np.ndarray] = {}
+            if not self.rows.decided_by_host:
+                on_board = self._on_board
+                tables["tiles"], tables["board"] = self._tiles, np.zeros(grid.BOARD, np.int64)
+            launches = Launches(self._device, kernels, tables, on_board, capturing)
             if self.rows.decided_by_host:
                 launches.decided_by_host()
             else:
