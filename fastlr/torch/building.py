@@ -152,15 +152,17 @@ class Built:
                 if skipped and isinstance(entries, dict) and "step" in entries:
                     entries["skipped"] = skipped
 
-    def enter(self, state: dict[Any, Any]) -> None:
-        """Put the entries of the engines into the state; what others keep there stays."""
+    def entering(self, state: dict[Any, Any]) -> list[tuple[Any, Any, Any]]:
+        """What to write to put the entries of the engines into the state, see `atomic.commit`; others' entries stay."""
+        writes: list[tuple[Any, Any, Any]] = []
         for engine in self.engines:
             for param, entries in zip(engine.params, engine.entries, strict=True):
                 there = state.get(param)
                 if isinstance(there, dict):
-                    there.update(entries)
+                    writes += ((there, name, value) for name, value in entries.items())
                 else:
-                    state[param] = dict(entries)
+                    writes.append((state, param, dict(entries)))
+        return writes
 
     # Hyperparameters
 

@@ -273,21 +273,20 @@ class Optimizer(Exclusive, torch.optim.Optimizer):  # type: ignore[misc]
             state: another state to go on with; None: the present one.
             attributes: others to set with them.
         """
+        gone: list[torch.Tensor] = []
         if state is None:
-            built.enter(self.state)
             params = {id(p) for engine in built.engines for p in engine.params}
-            for engine in self._built.engines:
-                for param in engine.params:
-                    if id(param) not in params:
-                        self.state.pop(param, None)
+            gone = [p for engine in self._built.engines for p in engine.params if id(p) not in params]
         else:
-            built.enter(state)
             attributes["state"] = state
-        writes = [(to, ..., value) for engine in built.engines for to, value in engine.writes]
+        writes = built.entering(self.state if state is None else state)
+        writes += [(to, ..., value) for engine in built.engines for to, value in engine.writes]
         for engine in built.engines:
             engine.writes = []
         attributes["_built"] = built
         commit([*((self.__dict__, name, value) for name, value in attributes.items()), *writes])
+        for param in gone:
+            self.state.pop(param, None)
         built.held.remember(self.state)
         built.settle(self.param_groups, self.state)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..kernels.atomic import commit
 from ..search.find_lr import evaluate
 from . import tensors
 from .building import Built
@@ -78,7 +79,7 @@ class Trial:
             group.update(before)
         for engine, snapshot in zip(built.engines, self._snapshots, strict=True):
             engine.restore(snapshot)
-        built.enter(opt.state)  # engines made meanwhile have put others there
+        commit(built.entering(opt.state))  # engines made meanwhile have put others there
         for p, weights, (grad, values) in zip(self._params, self._weights, self._grads, strict=True):
             p.detach().copy_(weights)
             p.grad = grad
