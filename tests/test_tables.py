@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from fastlr.checks import FINITE, FRACTION, NON_NEGATIVE, POSITIVE, RATE
 from fastlr.hyperparameters import declared
 from fastlr.kernels.binding import AVERAGES
 from fastlr.kernels.staging import After
-from fastlr.options import AFTER, BEFORE, EXAMPLES, OPTIONS, OWN, StepHyperparameters, check_rows
+from fastlr.options import AFTER, BEFORE, EXAMPLES, OPTIONS, OWN, Options, StepHyperparameters, check_rows
 
 CLASSES = [getattr(fastlr, name) for name in fastlr.optimizers.__all__]
 WORDS = {FINITE: "", NON_NEGATIVE: ">= 0", POSITIVE: "> 0", FRACTION: "in [0, 1]", RATE: "in [0, 1)"}
@@ -117,3 +118,15 @@ def test_formats_of_columns():
     np.testing.assert_array_equal(columns.arrays["m"][0], np.full(3, 0.5, np.float32))
     np.testing.assert_array_equal(columns.arrays["q"][0], params.view(np.uint32) >> 16)
     np.testing.assert_array_equal(columns.arrays["h"][0], np.full(3, 0x3F00, np.uint16))
+
+
+def test_kernels_refuse_states_in_a_format_that_they_do_not_know(monkeypatch):
+    """They would read and write beyond the end of the column."""
+    roles = Options.roles
+
+    def narrow(self, states, starts):
+        return [replace(role, format="bfloat16") if role.saved else role for role in roles(self, states, starts)]
+
+    monkeypatch.setattr(Options, "roles", narrow)
+    with pytest.raises(NotImplementedError, match="another format than the parameters'.*'m'"):
+        fastlr.Adam(np.ones(3, np.float32), backend="numpy")
